@@ -1,0 +1,909 @@
+"""Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018, arXiv 1807.03039).
+
+    python glow.py --train                                 drawn faces, about ten minutes on two CPU cores
+    python glow.py --evaluate                              bits/dim of the newest model on the whole test split
+    python glow.py --generate --z_std=0.7                  samples at temperature 0.7
+    python glow.py --visualize --vis_attrs=8,20            edit attributes of a test image, or of --vis_img=photo.jpg
+    torchrun --nproc_per_node=8 glow.py --train --dataset=celeba --data_dir=... --n_levels=3 --depth=32 --width=512
+
+Every layer is a bijection with one protocol: forward(x) -> (z, logdet) and inverse(z) -> (x, logdet), where logdet
+of shape (B,) is the log |det| of the Jacobian of the direction that was called, in nats. Images are (B, C, H, W).
+"""
+import argparse
+import contextlib
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tensorboardX import SummaryWriter
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from datasets import IMAGE_DATASETS, DataError, load_images, load_photo
+
+
+# ---------------------------------------------------------------------------------------------------- config
+
+def option(group, default, text, low=0, high=math.inf):
+    return field(default=default, metadata=dict(group=group, help=text, low=low, high=high))
+
+
+@dataclass
+class Config:
+    """What a run is. The command line sets it; the checkpoint keeps it as a plain dict, to rebuild the model from."""
+    dataset: str = option('data', 'faces', ', '.join(IMAGE_DATASETS))
+    data_dir: str = option('data', 'data', 'where the data lies, or is kept once drawn')
+    image_size: int = option('data', 64, 'pixels a side, of faces, celeba and folder', 1)
+    n_bits: int = option('model', 5, 'grey levels are reduced to 2^n_bits a channel', 1, 8)
+    n_levels: int = option('model', 3, "levels that end in a split; one more follows: L = n_levels + 1 in the paper", 1)
+    depth: int = option('model', 32, 'steps of flow a level, K in the paper', 1)
+    width: int = option('model', 512, "channels of the coupling networks' hidden layers", 1)
+    conv1x1: str = option('model', 'plu', 'plu or plain: how the matrix of a 1x1 convolution is parametrised')
+    checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
+    n_epochs: int = option('optimisation', 100, 'epochs', 1)
+    n_epochs_warmup: float = option('optimisation', 2., 'epochs over which the learning rate rises linearly from 0')
+    batch_size: int = option('optimisation', 16, 'images a process', 1)
+    batch_size_init: int = option('optimisation', 256, "images for actnorm's initialisation", 1)
+    lr: float = option('optimisation', 1e-3, "Adam's learning rate")
+    lr_decay: float = option('optimisation', 0., 'last share of the training over which it falls linearly to 0', 0, 1)
+    grad_norm_clip: float = option('optimisation', 50., 'gradients are clipped at this norm')
+    ema_decay: float = option('optimisation', 0.999, 'Polyak average, used for all but training; 0 turns it off', 0, 1)
+    seed: int = option('optimisation', 0, 'of initialisation, shuffling, noise and samples')
+
+
+# What a data set changes of the above. celeba and mnist: as the first PyTorch reimplementation trained them.
+DEFAULTS = {
+    'faces': dict(image_size=32, n_levels=2, depth=8, width=64, n_epochs=15, n_epochs_warmup=0.5, batch_size=32,
+                  lr_decay=1 / 3, ema_decay=0.99),
+    'digits': dict(image_size=8, n_bits=4, n_levels=1, depth=8, width=64, n_epochs=100, batch_size=32, lr_decay=1 / 3,
+                   ema_decay=0.99),
+    'mnist': dict(image_size=32, n_bits=8),
+    'celeba': dict(n_epochs=80),
+    'folder': dict(),
+}
+MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs'},   # of a checkpoint's options, when training goes on,
+              False: {'data_dir', 'batch_size', 'seed'}}            # and in the other modes
+VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
+S_MIN = 0.01                                                     # lower bound of a coupling's scale
+TEMPERATURES = (0., 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.)
+DZ_SCALE, DZ_IMAGES = 1.6, 30_000                                # attribute directions, as in the paper's demo
+
+
+class UsageError(Exception):
+    """One clear line for the user: what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+
+class Dequantize(nn.Module):
+    """Discrete images to densities: n_bits of the uint8 image, plus uniform noise u, scaled to [-0.5, 0.5).
+
+    x = (floor(x_8bit / 2^(8 - n)) + u) / 2^n - 0.5, so log|det| = -D n log 2 for D values an image: with it the
+    density's logarithm is a lower bound (in expectation) of the log-probability of the n-bit image
+    (Theis et al., 2016).
+    """
+    def __init__(self, n_bits):
+        super().__init__()
+        self.n_bits = n_bits
+
+    def forward(self, x, u=None):
+        u = torch.rand(x.shape, device=x.device) if u is None else u
+        bins = x >> (8 - self.n_bits)
+        logdet = u.new_full((len(x),), -x[0].numel() * self.n_bits * math.log(2))
+        return (bins + u) / 2**self.n_bits - 0.5, logdet
+
+    def inverse(self, x):
+        """-> uint8 images that show the n-bit images over the whole range 0..255; logdet as for forward, negated."""
+        n_bins = 2**self.n_bits
+        bins = ((x + 0.5) * n_bins).floor().clamp(0, n_bins - 1)
+        logdet = x.new_full((len(x),), x[0].numel() * self.n_bits * math.log(2))
+        return (bins * 255 / (n_bins - 1)).to(torch.uint8), logdet
+
+
+class Actnorm(nn.Module):
+    """Activation normalisation (sec. 3.1): y = s * x + b per channel, log|det| = H W sum(log s).
+
+    The first batch sets s and b so that y has zero mean and unit variance per channel.
+    """
+    def __init__(self, n_channels):
+        super().__init__()
+        self.log_s = nn.Parameter(torch.zeros(n_channels, 1, 1))
+        self.b = nn.Parameter(torch.zeros(n_channels, 1, 1))
+        self.register_buffer('initialized', torch.tensor(False))
+
+    @torch.no_grad()
+    def initialize(self, x):
+        if self.initialized:
+            return
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        std = torch.where(var > 1e-8, var.sqrt(), 1.)[:, None, None]    # a constant channel is only centred
+        self.log_s.copy_(-std.log())
+        self.b.copy_(-mean[:, None, None] / std)
+        self.initialized.fill_(True)
+
+    def forward(self, x):
+        logdet = self.log_s.sum() * x.shape[2] * x.shape[3]
+        return torch.addcmul(self.b, x, self.log_s.exp()), logdet.expand(len(x))
+
+    def inverse(self, z):
+        logdet = -self.log_s.sum() * z.shape[2] * z.shape[3]
+        return (z - self.b) * (-self.log_s).exp(), logdet.expand(len(z))
+
+
+class Invertible1x1Conv(nn.Module):
+    """Invertible 1x1 convolution (sec. 3.2): y_ij = W x_ij, log|det| = H W log|det W|, W a rotation at first.
+
+    'plu' learns the factors of W = P L (U + diag(s)) (eq. 10), whose log|det W| is sum(log|s|) (eq. 11).
+    """
+    def __init__(self, n_channels, conv1x1='plu'):
+        super().__init__()
+        w = torch.linalg.qr(torch.randn(n_channels, n_channels))[0]
+        self.plu = conv1x1 == 'plu'
+        if self.plu:
+            p, l, u = torch.linalg.lu(w)
+            self.register_buffer('p', p)
+            self.register_buffer('sign_s', u.diagonal().sign())
+            # one matrix holds L below, U above and log|s| on its diagonal, as LAPACK stores its factors
+            w = l.tril(-1) + u.triu(1) + u.diagonal().abs().log().diag()
+        self.w = nn.Parameter(w)
+
+    def weight(self):
+        """-> W (C, C) and log|det W|"""
+        if not self.plu:
+            return self.w, torch.linalg.slogdet(self.w)[1]
+        log_s = self.w.diagonal()
+        l = self.w.tril(-1) + torch.eye(len(self.w), device=self.w.device, dtype=self.w.dtype)
+        u = self.w.triu(1) + torch.diag(self.sign_s * log_s.exp())
+        return self.p @ l @ u, log_s.sum()
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):      # the latent itself is never rounded
+            w, logdet = self.weight()
+            return F.conv2d(x, w[:, :, None, None]), (logdet * x.shape[2] * x.shape[3]).expand(len(x))
+
+    def inverse(self, z):
+        with torch.autocast(z.device.type, enabled=False):
+            w, logdet = self.weight()
+            w_inv = torch.linalg.inv(w.double()).to(w.dtype)
+            return F.conv2d(z, w_inv[:, :, None, None]), (-logdet * z.shape[2] * z.shape[3]).expand(len(z))
+
+
+class ConvActnorm(nn.Module):
+    """Convolution, then actnorm: s * (w x) + b is computed as (s w) x + b, one pass over the activations."""
+    def __init__(self, in_channels, out_channels, kernel_size):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        nn.init.normal_(self.conv.weight, std=0.05)
+        self.actnorm = Actnorm(out_channels)
+
+    def initialize(self, x):
+        self.actnorm.initialize(self.conv(x))
+
+    def forward(self, x):
+        weight = self.actnorm.log_s.exp()[..., None] * self.conv.weight
+        return F.conv2d(x, weight, self.actnorm.b.flatten(), padding=self.conv.padding)
+
+
+class ZeroConv(nn.Conv2d):
+    """3x3 convolution that starts at zero, its output channels scaled by exp(3 log_scale) (sec. 3.3)"""
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.log_scale = nn.Parameter(torch.zeros(out_channels))
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        scale = (3 * self.log_scale).exp()
+        return F.conv2d(x, scale[:, None, None, None] * self.weight, scale * self.bias, padding=1)
+
+
+class AffineCoupling(nn.Module):
+    """Affine coupling (sec. 3.3, table 1): y_a = s * x_a + t, y_b = x_b with (s, t) = NN(x_b), log|det| = sum(log s).
+
+    s = sigmoid(raw + 2) as in the official code, kept above S_MIN so that the inverse stays well conditioned.
+    """
+    def __init__(self, n_channels, width):
+        super().__init__()
+        self.net = nn.Sequential(ConvActnorm(n_channels // 2, width, 3), nn.ReLU(inplace=True),
+                                 ConvActnorm(width, width, 1), nn.ReLU(inplace=True), ZeroConv(width, n_channels))
+
+    def scale_and_shift(self, x_b):
+        raw, t = self.net(x_b).to(x_b.dtype).chunk(2, dim=1)        # under autocast only the network is rounded
+        return S_MIN + (1 - S_MIN) * torch.sigmoid(raw + 2), t
+
+    def forward(self, x):
+        x_a, x_b = x.chunk(2, dim=1)
+        s, t = self.scale_and_shift(x_b)
+        return torch.cat([s * x_a + t, x_b], dim=1), s.log().flatten(1).sum(1)
+
+    def inverse(self, z):
+        y_a, x_b = z.chunk(2, dim=1)
+        s, t = self.scale_and_shift(x_b)
+        return torch.cat([(y_a - t) / s, x_b], dim=1), -s.log().flatten(1).sum(1)
+
+
+class Squeeze(nn.Module):
+    """(B, C, H, W) -> (B, 4C, H/2, W/2): 2x2 blocks of pixels become channels (sec. 3.6 of RealNVP); log|det| = 0."""
+    def forward(self, x):
+        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+
+    def inverse(self, z):
+        return F.pixel_shuffle(z, 2), z.new_zeros(len(z))
+
+
+class Gaussianize(Actnorm):
+    """The last level's prior, a Gaussian per channel: z = (x - mean) / std is actnorm's s * x + b, not set by data."""
+    def __init__(self, n_channels):
+        super().__init__(n_channels)
+        self.initialized.fill_(True)
+
+
+class Split(AffineCoupling):
+    """Half the channels as Gaussians given the others (sec. 3.6 of RealNVP): x_a ~ N(mean(x_b), std(x_b)).
+
+    A coupling, z_a = (x_a - mean) / std, whose first half is a finished latent; x_b goes on to the next level.
+    """
+    def __init__(self, n_channels):
+        nn.Module.__init__(self)
+        self.net = ZeroConv(n_channels // 2, n_channels)
+
+    def scale_and_shift(self, x_b):
+        mean, log_std = self.net(x_b).to(x_b.dtype).chunk(2, dim=1)
+        s = (-log_std).exp()
+        return s, -mean * s
+
+
+class Sequence(nn.ModuleList):
+    """Bijections one after the other; their log-determinants add up."""
+    def forward(self, x):
+        logdet = x.new_zeros(len(x))
+        for layer in self:
+            x, logdet_layer = layer(x)
+            logdet = logdet + logdet_layer
+        return x, logdet
+
+    def inverse(self, z):
+        logdet = z.new_zeros(len(z))
+        for layer in reversed(self):
+            z, logdet_layer = layer.inverse(z)
+            logdet = logdet + logdet_layer
+        return z, logdet
+
+
+class FlowStep(Sequence):
+    """One step of flow (fig. 2a). checkpoint_grads trades time for memory: activations are computed again backward."""
+    def __init__(self, n_channels, width, conv1x1='plu', checkpoint_grads=False):
+        super().__init__([Actnorm(n_channels), Invertible1x1Conv(n_channels, conv1x1),
+                          AffineCoupling(n_channels, width)])
+        self.checkpoint_grads = checkpoint_grads
+
+    def forward(self, x):
+        if self.checkpoint_grads and torch.is_grad_enabled():
+            return checkpoint(super().forward, x, use_reentrant=False)
+        return super().forward(x)
+
+
+class FlowLevel(Sequence):
+    """One level (fig. 2b): squeeze, depth steps of flow, then the split or, on the last level, the prior."""
+    def __init__(self, in_channels, depth, width, is_last=False, conv1x1='plu', checkpoint_grads=False):
+        c = 4 * in_channels
+        steps = [FlowStep(c, width, conv1x1, checkpoint_grads) for _ in range(depth)]
+        super().__init__([Squeeze(), *steps, Gaussianize(c) if is_last else Split(c)])
+
+
+# ----------------------------------------------------------------------------------------------------- model
+
+class Glow(nn.Module):
+    """The multi-scale flow (fig. 2b) between images in [-0.5, 0.5) and latents z ~ N(0, I) of as many values.
+
+    input_dims: (C, H, W), H and W divisible by 2^(n_levels + 1). z is (B, C H W): the levels' halves, finest first.
+    """
+    def __init__(self, input_dims, n_levels, depth, width, n_bits=5, checkpoint_grads=False, conv1x1='plu'):
+        super().__init__()
+        c, h, w = input_dims
+        if h % 2**(n_levels + 1) or w % 2**(n_levels + 1):
+            raise UsageError(f'image size {h}x{w} is not divisible by 2^(n_levels + 1) = {2**(n_levels + 1)}: '
+                             'lower --n_levels or change --image_size')
+        self.input_dims = tuple(input_dims)
+        self.dequantize = Dequantize(n_bits)
+        self.levels = nn.ModuleList()
+        self.z_shapes = []
+        for level in range(n_levels + 1):
+            is_last = level == n_levels
+            self.levels.append(FlowLevel(c, depth, width, is_last, conv1x1, checkpoint_grads))
+            c, h, w = (4 if is_last else 2) * c, h // 2, w // 2
+            self.z_shapes.append((c, h, w))
+
+    def forward(self, x):
+        z, logdet = [], x.new_zeros(len(x))
+        for level in self.levels:
+            x, logdet_level = level(x)
+            logdet = logdet + logdet_level
+            if level is not self.levels[-1]:
+                z_a, x = x.chunk(2, dim=1)
+                z.append(z_a.flatten(1))
+        return torch.cat([*z, x.flatten(1)], dim=1), logdet
+
+    def inverse(self, z):
+        logdet = z.new_zeros(len(z))
+        parts = z.split([math.prod(shape) for shape in self.z_shapes], dim=1)
+        *parts, x = [part.unflatten(1, shape) for part, shape in zip(parts, self.z_shapes)]
+        for level in reversed(self.levels):
+            x, logdet_level = level.inverse(x)
+            logdet = logdet + logdet_level
+            if parts:
+                x = torch.cat([parts.pop(), x], dim=1)
+        return x, logdet
+
+    def log_prob(self, x, u=None):
+        """uint8 images (B, C, H, W), dequantization noise u of the same shape in [0, 1) -> log p(x) in nats (B,)"""
+        x, logdet_bins = self.dequantize(x, u)
+        z, logdet = self(x)
+        return log_normal(z) + logdet + logdet_bins
+
+    @torch.no_grad()
+    def initialize(self, x, u=None):
+        """Data-dependent initialisation of every actnorm that has none yet, from uint8 images (sec. 3.1)"""
+        hooks = [module.register_forward_pre_hook(lambda module, inputs: module.initialize(inputs[0]))
+                 for module in self.modules() if hasattr(module, 'initialize') and module is not self]
+        self(self.dequantize(x, u)[0])
+        for hook in hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def sample(self, n, z_std=1., generator=None):
+        """-> n uint8 images (n, C, H, W), drawn at temperature z_std (sec. 6: the prior's deviation is scaled)"""
+        device = self.levels[0][1][0].b.device
+        z = z_std * torch.randn(n, math.prod(self.input_dims), generator=generator).to(device)
+        return self.dequantize.inverse(self.inverse(z)[0])[0]
+
+
+def log_normal(z):
+    """log N(z; 0, I) of each row, in nats: (B, D) -> (B,)"""
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
+class BitsPerDim(nn.Module):
+    """The training objective, -log2 p(x) / n_values averaged over the batch: what DistributedDataParallel wraps."""
+    def __init__(self, model, n_values):
+        super().__init__()
+        self.model = model
+        self.n_values = n_values
+
+    def forward(self, x, u=None):
+        return -self.model.log_prob(x, u).mean() / (math.log(2) * self.n_values)
+
+
+def build_model(config, input_dims):
+    torch.manual_seed(config.seed)
+    return Glow(input_dims, config.n_levels, config.depth, config.width, config.n_bits, config.checkpoint_grads,
+                config.conv1x1)
+
+
+# -------------------------------------------------------------------------------------- processes, checkpoints
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the launcher."""
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def setup():
+    """Join the process group of torchrun or torch.distributed.launch, if one started us: NCCL on GPUs, else Gloo."""
+    rank, local_rank, world_size, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        if local_world_size > torch.cuda.device_count():
+            raise UsageError(f'{local_world_size} processes on a machine of {torch.cuda.device_count()} GPUs: '
+                             'lower --nproc_per_node')
+        device = torch.device('cuda', local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=2))
+    try:
+        yield Process(rank, world_size, device)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def main_process_first(process, function):
+    """-> function(), called by the main process before the others, so that they find its caches; it fails for all."""
+    result, error = None, [None]
+    if process.is_main:
+        try:
+            result = function()
+        except (UsageError, DataError) as e:
+            error = [str(e)]
+    if process.world_size > 1:
+        dist.broadcast_object_list(error)
+    if error[0]:
+        raise UsageError(error[0])
+    return result if process.is_main else function()
+
+
+def write_atomically(path, write):
+    """write(file name) to a temporary file that takes its final name only when it is whole"""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def newest_checkpoint(output_dir):
+    """-> path of the newest run's best.pt under output_dir, or of its checkpoint.pt where there is no best.pt yet"""
+    found = list(Path(output_dir).glob('glow_*/checkpoint.pt'))
+    if not found:
+        raise UsageError(f'no checkpoint of glow.py under {output_dir}: train first (python glow.py --train), '
+                         'or give --restore_file or --output_dir')
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    best = newest.with_name('best.pt')
+    return best if best.exists() else newest
+
+
+def load_checkpoint(path):
+    """-> the checkpoint's dict, its config a Config. Only tensors and plain values are read, never a pickled object."""
+    if not Path(path).is_file():
+        raise UsageError(f'{path}: no such checkpoint')
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:      # a damaged file fails in too many ways to list
+        raise UsageError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
+                         f'and plain values ({type(error).__name__})') from None
+    if not isinstance(saved, dict) or saved.get('script') != 'glow.py':
+        raise UsageError(f'{path} is not a checkpoint of glow.py')
+    try:
+        saved['config'] = Config(**saved['config'])
+        return {key: saved[key] for key in ('config', 'input_dims', 'step', 'bits_per_dim', 'best', 'model', 'average',
+                                            'optimizer')}
+    except (KeyError, TypeError):
+        raise UsageError(f'{path} is a checkpoint of glow.py, but of another version') from None
+
+
+def restore_model(saved, path, device):
+    """-> Glow with the averaged weights of a checkpoint, ready to evaluate and to sample"""
+    model = build_model(saved['config'], saved['input_dims'])
+    try:
+        average = AveragedModel(model)
+        average.load_state_dict(saved['average'])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UsageError(f'{path}: its weights do not fit its own options ({str(error).splitlines()[0]})') from None
+    return average.module.to(device, memory_format=torch.channels_last).eval()
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+def seeded_generator(device, *key):
+    """A random generator that is a function of the key alone (integers), so that nothing needs to be saved of it"""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+
+
+def shift_randomly(x, max_shift, generator):
+    """Each image of (B, C, H, W) moved by up to max_shift pixels both ways; the margin must be empty, it wraps round"""
+    b, _, h, w = x.shape
+    dy, dx = torch.randint(-max_shift, max_shift + 1, (2, b, 1), device=x.device, generator=generator)
+    rows = (torch.arange(h, device=x.device) + dy) % h
+    columns = (torch.arange(w, device=x.device) + dx) % w
+    return x[torch.arange(b, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def training_batch(data, config, step, process):
+    """-> this process's uint8 images and noise of a step: a function of (seed, step, rank), so a resumed run goes on
+    with exactly the shuffling and the noise of an unbroken one."""
+    n, batch = len(data.train.images), config.batch_size
+    epoch, k = divmod(step, steps_per_epoch(data, config, process))
+    order = np.random.default_rng((config.seed, epoch)).permutation(n)
+    index = order[(k * batch * process.world_size + process.rank * batch + np.arange(batch)) % n]
+    generator = seeded_generator(process.device, config.seed, step, process.rank)
+    x = torch.from_numpy(data.train.images[index]).to(process.device)
+    if data.max_shift:
+        x = shift_randomly(x, data.max_shift, generator)
+    return x, torch.rand(x.shape, device=process.device, generator=generator)
+
+
+def steps_per_epoch(data, config, process):
+    return max(1, len(data.train.images) // (config.batch_size * process.world_size))
+
+
+@torch.no_grad()
+def bits_per_dim(model, images, n_values, batch_size, process):
+    """-> mean bits/dim over all the images and two standard errors of it. Image i always gets the same noise, so that
+    the number depends neither on batch_size nor on how many processes share the work."""
+    sums = torch.zeros(2, dtype=torch.float64, device=process.device)
+    for index in torch.arange(process.rank, len(images), process.world_size).split(batch_size):
+        x = torch.from_numpy(images[index.numpy()]).to(process.device)
+        u = torch.stack([torch.rand(x.shape[1:], generator=seeded_generator('cpu', int(i))) for i in index])
+        bits = -model.log_prob(x, u.to(process.device)).double() / (math.log(2) * n_values)
+        sums += torch.stack([bits.sum(), bits.square().sum()])
+    if process.world_size > 1:
+        dist.all_reduce(sums)
+    mean, mean_square = (sums / len(images)).tolist()
+    return mean, 2 * math.sqrt(max(0, mean_square - mean**2) / len(images))
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+def draw_grid(images, row_labels=(), column_labels=()):
+    """uint8 images (rows, columns, C, H, W) -> PIL image: whole-number enlargement, margins, labels left and above"""
+    n_rows, n_columns, c, h, w = images.shape
+    zoom = max(1, 128 // max(h, w))
+    h, w, gap, font = h * zoom, w * zoom, 8, ImageFont.load_default(18)
+    left = gap + max([int(font.getlength(label)) + 2 * gap for label in row_labels], default=0)
+    top = gap + (18 + gap if column_labels else 0)
+    canvas = Image.new('RGB', (left + n_columns * (w + gap), top + n_rows * (h + gap)), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for i, j in np.ndindex(n_rows, n_columns):
+        pixels = images[i, j].transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
+        canvas.paste(Image.fromarray(pixels[..., 0] if c == 1 else pixels), (left + j * (w + gap), top + i * (h + gap)))
+    for i, label in enumerate(row_labels):
+        draw.text((left - 2 * gap, top + i * (h + gap) + h // 2), label, 'black', font, anchor='rm')
+    for j, label in enumerate(column_labels):
+        draw.text((left + j * (w + gap) + w // 2, top - gap), label, 'black', font, anchor='mb')
+    return canvas
+
+
+@torch.no_grad()
+def sample_rows(model, temperatures, n_columns, seed, device):
+    """-> uint8 samples (rows, n_columns, C, H, W), one row a temperature, each sorted by log-probability, best first"""
+    rows = []
+    for row, z_std in enumerate(temperatures):
+        eps = torch.randn(n_columns, math.prod(model.input_dims), generator=seeded_generator('cpu', seed, row))
+        z = z_std * eps.to(device)
+        x, logdet = (torch.cat(parts) for parts in zip(*(model.inverse(z_some) for z_some in z.split(64))))
+        order = (log_normal(z) - logdet).argsort(descending=True)
+        rows.append(model.dequantize.inverse(x)[0][order].cpu().numpy())
+    return np.stack(rows)
+
+
+def save_picture(picture, path):
+    write_atomically(path, lambda temporary: picture.save(temporary, format='png'))
+    print(f'wrote {path}')
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+def learning_rate(config, step, n_steps, n_warmup):
+    """Linear warm-up from 0, constant, and a linear fall to 0 over the last lr_decay of the training"""
+    warmup = min(1., (step + 1) / max(1, n_warmup))
+    fall = min(1., (n_steps - step) / (config.lr_decay * n_steps)) if config.lr_decay else 1.
+    return config.lr * warmup * fall
+
+
+class Training:
+    """What a run carries from step to step: weights, their average, the optimizer, and where it stands."""
+    def __init__(self, config, data, process, saved=None):
+        self.config, self.data, self.process = config, data, process
+        self.input_dims = data.train.images.shape[1:]
+        self.model = build_model(config, self.input_dims).to(process.device, memory_format=torch.channels_last)
+        self.step, self.best, self.bits_per_dim = 0, math.inf, math.nan
+        if saved is None:                                       # the same on every process, before the model is wrapped
+            rng = np.random.default_rng(config.seed)
+            x = data.train.images[rng.permutation(len(data.train.images))[:config.batch_size_init]]
+            u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
+            self.model.initialize(torch.from_numpy(x).to(process.device), u.to(process.device))
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        if saved is not None:
+            self.step, self.best, self.bits_per_dim = saved['step'], saved['best'], saved['bits_per_dim']
+            for name in ('model', 'average', 'optimizer'):
+                getattr(self, name).load_state_dict(saved[name])
+        self.objective = BitsPerDim(self.model, data.n_values)
+        if process.world_size > 1:
+            self.objective = DistributedDataParallel(self.objective)
+        self.steps_per_epoch = steps_per_epoch(data, config, process)
+        self.n_steps = config.n_epochs * self.steps_per_epoch
+
+    def take_step(self):
+        """-> bits/dim and gradient norm of one step, as tensors"""
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate(self.config, self.step, self.n_steps, self.steps_per_epoch)
+        loss = self.objective(*training_batch(self.data, self.config, self.step, self.process))
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        return loss.detach(), norm
+
+    def save(self, path):
+        state = {'script': 'glow.py', 'config': asdict(self.config), 'input_dims': list(self.input_dims),
+                 'step': self.step, 'bits_per_dim': self.bits_per_dim, 'best': self.best}
+        state.update({name: getattr(self, name).state_dict() for name in ('model', 'average', 'optimizer')})
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def validate(run, run_dir, writer):
+    """Bits/dim on the validation split with the averaged weights, a sample grid, and the checkpoints."""
+    model = run.average.module
+    run.bits_per_dim, _ = bits_per_dim(model, run.data.validation.images, run.data.n_values, 4 * run.config.batch_size,
+                                       run.process)
+    is_best = run.bits_per_dim < run.best
+    run.best = min(run.best, run.bits_per_dim)
+    if run.process.is_main:
+        writer.add_scalar('bits_per_dim/validation', run.bits_per_dim, run.step)
+        samples = sample_rows(model, (0., 0.25, 0.7, 1.), 8, run.config.seed, run.process.device)
+        picture = draw_grid(samples, [f'T = {z_std}' for z_std in (0, 0.25, 0.7, 1)])
+        write_atomically(run_dir / f'samples_at_step_{run.step:06}.png', lambda path: picture.save(path, format='png'))
+        run.save(run_dir / 'checkpoint.pt')
+        if is_best:
+            run.save(run_dir / 'best.pt')
+        tqdm.write(f'step {run.step}: validation {run.bits_per_dim:.4f} bits/dim')
+
+
+def train(data, config, process, run_dir, saved=None):
+    """Train until config.n_epochs, from a checkpoint's dict if there is one; leaves checkpoint.pt and best.pt"""
+    run = Training(config, data, process, saved)
+    writer = SummaryWriter(str(run_dir)) if process.is_main else None
+    validate_every = run.steps_per_epoch * math.ceil(VALIDATE_STEPS / run.steps_per_epoch)
+    per_step = config.batch_size * process.world_size
+    with tqdm(total=run.n_steps, initial=run.step, disable=not process.is_main, unit='step', dynamic_ncols=True,
+              mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+        start, start_step = time.perf_counter(), run.step
+        while run.step < run.n_steps:
+            loss, norm = run.take_step()
+            bar.update()
+            if run.step % LOG_STEPS == 0:
+                loss, norm = loss.item(), norm.item()
+                if not math.isfinite(loss + norm):
+                    raise UsageError(f'bits/dim {loss}, gradient norm {norm} at step {run.step}: training diverged; '
+                                     f'lower --lr, or go on from the last checkpoint in {run_dir}')
+                speed = (run.step - start_step) * per_step / (time.perf_counter() - start)
+                bar.set_postfix_str(f'{loss:.3f} bits/dim, {speed:.0f} images/s', refresh=False)
+                if process.is_main:
+                    for name, value in (('bits_per_dim/train', loss), ('gradient_norm', norm), ('images_per_s', speed),
+                                        ('lr', run.optimizer.param_groups[0]['lr'])):
+                        writer.add_scalar(name, value, run.step)
+            if run.step % validate_every == 0 or run.step == run.n_steps:
+                validate(run, run_dir, writer)
+            elif run.step % SAVE_STEPS == 0 and process.is_main:
+                run.save(run_dir / 'checkpoint.pt')
+    if process.is_main:
+        writer.close()
+    if process.world_size > 1:
+        dist.barrier()          # the others read best.pt next
+
+
+# ----------------------------------------------------------------------------------------------------- modes
+
+def evaluate(model, data, saved, path, config, process):
+    """Bits/dim on the whole test split: printed, and kept as results.json beside the checkpoint."""
+    mean, error = bits_per_dim(model, data.test.images, data.n_values, 4 * config.batch_size, process)
+    if process.is_main:
+        results = {'bits_per_dim': mean, 'two_standard_errors': error, 'n_images': len(data.test.images),
+                   'values_per_image': data.n_values, 'n_bits': config.n_bits, 'dataset': config.dataset,
+                   'step': saved['step'], 'checkpoint': path.name}
+        write_atomically(path.with_name('results.json'), lambda f: f.write_text(json.dumps(results, indent=2) + '\n'))
+        print(f'{config.dataset} test: {mean:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
+              f'({len(data.test.images)} images, two standard errors)')
+
+
+def generate(model, path, config, device, z_std, n_samples):
+    """Samples at one temperature, or the grid of TEMPERATURES, beside the checkpoint."""
+    if z_std is None:
+        rows = sample_rows(model, TEMPERATURES, 4, config.seed, device)
+        labels, name = [f'T = {t:g}' for t in TEMPERATURES], 'range'
+    else:
+        samples = sample_rows(model, [z_std], n_samples, config.seed, device)[0]
+        n_columns = min(8, n_samples)
+        blank = np.full((-n_samples % n_columns, *samples.shape[1:]), 255, np.uint8)
+        rows = np.concatenate([samples, blank]).reshape(-1, n_columns, *samples.shape[1:])
+        labels, name = (), f'{z_std:g}'
+    save_picture(draw_grid(rows, labels), path.with_name(f'generated_samples_at_z_std_{name}.png'))
+
+
+@torch.no_grad()
+def encode(model, images, device):
+    """uint8 images (N, C, H, W) -> latents (N, D) of the middles of their bins, so that decoding gives them back"""
+    x = torch.from_numpy(images).to(device)
+    return model(model.dequantize(x, torch.full(x.shape, 0.5, device=device))[0])[0]
+
+
+def attribute_directions(model, data, path, config, device):
+    """-> dz (A, D): mean latent of the training images with an attribute minus that of those without (sec. 6)
+
+    NaN where an attribute has no positives or no negatives. Kept beside the checkpoint under a key of its content.
+    """
+    digest = hashlib.sha256(f'{data.fingerprint} {DZ_IMAGES} {DZ_SCALE}'.encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    cache = path.with_name(f'attribute_directions_{digest.hexdigest()[:16]}.pt')
+    if cache.exists():
+        return torch.load(cache, weights_only=True)
+    images, attributes = data.train.images[:DZ_IMAGES], torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
+    sums = torch.zeros(2, attributes.shape[1], math.prod(images.shape[1:]), dtype=torch.float64)
+    for i in tqdm(range(0, len(images), 4 * config.batch_size), 'encoding training images', dynamic_ncols=True):
+        z = encode(model, images[i:i + 4 * config.batch_size], device).double().cpu()
+        has = attributes[i:i + len(z)].T
+        sums += torch.stack([has @ z, (1 - has) @ z])
+    count = attributes.sum(0)
+    means = sums / torch.stack([count, len(images) - count])[..., None]
+    dz = DZ_SCALE * (means[0] - means[1]).float()
+    write_atomically(cache, lambda temporary: torch.save(dz, temporary))
+    return dz
+
+
+def attribute_index(text, names):
+    """'8' or 'Black_Hair' -> 8"""
+    if re.fullmatch(r'-?\d+', text):
+        if not 0 <= int(text) < len(names):
+            raise UsageError(f'attribute {text} is out of range: there are 0 to {len(names) - 1}')
+        return int(text)
+    if text in names:
+        return names.index(text)
+    near = difflib.get_close_matches(text, names, cutoff=0) or names
+    raise UsageError(f'unknown attribute {text!r}: the nearest are {", ".join(near)}')
+
+
+def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img):
+    """Decode z + alpha * dz: one row an attribute, one column an alpha, the unchanged image in the middle."""
+    names = data.attribute_names
+    if not names:
+        raise UsageError(f'{config.dataset} in {config.data_dir} has no attributes to visualize')
+    has = data.train.attributes[:DZ_IMAGES]
+    varies = has.any(0) & ~has.all(0)
+    chosen = [attribute_index(text, names) for text in vis_attrs] if vis_attrs else list(np.flatnonzero(varies))
+    for i in chosen:
+        if not varies[i]:
+            raise UsageError(f'attribute {i} ({names[i]}) is the same in all training images: it cannot be edited')
+    image = load_photo(vis_img, config.dataset, config.image_size) if vis_img else data.test.images[0]
+    dz = attribute_directions(model, data, path, config, device)
+    z = encode(model, image[None], device)
+    with torch.no_grad():
+        rows = [model.dequantize.inverse(model.inverse(
+            z + torch.tensor(vis_alphas, device=z.device)[:, None] * dz[i].to(z.device))[0])[0] for i in chosen]
+    picture = draw_grid(torch.stack(rows).cpu().numpy(), [f'{i} {names[i]}' for i in chosen],
+                        [f'{alpha:+g}' if alpha else 'unchanged' for alpha in vis_alphas])
+    attrs = ','.join(str(i) for i in chosen) if vis_attrs else 'all'
+    source = f'img_{Path(vis_img).stem}' if vis_img else 'sample'
+    save_picture(picture, path.with_name(f'manipulated_{source}_attr_{attrs}.png'))
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f'{message} (see python glow.py --help)')
+
+
+def number(kind, low=0, high=math.inf):
+    """-> argparse type: a finite number of that kind between low and high"""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f'{text} is outside {low}..{high}')
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv):
+    parser = Parser(prog='glow.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    group = parser.add_argument_group('mode, one of')
+    mode = group.add_mutually_exclusive_group(required=True)
+    mode.add_argument('--train', action='store_true', help='train a new model, or go on with --restore_file')
+    mode.add_argument('--evaluate', action='store_true', help='bits/dim on the test split')
+    mode.add_argument('--generate', action='store_true', help='draw samples')
+    mode.add_argument('--visualize', action='store_true', help='edit the attributes of an image')
+
+    groups = {f.metadata['group']: parser.add_argument_group(f'{f.metadata["group"]} (a checkpoint knows its own)')
+              for f in fields(Config)}
+    for f in fields(Config):
+        how = dict(action='store_true', default=None) if f.type is bool else dict(
+            metavar='X', type=str if f.type is str else number(f.type, f.metadata['low'], f.metadata['high']))
+        groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
+
+    group = parser.add_argument_group('distributed (torchrun or torch.distributed.launch start the processes)')
+    group.add_argument('--distributed', action='store_true', help='accepted, but the launcher decides')
+    group.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+
+    group = parser.add_argument_group('output')
+    group.add_argument('--output_dir', default='results', metavar='DIR', help='a run gets a folder of its own in it')
+    group.add_argument('--restore_file', metavar='FILE', help='a checkpoint (default: of the newest run)')
+    group.add_argument('--z_std', type=number(float), metavar='T', help='temperature (default: a grid of them)')
+    group.add_argument('--n_samples', type=number(int, 1), default=32, metavar='N', help='samples with --z_std')
+    group.add_argument('--vis_attrs', nargs='+', metavar='A', help='attributes by index or name (default: all)')
+    group.add_argument('--vis_alphas', nargs='+', default=['-2,-1,0,1,2'], metavar='X', help='how far to go along them')
+    group.add_argument('--vis_img', metavar='FILE', help='a photo of your own (default: the first test image)')
+
+    # a leading space keeps a list such as -2,-1,0 from being taken for an option
+    args = parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv])
+    split = lambda words: [word for words_ in words for word in re.split(r'[,\s]+', words_.strip()) if word]
+    args.vis_attrs = args.vis_attrs and split(args.vis_attrs)
+    try:
+        args.vis_alphas = [number(float, -1e3, 1e3)(word) for word in split(args.vis_alphas)]
+    except (ValueError, argparse.ArgumentTypeError):
+        parser.error(f'--vis_alphas takes numbers, not {" ".join(args.vis_alphas)}')
+    return args
+
+
+def choose_config(args, saved, path):
+    """The options that were given over those of the checkpoint or, without one, over the data set's defaults."""
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
+    if saved is None:
+        name = given.get('dataset', Config.dataset)
+        if name not in DEFAULTS:
+            raise UsageError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
+        return Config(**{**DEFAULTS[name], **given})
+    for name in given.keys() - MAY_CHANGE[args.train]:
+        if given[name] != getattr(saved['config'], name):
+            raise UsageError(f'--{name}={given[name]} contradicts the checkpoint {path}, '
+                             f'which has {name}={getattr(saved["config"], name)}')
+    return Config(**{**asdict(saved['config']), **given})
+
+
+def start(args, process):
+    saved, path = None, None
+    if args.restore_file or not args.train:
+        path = Path(args.restore_file) if args.restore_file else newest_checkpoint(args.output_dir)
+        saved = load_checkpoint(path)
+        if process.is_main:
+            print(f'restored {path}: step {saved["step"]}, validation {saved["bits_per_dim"]:.4f} bits/dim')
+    config = choose_config(args, saved, path)
+    if not args.generate:
+        data = main_process_first(process, lambda: load_images(config.dataset, config.data_dir, config.image_size))
+    if args.train:
+        name = f'glow_{config.dataset}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
+        run_dir = path.parent if path else Path(args.output_dir) / name
+        if process.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            print(f'{run_dir}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
+        train(data, config, process, run_dir, saved)
+        path = run_dir / 'best.pt'
+        saved = load_checkpoint(path)
+    model = restore_model(saved, path, process.device)
+    if args.train or args.evaluate:
+        evaluate(model, data, saved, path, config, process)
+    elif process.is_main and args.generate:
+        generate(model, path, config, process.device, args.z_std, args.n_samples)
+    elif process.is_main:
+        visualize(model, data, path, config, process.device, args.vis_attrs, args.vis_alphas, args.vis_img)
+
+
+def main(argv=None):
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        with setup() as process:
+            start(args, process)
+    except (UsageError, DataError, OSError) as error:
+        message = str(error)
+    except torch.cuda.OutOfMemoryError:
+        message = 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
+    else:
+        return
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(f'glow.py: error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

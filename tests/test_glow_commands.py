@@ -1,0 +1,358 @@
+"""The commands: as a user types them, in several processes, stopped and resumed, and with bad input."""
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import glow
+from datasets import load_images
+
+SCRIPT = Path(glow.__file__)
+TINY = ['--depth=1', '--width=8', '--n_epochs=1', '--batch_size=128']
+ALONE = glow.Process(rank=0, world_size=1, device=torch.device('cpu'))
+
+
+def command(*words, cwd, code=0):
+    """Run a command of its own process, as a user would -> its output and its errors"""
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+def refused(capsys, *words):
+    """Run glow.py here, expecting a refusal -> its one line"""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        glow.main([str(word) for word in words])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith('glow.py: error: '), lines
+    return lines[0]
+
+
+def only(paths):
+    path, = paths
+    return path
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Folder with a tiny trained model of scikit-learn's digits -> path of its best.pt"""
+    folder = tmp_path_factory.mktemp('digits')
+    glow.main(['--train', '--dataset=digits', f'--output_dir={folder}', f'--data_dir={folder}', *TINY])
+    return only(folder.glob('glow_digits_*/best.pt'))
+
+
+def test_the_four_lines(tmp_path):
+    """On drawn faces in an empty folder, model and data made small"""
+    out, _ = command('-m', 'torch.distributed.launch', SCRIPT, '--train', '--image_size=16', '--n_levels=1', *TINY,
+                     '--batch_size=256', cwd=tmp_path)
+    assert 'faces test: ' in out
+    run = only((tmp_path / 'results').iterdir())
+    assert {'checkpoint.pt', 'best.pt', 'results.json'} <= {path.name for path in run.iterdir()}
+    assert list(run.glob('events.out.tfevents.*')) and list(run.glob('samples_at_step_*.png'))
+    trained_result = json.loads((run / 'results.json').read_text())
+
+    out, _ = command(SCRIPT, '--evaluate', cwd=tmp_path)
+    assert 'restored results/' in out and 'step 39' in out
+    assert json.loads((run / 'results.json').read_text()) == trained_result
+    assert f'{trained_result["bits_per_dim"]:.4f}' in out and trained_result['n_images'] == 1000
+
+    command(SCRIPT, '--generate', '--z_std=0.7', cwd=tmp_path)
+    picture = Image.open(run / 'generated_samples_at_z_std_0.7.png')
+    assert picture.size == (8 + 8 * 136, 8 + 4 * 136)           # 32 samples, 8 a row, 16 pixels enlarged 8 times
+
+    command(SCRIPT, '--visualize', '--vis_attrs=8,20', cwd=tmp_path)
+    assert (run / 'manipulated_sample_attr_8,20.png').exists()
+
+
+@pytest.mark.parametrize('launcher', [('-m', 'torch.distributed.launch', '--nproc_per_node=2'),
+                                      ('-m', 'torch.distributed.run', '--nproc_per_node=2')])
+def test_two_processes(launcher, tmp_path, trained):
+    command(*launcher, SCRIPT, '--train', '--distributed', '--dataset=digits', *TINY, '--batch_size=64', cwd=tmp_path)
+    run = only((tmp_path / 'results').iterdir())
+    assert glow.load_checkpoint(run / 'best.pt')['step'] == 1437 // 128
+    with_two = json.loads((run / 'results.json').read_text())
+    command(SCRIPT, '--evaluate', '--batch_size=7', cwd=tmp_path)
+    with_one = json.loads((run / 'results.json').read_text())
+    assert with_one == pytest.approx(with_two, rel=1e-6)
+
+
+def test_old_spelling_of_local_rank(trained, tmp_path):
+    for word in ('--local_rank=0', '--local-rank=0', '--local_rank 0'):
+        glow.main([*word.split(), '--evaluate', f'--restore_file={trained}'])
+
+
+def first_gradients(rank, world_size, folder):
+    """Gradients of the first step on this process's share of one joint batch, and the weights it started from"""
+    torch.manual_seed(1000 + rank)                              # nothing may depend on it
+    if world_size > 1:
+        dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=world_size)
+    data = load_images('digits')
+    config = glow.Config(**{**glow.DEFAULTS['digits'], 'dataset': 'digits', 'depth': 2, 'width': 8})
+    run = glow.Training(config, data, glow.Process(rank, world_size, torch.device('cpu')))
+    start = {key: value.clone() for key, value in run.model.state_dict().items()}
+    share = slice(rank * 32 // world_size, (rank + 1) * 32 // world_size)
+    u = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    run.objective(torch.from_numpy(data.train.images[:32])[share], u[share]).backward()
+    gradients = {key: value.grad for key, value in run.model.named_parameters()}
+    torch.save((start, gradients), f'{folder}/{rank}_of_{world_size}.pt')
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    first_gradients(0, 1, tmp_path)
+    torch.multiprocessing.spawn(first_gradients, (2, tmp_path), nprocs=2)
+    start, gradients = torch.load(tmp_path / '0_of_1.pt')
+    for rank in (0, 1):
+        start_here, gradients_here = torch.load(tmp_path / f'{rank}_of_2.pt')
+        for key, value in start.items():
+            assert torch.equal(value, start_here[key]), key
+        for key, value in gradients.items():
+            torch.testing.assert_close(gradients_here[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_resuming_is_as_if_it_had_never_stopped(tmp_path, monkeypatch):
+    words = ['--train', '--dataset=digits', '--n_epochs=4', *TINY[:2], '--batch_size=128', f'--data_dir={tmp_path}']
+    glow.main([*words, f'--output_dir={tmp_path}/whole'])
+    monkeypatch.setattr(glow, 'SAVE_STEPS', 7)
+    take_step = glow.Training.take_step
+
+    def dies_at_step_18(run):
+        if run.step == 18:
+            raise KeyboardInterrupt
+        return take_step(run)
+
+    monkeypatch.setattr(glow.Training, 'take_step', dies_at_step_18)
+    with pytest.raises(KeyboardInterrupt):
+        glow.main([*words, f'--output_dir={tmp_path}/stopped'])
+    monkeypatch.setattr(glow.Training, 'take_step', take_step)
+    stopped = only(tmp_path.glob('stopped/*/checkpoint.pt'))
+    assert glow.load_checkpoint(stopped)['step'] == 14          # in the middle of the second epoch of 11 steps
+    glow.main(['--train', f'--restore_file={stopped}'])
+    whole, resumed = (torch.load(only(tmp_path.glob(f'{run}/*/checkpoint.pt'))) for run in ('whole', 'stopped'))
+    assert whole['step'] == resumed['step'] == 44
+    for name in ('model', 'average'):
+        for key, value in whole[name].items():
+            assert torch.equal(value, resumed[name][key]), key
+    for i, state in whole['optimizer']['state'].items():
+        for key, value in state.items():
+            assert torch.equal(value, resumed['optimizer']['state'][i][key]), (i, key)
+    assert whole['bits_per_dim'] == resumed['bits_per_dim'] and whole['best'] == resumed['best']
+
+
+def test_training_learns_and_the_average_can_be_turned_off(tmp_path):
+    glow.main(['--train', '--dataset=digits', '--depth=2', '--width=16', '--n_epochs=6', '--ema_decay=0',
+               f'--output_dir={tmp_path}', f'--data_dir={tmp_path}'])
+    saved = glow.load_checkpoint(only(tmp_path.glob('*/best.pt')))
+    for key, value in saved['model'].items():
+        assert torch.equal(value, saved['average'][f'module.{key}']), key
+    assert saved['bits_per_dim'] < 2.5                          # an untrained model needs over 4 bits, uniform ones 4
+
+
+def test_learning_rate():
+    config = replace(glow.Config(), lr=1., lr_decay=0.25)
+    rates = [glow.learning_rate(config, step, n_steps=100, n_warmup=10) for step in range(100)]
+    assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1])
+    assert set(rates[10:75]) == {1.}
+    assert rates[75:] == pytest.approx([i / 25 for i in range(25, 0, -1)])
+
+
+def test_every_image_of_an_epoch_is_seen_once(tmp_path):
+    data = load_images('digits')
+    config = glow.Config(dataset='digits', batch_size=10)
+    n = glow.steps_per_epoch(data, config, glow.Process(0, 2, torch.device('cpu')))
+    assert n == 1437 // 20
+    numbered = replace(data, train=replace(data.train, images=np.arange(1437)[:, None, None, None]))
+    for epoch in (0, 1):
+        seen = [glow.training_batch(numbered, config, epoch * n + k, glow.Process(rank, 2, torch.device('cpu')))[0]
+                for k in range(n) for rank in (0, 1)]
+        assert len(torch.cat(seen).unique()) == n * 20
+
+
+def test_shifts_move_whole_images():
+    x = torch.zeros(50, 1, 8, 8, dtype=torch.uint8)
+    x[:, :, 3:5, 3:5] = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)
+    shifted = glow.shift_randomly(x, 2, torch.Generator().manual_seed(0))
+    corners = set()
+    for image in shifted:
+        i, j = (image[0] == 1).nonzero()[0].tolist()
+        assert image[0, i:i + 2, j:j + 2].tolist() == [[1, 2], [3, 4]] and image.sum() == 10
+        corners.add((i, j))
+    assert {i for i, _ in corners} == {j for _, j in corners} == {1, 2, 3, 4, 5}
+
+
+def test_generate(trained, capsys):
+    glow.main(['--generate', f'--restore_file={trained}'])
+    picture = Image.open(trained.with_name('generated_samples_at_z_std_range.png'))
+    assert picture.height == 8 + 8 * 136 and picture.width > 8 + 4 * 136
+    glow.main(['--generate', f'--restore_file={trained}', '--z_std=0', '--n_samples=3'])
+    picture = np.asarray(Image.open(trained.with_name('generated_samples_at_z_std_0.png')))
+    cells = [picture[8:136, 8 + 136 * i:136 * (i + 1)] for i in range(3)]
+    assert (cells[0] == cells[1]).all() and (cells[0] == cells[2]).all()    # no noise is left at temperature 0
+
+
+def test_samples_are_sorted_by_log_probability(trained):
+    model = glow.restore_model(glow.load_checkpoint(trained), trained, torch.device('cpu'))
+    images = torch.from_numpy(glow.sample_rows(model, [0.7], 16, 0, 'cpu')[0])
+    with torch.no_grad():
+        log_p = model.log_prob(images, torch.full(images.shape, 0.5))
+    assert log_p[:4].mean() > log_p[-4:].mean()
+
+
+def test_visualize_leaves_the_image_unchanged_in_the_middle(trained):
+    glow.main(['--visualize', f'--restore_file={trained}', '--vis_attrs', '3', '8', '--vis_alphas', '-1,0,1'])
+    picture = np.asarray(Image.open(trained.with_name('manipulated_sample_attr_3,8.png')))
+    height, width = picture.shape[:2]
+    left, top = width - 3 * 136, height - 2 * 136
+    image = load_images('digits').test.images[0, 0].repeat(16, 0).repeat(16, 1)
+    for row in (0, 1):
+        cells = [picture[top + 136 * row:, left + 136 * i:][:128, :128, 0] for i in range(3)]
+        assert (cells[1] == image).all()
+        assert (cells[0] != image).any() and (cells[2] != image).any()
+
+
+def test_visualize_every_attribute_and_a_photo(trained, tmp_path):
+    photo = tmp_path / 'my photo.tiff'
+    Image.new('CMYK', (31, 57), (10, 80, 30, 0)).save(photo)
+    glow.main(['--visualize', f'--restore_file={trained}', '--vis_attrs=3', f'--vis_img={photo}'])
+    assert trained.with_name('manipulated_img_my photo_attr_3.png').exists()
+    glow.main(['--visualize', f'--restore_file={trained}'])
+    picture = Image.open(trained.with_name('manipulated_sample_attr_all.png'))
+    assert picture.height == 34 + 10 * 136
+
+
+def test_attribute_directions_are_differences_of_means(trained):
+    saved = glow.load_checkpoint(trained)
+    model, data = glow.restore_model(saved, trained, torch.device('cpu')), load_images('digits')
+    dz = glow.attribute_directions(model, data, trained, saved['config'], torch.device('cpu'))
+    z = glow.encode(model, data.train.images, torch.device('cpu')).double()
+    has = torch.from_numpy(data.train.attributes[:, 5])
+    torch.testing.assert_close(dz[5].double(), 1.6 * (z[has].mean(0) - z[~has].mean(0)), rtol=1e-3, atol=1e-4)
+
+
+def test_bits_per_dim_of_mnist_counts_784_values(trained):
+    model = glow.restore_model(glow.load_checkpoint(trained), trained, torch.device('cpu'))
+    images = load_images('digits').test.images
+    by_64, _ = glow.bits_per_dim(model, images, 64, 50, ALONE)
+    by_32, _ = glow.bits_per_dim(model, images, 32, 11, ALONE)
+    assert by_32 == pytest.approx(2 * by_64, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize('words, part', [
+    ([], 'one of the arguments --train --evaluate --generate --visualize is required'),
+    (['--train', '--evaluate'], 'not allowed with'),
+    (['--train', '--dataset=imagenet'], 'faces, digits, mnist, celeba, folder'),
+    (['--train', '--dataset=mnist'], 'train-images-idx3-ubyte'),
+    (['--train', '--dataset=celeba'], 'img_align_celeba'),
+    (['--train', '--dataset=folder'], '--data_dir'),
+    (['--train', '--n_bits=0'], '1..8'),
+    (['--train', '--n_bits=9'], '1..8'),
+    (['--train', '--lr=nan'], 'outside'),
+    (['--train', '--depth=-3'], 'outside'),
+    (['--train', '--depth=many'], 'invalid int value'),
+    (['--train', '--conv1x1=lu'], 'plu'),
+    (['--train', '--dataset=digits', '--n_levels=3'], 'not divisible by 2^(n_levels + 1) = 16'),
+    (['--train', '--dataset=digits', '--image_size=16'], '--image_size'),
+    (['--train', '--no_such_option'], 'unrecognized arguments'),
+    (['--evaluate'], 'python glow.py --train'),
+    (['--generate', '--restore_file=nowhere.pt'], 'nowhere.pt: no such checkpoint'),
+    (['--visualize', '--vis_alphas=-1,x'], '--vis_alphas'),
+])
+def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert part in refused(capsys, *words)
+    assert not list(tmp_path.rglob('*.p*'))                     # neither checkpoint nor picture
+
+
+@pytest.mark.parametrize('words, part', [
+    (['--evaluate', '--depth=7'], '--depth=7 contradicts'),
+    (['--train', '--dataset=mnist'], 'dataset=digits'),
+    (['--train', '--lr=0.1'], 'lr=0.001'),
+    (['--visualize', '--vis_attrs=10'], 'out of range: there are 0 to 9'),
+    (['--visualize', '--vis_attrs=-1'], 'out of range'),
+    (['--visualize', '--vis_img=no.jpg'], 'no.jpg'),
+])
+def test_bad_commands_for_a_checkpoint(words, part, trained, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained.parent.iterdir()}
+    assert part in refused(capsys, *words, f'--restore_file={trained}')
+    assert before == {path: path.stat().st_mtime_ns for path in trained.parent.iterdir()}
+
+
+def test_nearest_names_of_an_unknown_attribute():
+    with pytest.raises(glow.UsageError, match='unknown attribute .Smilling.: the nearest are Smiling'):
+        glow.attribute_index('Smilling', ('Male', 'Smiling', 'Young'))
+    assert glow.attribute_index('Smiling', ('Male', 'Smiling', 'Young')) == 1
+    assert glow.attribute_index('2', ('Male', 'Smiling', 'Young')) == 2
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, (f'{os.environ["CANARY"]}',)
+
+
+def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
+    whole, file = trained.read_bytes(), tmp_path / 'bad.pt'
+    monkeypatch.setenv('CANARY', str(tmp_path / 'canary'))
+    saved = torch.load(trained)
+    cases = {'truncated': whole[:len(whole) // 2], 'empty': b'', 'text': b'hello', 'pickle': pickle.dumps(Payload())}
+    for name, content in cases.items():
+        file.write_bytes(content)
+        assert 'cannot be read as a checkpoint' in refused(capsys, '--generate', f'--restore_file={file}'), name
+    torch.save({**saved, 'extra': Payload()}, file)
+    assert 'holds more than tensors' in refused(capsys, '--generate', f'--restore_file={file}')
+    assert not (tmp_path / 'canary').exists()
+    torch.save({**saved, 'script': 'bnaf.py'}, file)
+    assert 'not a checkpoint of glow.py' in refused(capsys, '--generate', f'--restore_file={file}')
+    torch.save({**saved, 'config': {**saved['config'], 'colour': 'red'}}, file)
+    assert 'another version' in refused(capsys, '--generate', f'--restore_file={file}')
+    torch.save({**saved, 'config': {**saved['config'], 'width': 9}}, file)
+    assert 'do not fit' in refused(capsys, '--generate', f'--restore_file={file}')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['bad.pt']
+
+
+def test_divergence_stops_with_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(glow, 'LOG_STEPS', 1)
+    line = refused(capsys, '--train', '--dataset=digits', '--lr=1e30', '--n_epochs_warmup=0', *TINY,
+                   f'--output_dir={tmp_path}', f'--data_dir={tmp_path}')
+    assert 'diverged' in line and 'lower --lr' in line
+
+
+def test_folder_without_attributes_cannot_be_visualized(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path / f'{i}.png')
+    options = [f'--data_dir={tmp_path}', f'--output_dir={tmp_path}/out']
+    glow.main(['--train', '--dataset=folder', '--image_size=16', '--n_levels=1', *TINY, *options])
+    assert 'no attributes' in refused(capsys, '--visualize', *options[1:])
+    with open(tmp_path / 'attributes.csv', 'w', newline='') as file:
+        rows = [(f'{i}.png', 'train' if i < 16 else 'validation' if i < 18 else 'test', 2 * (i % 2) - 1, -1)
+                for i in range(20)]
+        csv.writer(file).writerows([('image', 'split', 'Odd', 'Never'), *rows])
+    glow.main(['--visualize', *options[1:]])
+    assert 'the same in all training images' in refused(capsys, '--visualize', '--vis_attrs=Never', *options[1:])
+    assert only(tmp_path.glob('out/*/manipulated_sample_attr_all.png'))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_out_of_gpu_memory(tmp_path, capsys):
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        line = refused(capsys, '--train', '--dataset=digits', '--width=4096', f'--output_dir={tmp_path}')
+        assert 'lower --batch_size' in line
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.)
