@@ -71,7 +71,7 @@ class Config:
 DEFAULTS = {
     'faces': dict(image_size=32, n_levels=2, depth=8, width=64, n_epochs=15, n_epochs_warmup=0.5, batch_size=32,
                   lr_decay=1 / 3, ema_decay=0.99),
-    'digits': dict(image_size=8, n_bits=4, n_levels=1, depth=8, width=64, n_epochs=100, batch_size=32, lr_decay=1 / 3,
+    'digits': dict(image_size=8, n_bits=4, n_levels=1, depth=8, width=64, n_epochs=30, batch_size=32, lr_decay=1 / 3,
                    ema_decay=0.99),
     'mnist': dict(image_size=32, n_bits=8),
     'celeba': dict(n_epochs=80),

@@ -82,7 +82,7 @@ def test_the_four_lines(tmp_path):
 def test_two_processes(launcher, tmp_path, trained):
     command(*launcher, SCRIPT, '--train', '--distributed', '--dataset=digits', *TINY, '--batch_size=64', cwd=tmp_path)
     run = only((tmp_path / 'results').iterdir())
-    assert glow.load_checkpoint(run / 'best.pt')['step'] == 1437 // 128
+    assert glow.load_checkpoint(run / 'best.pt')['step'] == 1439 // 128
     with_two = json.loads((run / 'results.json').read_text())
     command(SCRIPT, '--evaluate', '--batch_size=7', cwd=tmp_path)
     with_one = json.loads((run / 'results.json').read_text())
@@ -174,8 +174,8 @@ def test_every_image_of_an_epoch_is_seen_once(tmp_path):
     data = load_images('digits')
     config = glow.Config(dataset='digits', batch_size=10)
     n = glow.steps_per_epoch(data, config, glow.Process(0, 2, torch.device('cpu')))
-    assert n == 1437 // 20
-    numbered = replace(data, train=replace(data.train, images=np.arange(1437)[:, None, None, None]))
+    assert n == 1439 // 20
+    numbered = replace(data, train=replace(data.train, images=np.arange(1439)[:, None, None, None]))
     for epoch in (0, 1):
         seen = [glow.training_batch(numbered, config, epoch * n + k, glow.Process(rank, 2, torch.device('cpu')))[0]
                 for k in range(n) for rank in (0, 1)]

@@ -1,0 +1,348 @@
+"""Image data sets: faces (drawn), digits (scikit-learn's), mnist, celeba, and any folder of images.
+
+All come as uint8 arrays (N, C, H, W) with boolean attributes (N, A), in three splits. What has to be drawn or decoded
+is so once, into an array on disk that is memory-mapped from then on.
+"""
+import contextlib
+import csv
+import gzip
+import hashlib
+import json
+import os
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from .faces import ATTRIBUTES, draw_faces, face_attributes
+
+IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'celeba', 'folder')
+SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
+SPLITS = {'train': 0, 'validation': 1, 'val': 1, 'valid': 1, 'test': 2}
+TEN_CLASSES = tuple('0123456789')
+CACHE_VERSION = 1       # raised whenever the same source would give other pixels
+CELEBA_CROP = 148 / 178                 # share of an image's shorter side that is kept
+
+
+class DataError(Exception):
+    """One clear line for the user: what is wrong with the data and what to do"""
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    images: np.ndarray              # (N, C, H, W) uint8, perhaps memory-mapped
+    attributes: np.ndarray          # (N, A) bool; A = 0 where there are none
+
+
+@dataclass(frozen=True)
+class ImageData:
+    train: ImageSplit
+    validation: ImageSplit
+    test: ImageSplit
+    attribute_names: tuple
+    n_values: int                   # by which bits/dim is divided: C H W, but 784 for mnist, which is padded to 32x32
+    max_shift: int                  # training images may be shifted by up to so many pixels
+    fingerprint: str                # digest of what the images were made from
+
+
+def load_images(name, data_dir='data', image_size=None):
+    """-> ImageData of one of IMAGE_DATASETS; image_size in pixels a side. Raises DataError."""
+    loaders = {'faces': load_faces, 'digits': load_digits, 'mnist': load_mnist, 'celeba': load_celeba,
+               'folder': load_folder}
+    if name not in loaders:
+        raise DataError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
+    return loaders[name](Path(data_dir), image_size)
+
+
+def load_photo(path, name, image_size):
+    """A user's photo, cropped and resized as the named data set's own images -> (C, image_size, image_size) uint8"""
+    if name == 'mnist':
+        return np.pad(decode(path, 28, mode='L'), ((0, 0), (2, 2), (2, 2)))
+    if name == 'digits':
+        return decode(path, 8, mode='L') // 16 * 17
+    return decode(path, image_size, CELEBA_CROP if name == 'celeba' else 1.)
+
+
+def pack(images, attributes, names, parts, source, n_values=None, max_shift=0):
+    """parts: slices or sorted indices of the train, validation and test splits -> ImageData"""
+    splits = [ImageSplit(images[part], attributes[part]) for part in parts]
+    n_values = n_values or int(np.prod(images.shape[1:]))
+    return ImageData(*splits, tuple(names), n_values, max_shift, digest(source))
+
+
+def digest(source):
+    return hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
+
+
+def seeded_parts(n, where):
+    """80/10/10 of n images, shuffled once and for all -> three arrays of sorted indices"""
+    if n < 10:
+        raise DataError(f'{where} has {n} images: at least 10 are needed for a split into train, validation and test')
+    order = np.random.default_rng(0).permutation(n)
+    return [np.sort(part) for part in np.split(order, [n - 2 * (n // 10), n - n // 10])]
+
+
+# ------------------------------------------------------------------------------------- drawn and bundled sets
+
+def load_faces(data_dir, image_size):
+    size, n_train, n_held_out = image_size or 32, 10_000, 1_000
+    n = n_train + 2 * n_held_out
+    source = ['faces', CACHE_VERSION, size, n_train, n_held_out]
+    images = cached(data_dir, f'faces_{size}', source, (n, 3, size, size),
+                    lambda out: np.copyto(out, draw_faces(n, size)))
+    parts = slice(0, n_train), slice(n_train, n_train + n_held_out), slice(n_train + n_held_out, None)
+    return pack(images, face_attributes(n), ATTRIBUTES, parts, source)
+
+
+def load_digits(data_dir, image_size):
+    """scikit-learn's 1,797 handwritten digits, 8x8 with values 0..16; the topmost two merged, 4 bits hold them all"""
+    from sklearn.datasets import load_digits as load
+    require_size('digits', image_size, 8)
+    pixels, labels = load(return_X_y=True)
+    images = (np.minimum(pixels, 15) * 17).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return pack(images, np.eye(10, dtype=bool)[labels], TEN_CLASSES, seeded_parts(len(images), 'digits'), ['digits'])
+
+
+def require_size(name, given, own):
+    if given not in (None, own):
+        raise DataError(f'--image_size={given}: the images of {name} are {own}x{own}, leave --image_size out')
+
+
+# ------------------------------------------------------------------------------------------------------ mnist
+
+def load_mnist(data_dir, image_size):
+    """The four idx files of LeCun, Cortes and Burges, gzipped or not; the last 5,000 training images validate.
+
+    28x28, padded with zeros to 32x32 on one channel; bits/dim counts the 784 values of the digit itself.
+    """
+    require_size('mnist', image_size, 32)
+    names = [f'{part}-{kind}' for part in ('train', 't10k') for kind in ('images-idx3-ubyte', 'labels-idx1-ubyte')]
+    paths = [find(data_dir, 'mnist', [name, f'{name}.gz']) for name in names]
+    if None in paths:
+        raise DataError(f'mnist is not in {data_dir}: it needs {", ".join(names)} (gzipped or not), '
+                        'which ossci-datasets.s3.amazonaws.com/mnist hands out')
+    arrays = [read_idx(path, 3 if 'images' in name else 1) for path, name in zip(paths, names)]
+    for (images, labels), path in zip((arrays[:2], arrays[2:]), paths[1::2]):
+        if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
+            raise DataError(f'{path}: {len(labels)} labels up to {labels.max(initial=0)} do not fit '
+                            f'{len(images)} images of {images.shape[1]}x{images.shape[2]}')
+    n_train, n_validation = len(arrays[0]), min(5000, len(arrays[0]) // 10)
+    images = np.pad(np.concatenate(arrays[::2])[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))
+    attributes = np.eye(10, dtype=bool)[np.concatenate(arrays[1::2])]
+    parts = slice(0, n_train - n_validation), slice(n_train - n_validation, n_train), slice(n_train, None)
+    return pack(images, attributes, TEN_CLASSES, parts, ['mnist', *map(stamp, paths)], n_values=784, max_shift=1)
+
+
+def read_idx(path, n_dims):
+    """An idx file of unsigned bytes -> array. No more is read than its header promises, and that is bounded."""
+    try:
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
+            header = file.read(4 + 4 * n_dims)
+            magic = bytes([0, 0, 8, n_dims])
+            if len(header) < 4 + 4 * n_dims or header[:4] != magic:
+                raise DataError(f'{path} is not an idx file of bytes in {n_dims} dimensions: its header is '
+                                f'{header[:4].hex() or "empty"}, not {magic.hex()}')
+            shape = [int.from_bytes(header[4 + 4 * i:8 + 4 * i], 'big') for i in range(n_dims)]
+            size = int(np.prod(shape, dtype=object))
+            if size > 2**30:
+                raise DataError(f'{path} claims to hold {"x".join(map(str, shape))} bytes, which no MNIST file does')
+            content = file.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f'{path} cannot be read: {error}; download it again') from None
+    if len(content) != size:
+        raise DataError(f'{path} is {"longer" if len(content) > size else "shorter"} than the {size} bytes that its '
+                        'header promises; download it again')
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def find(data_dir, name, candidates):
+    """-> the first candidate there is in data_dir or in its sub-folder of the data set's name, else None"""
+    paths = [folder / candidate for folder in (data_dir, data_dir / name) for candidate in candidates]
+    return next((path for path in paths if path.exists()), None)
+
+
+# ---------------------------------------------------------------------------------------- celeba and folders
+
+def load_celeba(data_dir, image_size):
+    """CelebA as it ships (Liu et al., 2015): aligned images, 40 attributes, and its own partition"""
+    places = {'img_align_celeba': ('', 'Img'), 'list_attr_celeba.txt': ('', 'Anno'),
+              'list_eval_partition.txt': ('', 'Eval')}
+    paths = [find(data_dir, 'celeba', [Path(folder) / name for folder in folders]) for name, folders in places.items()]
+    if None in paths:
+        raise DataError(f'celeba is not in {data_dir}: it needs {", ".join(places)}, which its owners hand out at '
+                        'mmlab.ie.cuhk.edu.hk/projects/CelebA.html')
+    folder, attribute_path, partition_path = paths
+    lines = read_lines(attribute_path)
+    names = lines[1].split() if len(lines) > 1 else []
+    table = {line.split()[0]: line.split()[1:] for line in lines[2:] if line.strip()}
+    partition = dict(line.split()[:2] for line in read_lines(partition_path) if len(line.split()) >= 2)
+    if not lines or lines[0].strip() != str(len(table)):
+        raise DataError(f'{attribute_path} announces {lines[0].strip() if lines else "nothing"} images and has '
+                        f'{len(table)} rows')
+    require_same_names(table, attribute_path, partition, partition_path)
+    require_same_names(table, attribute_path, {entry.name for entry in os.scandir(folder)}, folder)
+    rows = [(name, partition[name], table[name]) for name in sorted(table)]
+    attributes = parse_attributes(attribute_path, names, [row[2] for row in rows])
+    parts = split_parts(partition_path, [row[1] for row in rows], {'0': 0, '1': 1, '2': 2})
+    size = image_size or 64
+    images, source = decode_all(data_dir, 'celeba', [folder / row[0] for row in rows], size, CELEBA_CROP)
+    return pack(images, attributes, names, parts, [source, [stamp(attribute_path), stamp(partition_path)]])
+
+
+def load_folder(data_dir, image_size):
+    """Any images below data_dir, cropped square; an attributes.csv (image, split, columns of 1 / -1) may be there"""
+    if not data_dir.is_dir():
+        raise DataError(f'{data_dir} is no directory: give one of images by --data_dir')
+    files = sorted(path for path in data_dir.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file()
+                   and not any(part.startswith('.') for part in path.relative_to(data_dir).parts))
+    if not files:
+        raise DataError(f'{data_dir} has no images ({" ".join(sorted(SUFFIXES))}): give a directory by --data_dir')
+    table = data_dir / 'attributes.csv'
+    names, attributes, parts = [], np.zeros((len(files), 0), bool), None
+    if table.exists():
+        names, attributes, parts = read_attribute_table(table, [str(path.relative_to(data_dir)) for path in files])
+    parts = parts or seeded_parts(len(files), data_dir)
+    images, source = decode_all(data_dir, 'folder', files, image_size or 64)
+    return pack(images, attributes, names, parts, [source, stamp(table) if table.exists() else None])
+
+
+def read_attribute_table(path, files):
+    """-> attribute names, attributes (N, A) in the order of files, and the three splits, None without a split column
+
+    A row's image is a path relative to the table or, where that is unique, a file's bare name.
+    """
+    header, *rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path)) if row] or [[]]
+    if not header or header[0] != 'image':
+        raise DataError(f'{path}: the first column must be named image, then split (optional) and the attributes')
+    bare = {}
+    for file in files:
+        bare.setdefault(os.path.basename(file), []).append(file)
+    known = set(files)
+    table = {}
+    for row in rows:
+        name = row[0] if row[0] in known or len(bare.get(row[0], ())) != 1 else bare[row[0]][0]
+        if name in table:
+            raise DataError(f'{path} has two rows for {row[0]}')
+        table[name] = row
+    require_same_names(table, path, known, path.parent)
+    rows = [table[file] for file in files]
+    n_before = 2 if header[1:2] == ['split'] else 1
+    attributes = parse_attributes(path, header[n_before:], [row[n_before:] for row in rows])
+    return header[n_before:], attributes, split_parts(path, [row[1] for row in rows], SPLITS) if n_before == 2 else None
+
+
+def read_lines(path):
+    try:
+        return path.read_text(encoding='utf-8-sig').splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f'{path} cannot be read as text: {error}') from None
+
+
+def require_same_names(names, where, others, elsewhere):
+    for here, in_here, there, in_there in ((where, names, elsewhere, others), (elsewhere, others, where, names)):
+        missing = set(in_here) - set(in_there)
+        if missing:
+            raise DataError(f'{len(missing)} of the images in {here} are not in {there}, such as {min(missing)!r}')
+
+
+def parse_attributes(path, names, rows):
+    """Cells '1' and '-1' -> (N, A) bool"""
+    if len(set(names)) != len(names) or not all(name.isprintable() and name for name in names):
+        raise DataError(f'{path}: attribute names must be printable and different from each other')
+    for row in rows:
+        if len(row) != len(names) or not {'1', '-1'}.issuperset(row):
+            raise DataError(f'{path}: every image needs {len(names)} values 1 or -1, one has {" ".join(row)[:60]!r}')
+    return np.array([[cell == '1' for cell in row] for row in rows], bool).reshape(len(rows), len(names))
+
+
+def split_parts(path, words, meaning):
+    """One word an image -> sorted indices of the train, validation and test images"""
+    unknown = set(words) - set(meaning)
+    if unknown:
+        raise DataError(f'{path}: a split is one of {", ".join(meaning)}, not {min(unknown)!r}')
+    which = np.array([meaning[word] for word in words])
+    parts = [np.flatnonzero(which == k) for k in range(3)]
+    if not all(map(len, parts)):
+        raise DataError(f'{path}: training, validation and test split need at least one image each')
+    return parts
+
+
+def decode_all(data_dir, name, files, size, crop=1.):
+    """-> memory-mapped images (N, 3, size, size) of all the files, and what identifies them"""
+    source = [name, CACHE_VERSION, size, crop, [stamp(path) for path in files]]
+
+    def decode_in_parallel(out):
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(files), unit='image', dynamic_ncols=True,
+                                                              desc=f'decoding {name}') as bar:
+            for i in range(0, len(files), 1024):        # in portions, so that an error stops early
+                for k, image in enumerate(pool.map(lambda path: decode(path, size, crop), files[i:i + 1024])):
+                    out[i + k] = image
+                    bar.update()
+
+    return cached(data_dir, f'{name}_{size}', source, (len(files), 3, size, size), decode_in_parallel), digest(source)
+
+
+def decode(path, size, crop=1., mode='RGB'):
+    """An image file, upright, its central square of crop times the shorter side, resized -> (C, size, size) uint8"""
+    warnings.simplefilter('error', Image.DecompressionBombWarning)
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I'):          # 16 bits
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+            image = image.convert(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f'{path} cannot be decoded as an image: {error}') from None
+    side = round(crop * min(image.size))
+    if side < size:
+        raise DataError(f'{path} is too small: {image.width}x{image.height} pixels leave a square of {side}, '
+                        f'and --image_size is {size}')
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+
+def stamp(path):
+    """Name, size and time of a file: what a cache made of it is known by"""
+    status = path.stat()
+    return [f'{path.parent.name}/{path.name}', status.st_size, status.st_mtime_ns]
+
+
+def cached(data_dir, name, source, shape, make):
+    """-> the array on disk that make(array) filled, memory-mapped; made anew when its source is another"""
+    file = f'{name}_{digest(source)}.npy'
+    folders = [data_dir / '.cache', Path('data') / '.cache']
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):      # none, or damaged: it is made again
+            return np.load(folder / file, mmap_mode='r')
+    folder = next((folder for folder in folders if is_writable(folder)), None)
+    if folder is None:
+        raise DataError(f'neither {folders[0]} nor {folders[1]} can be written to')
+    for stale in folder.glob(f'{name}_*.npy'):
+        stale.unlink()
+    temporary = folder / f'.{file}.{os.getpid()}'
+    try:
+        out = np.lib.format.open_memmap(temporary, 'w+', np.uint8, shape)
+        make(out)
+        out.flush()
+        os.replace(temporary, folder / file)        # whole or not at all
+    finally:
+        temporary.unlink(missing_ok=True)
+    return np.load(folder / file, mmap_mode='r')
+
+
+def is_writable(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)

@@ -1,0 +1,397 @@
+"""The image data sets: right splits and pixels, one cache, and a clear refusal of what is damaged or hostile."""
+import csv
+import gzip
+import os
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from datasets import DataError, faces, images, load_images, load_photo
+
+
+def idx(array, magic=None):
+    header = struct.pack(f'>4B{array.ndim}I', *(magic or (0, 0, 8, array.ndim)), *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, n in (('train', 40), ('t10k', 10)):
+        (tmp_path / f'{part}-images-idx3-ubyte').write_bytes(idx(rng.integers(0, 256, (n, 28, 28))))
+        (tmp_path / f'{part}-labels-idx1-ubyte').write_bytes(idx(rng.integers(0, 10, n)))
+    return tmp_path
+
+
+def noise_image(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(20):
+        path = tmp_path / 'photos' / 'ab'[i % 2] / f'{i:02}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_image(20 + i, 18, i).save(path)
+    return tmp_path / 'photos'
+
+
+def write_table(folder, rows):
+    with open(folder / 'attributes.csv', 'w', newline='') as file:
+        csv.writer(file).writerows(rows)
+
+
+def table_of(n=20):
+    split = ['train'] * (n - 4) + ['val', 'validation', 'test', 'test']
+    return [('image', 'split', 'Odd', 'Big')] + [(f'{i:02}.png', split[i], 2 * (i % 2) - 1, 1) for i in range(n)]
+
+
+@pytest.fixture
+def celeba(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f'{i:06}.jpg' for i in range(1, 13)]
+    (tmp_path / 'img_align_celeba').mkdir()
+    for i, name in enumerate(names):
+        noise_image(178, 218, i).save(tmp_path / 'img_align_celeba' / name, quality=95)
+    rows = [f'{name} ' + ' '.join(' 1' if (i + k) % 3 else '-1' for k in range(40)) for i, name in enumerate(names)]
+    (tmp_path / 'list_attr_celeba.txt').write_text('\n'.join(['12', ' '.join(faces.ATTRIBUTES) + ' ', *rows]) + '\n')
+    (tmp_path / 'list_eval_partition.txt').write_text(
+        ''.join(f'{name} {0 if i < 8 else 1 if i < 10 else 2}\n' for i, name in enumerate(names)))
+    return tmp_path
+
+
+def all_images(data):
+    return np.concatenate([part.images for part in (data.train, data.validation, data.test)])
+
+
+# ------------------------------------------------------------------------------------------------------ faces
+
+def test_faces(tmp_path, monkeypatch):
+    data = load_images('faces', tmp_path, 8)
+    assert [len(part.images) for part in (data.train, data.validation, data.test)] == [10_000, 1_000, 1_000]
+    assert data.train.images.shape[1:] == (3, 8, 8) and data.train.images.dtype == np.uint8 and data.n_values == 192
+    assert data.attribute_names[8] == 'Black_Hair' and data.attribute_names[20] == 'Male'
+    frequency = data.train.attributes.mean(0)
+    assert ((frequency > 0.05) & (frequency < 0.7)).sum() >= 24
+    monkeypatch.setattr(images, 'draw_faces', None)             # the second time nothing is drawn
+    again = load_images('faces', tmp_path, 8)
+    assert (again.test.images == data.test.images).all() and (again.test.attributes == data.test.attributes).all()
+    assert again.fingerprint == data.fingerprint
+
+
+def test_a_face_depends_neither_on_how_many_are_drawn_nor_on_chance():
+    few, many = faces.draw_faces(3, 16), faces.draw_faces(600, 16)
+    assert (few == many[:3]).all()
+    assert (faces.face_attributes(3) == faces.face_attributes(600)[:3]).all()
+    assert len(np.unique(many.reshape(600, -1), axis=0)) == 600
+    assert (faces.draw_faces(3, 16, seed=1) != few).any()
+
+
+@pytest.mark.parametrize('name', [name for name, share in zip(faces.ATTRIBUTES, faces.face_attributes(5000).mean(0))
+                                  if share > 0 and name not in ('No_Beard', 'Straight_Hair')])     # these only say what is not there
+def test_every_attribute_shows(name, monkeypatch):
+    """The same people with and without an attribute: wherever it can be seen, pixels change"""
+    monkeypatch.setattr(faces, 'BLOCK', 60)
+    rng = np.random.default_rng(0)
+    has, look = faces.sample_attributes(rng), faces.sample_look(rng)
+    always = np.ones(faces.BLOCK, bool)
+    has['Wearing_Hat'] = has['Bald'] = has['Eyeglasses'] = ~always      # they hide others
+    off, on = (faces.Painter({**has, name: always & value}, look, 32).face().astype(int) for value in (False, True))
+    change = np.abs(on - off).max(axis=(1, 2, 3))
+    assert np.median(change) >= 16, change
+
+
+# ------------------------------------------------------------------------------------------- digits and mnist
+
+def test_digits():
+    data = load_images('digits')
+    pixels = all_images(data)
+    assert pixels.shape == (1797, 1, 8, 8) and data.n_values == 64
+    assert (pixels == (pixels >> 4) * 17).all()                 # four bits hold every value
+    assert len(np.unique(pixels)) == 16
+    assert (np.concatenate([data.train.attributes, data.validation.attributes, data.test.attributes]).sum(1) == 1).all()
+    assert len(data.validation.images) == len(data.test.images) == 179
+
+
+def test_mnist(mnist):
+    data = load_images('mnist', mnist)
+    raw = np.frombuffer((mnist / 'train-images-idx3-ubyte').read_bytes()[16:], np.uint8).reshape(-1, 28, 28)
+    pixels = np.concatenate([data.train.images, data.validation.images])
+    assert pixels.shape == (40, 1, 32, 32) and (pixels[:, 0, 2:-2, 2:-2] == raw).all()
+    assert pixels.sum(dtype=int) == raw.sum(dtype=int)          # nothing but zeros around
+    labels = np.frombuffer((mnist / 't10k-labels-idx1-ubyte').read_bytes()[8:], np.uint8)
+    assert (data.test.attributes.argmax(1) == labels).all()
+    assert data.n_values == 784 and data.max_shift == 1 and len(data.test.images) == 10
+
+
+def test_mnist_gzipped_in_a_sub_folder(mnist):
+    plain = load_images('mnist', mnist)
+    (mnist / 'mnist').mkdir()
+    for path in list(mnist.glob('*-ubyte')):
+        (mnist / 'mnist' / f'{path.name}.gz').write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    zipped = load_images('mnist', mnist)
+    assert (all_images(plain) == all_images(zipped)).all()
+
+
+@pytest.mark.parametrize('content, part', [
+    (b'', 'is empty'),
+    (idx(np.zeros((40, 28, 28)))[:-1], 'shorter'),
+    (idx(np.zeros((40, 28, 28))) + b'x', 'longer'),
+    (idx(np.zeros((40, 28, 28)), magic=(0, 0, 13, 3)), '00000d03'),
+    (idx(np.zeros((39, 28, 28))), '40 labels'),
+    (idx(np.zeros((40, 14, 14))), '14x14'),
+    (idx(np.zeros(40)), '00000801'),
+    (struct.pack('>4B3I', 0, 0, 8, 3, 2**31, 2**31, 2**31), 'claims'),
+])
+def test_bad_idx_files(content, part, mnist):
+    path = mnist / 'train-images-idx3-ubyte'
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=part) as error:
+        load_images('mnist', mnist)
+    assert str(path) in str(error.value) or 'train-labels' in str(error.value)
+
+
+def test_labels_out_of_range_and_damaged_gzip(mnist):
+    (mnist / 'train-labels-idx1-ubyte').write_bytes(idx(np.full(40, 10)))
+    with pytest.raises(DataError, match='labels up to 10'):
+        load_images('mnist', mnist)
+    path = mnist / 'train-labels-idx1-ubyte'
+    damaged = bytearray(gzip.compress(path.read_bytes()))
+    damaged[20] ^= 255
+    path.unlink()
+    (mnist / 'train-labels-idx1-ubyte.gz').write_bytes(damaged)
+    with pytest.raises(DataError, match='cannot be read|shorter|labels'):
+        load_images('mnist', mnist)
+
+
+@settings(max_examples=200, deadline=None)
+@given(n_dims=st.sampled_from([1, 3]), content=st.one_of(
+    st.binary(max_size=80), st.builds(lambda shape, rest: struct.pack(f'>4B{len(shape)}I', 0, 0, 8, len(shape), *shape) + rest,
+                                      st.lists(st.integers(0, 5), min_size=1, max_size=3), st.binary(max_size=130))),
+       zipped=st.booleans())
+def test_idx_parser_refuses_or_is_right(tmp_path_factory, n_dims, content, zipped):
+    path = tmp_path_factory.mktemp('idx') / ('file.gz' if zipped else 'file')
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    try:
+        array = images.read_idx(path, n_dims)
+    except DataError:
+        return
+    assert array.ndim == n_dims and idx(array) == content
+
+
+# ------------------------------------------------------------------------------------------ folders and celeba
+
+def test_folder_without_attributes(folder):
+    data = load_images('folder', folder, 16)
+    assert [len(part.images) for part in (data.train, data.validation, data.test)] == [16, 2, 2]
+    assert data.attribute_names == () and data.train.attributes.shape == (16, 0)
+    expected = [images.decode(path, 16) for path in sorted(folder.rglob('*.png'))]
+    assert {image.tobytes() for image in expected} == {image.tobytes() for image in all_images(data)}
+    assert len({image.tobytes() for image in expected}) == 20
+
+
+def test_folder_with_attributes_by_file_name_or_path(folder):
+    write_table(folder, table_of())
+    data = load_images('folder', folder, 16)
+    assert data.attribute_names == ('Odd', 'Big')
+    assert [len(part.images) for part in (data.train, data.validation, data.test)] == [16, 2, 2]
+    for i in (0, 3, 15):
+        image = images.decode(next(folder.rglob(f'{i:02}.png')), 16)
+        row, = np.flatnonzero((data.train.images == image).all((1, 2, 3)))
+        assert data.train.attributes[row].tolist() == [i % 2 == 1, True]
+    rows = table_of()
+    write_table(folder, [rows[0], *[(f'{"ab"[i % 2]}/{row[0]}', *row[1:]) for i, row in enumerate(rows[1:])]])
+    assert (all_images(load_images('folder', folder, 16)) == all_images(data)).all()
+
+
+@pytest.mark.parametrize('change, part', [
+    (lambda rows: rows[:-1], '1 of the images in .*photos are not in .*attributes.csv'),
+    (lambda rows: [*rows, ('99.png', 'train', 1, 1)], "such as '99.png'"),
+    (lambda rows: [*rows, rows[5]], 'two rows'),
+    (lambda rows: [('file', *rows[0][1:]), *rows[1:]], 'first column must be named image'),
+    (lambda rows: [*rows[:-1], (*rows[-1][:3], 0)], '1 or -1'),
+    (lambda rows: [*rows[:-1], rows[-1][:3]], 'needs 2 values'),
+    (lambda rows: [*rows[:-1], (rows[-1][0], 'tset', 1, 1)], 'tset'),
+    (lambda rows: [rows[0], *[(row[0], 'train', *row[2:]) for row in rows[1:]]], 'at least one image'),
+    (lambda rows: [('image', 'split', 'Odd', 'Odd'), *rows[1:]], 'different from each other'),
+    (lambda rows: [('image', 'split', 'Odd', '\x1b[31mred'), *rows[1:]], 'printable'),
+    (lambda rows: [], 'first column'),
+])
+def test_bad_attribute_tables(change, part, folder):
+    write_table(folder, change(table_of()))
+    with pytest.raises(DataError, match=part):
+        load_images('folder', folder, 16)
+
+
+def test_bad_folders(folder, tmp_path):
+    (folder / 'a' / 'bad.jpg').write_bytes(b'no image')
+    with pytest.raises(DataError, match='bad.jpg cannot be decoded'):
+        load_images('folder', folder, 16)
+    assert not [path for path in tmp_path.rglob('*.npy*')]      # nothing half done is left
+    (folder / 'a' / 'bad.jpg').unlink()
+    with pytest.raises(DataError, match='too small'):
+        load_images('folder', folder, 19)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(DataError, match='has no images'):
+        load_images('folder', tmp_path / 'empty')
+    with pytest.raises(DataError, match='no directory'):
+        load_images('folder', tmp_path / 'nowhere')
+    noise_image(16, 16).save(tmp_path / 'empty' / 'one.png')
+    with pytest.raises(DataError, match='at least 10'):
+        load_images('folder', tmp_path / 'empty', 16)
+
+
+def test_celeba(celeba):
+    data = load_images('celeba', celeba)
+    assert [len(part.images) for part in (data.train, data.validation, data.test)] == [8, 2, 2]
+    assert data.train.images.shape[1:] == (3, 64, 64) and data.attribute_names == faces.ATTRIBUTES
+    assert data.test.attributes[1].tolist() == [(11 + k) % 3 != 0 for k in range(40)]
+    with Image.open(celeba / 'img_align_celeba' / '000003.jpg') as image:
+        crop = image.crop((15, 35, 163, 183)).resize((64, 64), Image.Resampling.LANCZOS)
+    assert (data.train.images[2] == np.asarray(crop).transpose(2, 0, 1)).all()
+    assert (load_photo(celeba / 'img_align_celeba' / '000003.jpg', 'celeba', 64) == data.train.images[2]).all()
+
+
+def test_celeba_in_its_own_sub_folders(celeba):
+    plain = load_images('celeba', celeba)
+    for name, place in (('img_align_celeba', 'Img'), ('list_attr_celeba.txt', 'Anno'), ('list_eval_partition.txt', 'Eval')):
+        (celeba / 'celeba' / place).mkdir(parents=True)
+        (celeba / name).rename(celeba / 'celeba' / place / name)
+    assert (all_images(load_images('celeba', celeba)) == all_images(plain)).all()
+
+
+@pytest.mark.parametrize('name, change, part', [
+    ('list_attr_celeba.txt', lambda text: text.replace('12\n', '13\n', 1), 'announces 13 images and has 12'),
+    ('list_attr_celeba.txt', lambda text: text[:-4] + '\n', 'needs 40 values'),
+    ('list_attr_celeba.txt', lambda text: text.replace('-1', '0', 1), '1 or -1'),
+    ('list_attr_celeba.txt', lambda text: text.replace('000001.jpg', '000099.jpg'), '000099.jpg'),
+    ('list_attr_celeba.txt', lambda text: '', 'announces nothing'),
+    ('list_eval_partition.txt', lambda text: text.replace('000002.jpg 0\n', ''), '000002.jpg'),
+    ('list_eval_partition.txt', lambda text: text.replace(' 2', ' 3'), "not '3'"),
+])
+def test_bad_celeba(name, change, part, celeba):
+    path = celeba / name
+    path.write_text(change(path.read_text()))
+    with pytest.raises(DataError, match=part):
+        load_images('celeba', celeba)
+
+
+def test_celeba_with_an_image_missing(celeba):
+    (celeba / 'img_align_celeba' / '000005.jpg').unlink()
+    with pytest.raises(DataError, match='000005.jpg'):
+        load_images('celeba', celeba)
+
+
+def test_attribute_file_that_is_no_text(celeba):
+    (celeba / 'list_attr_celeba.txt').write_bytes(b'12\n\xff\xfe')
+    with pytest.raises(DataError, match='cannot be read as text'):
+        load_images('celeba', celeba)
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+
+def test_nothing_is_decoded_twice_and_a_change_is_seen(folder, monkeypatch):
+    first = load_images('folder', folder, 16)
+    cache, = (folder / '.cache').glob('*.npy')
+    with monkeypatch.context() as patch:
+        patch.setattr(images, 'decode', None)
+        assert (all_images(load_images('folder', folder, 16)) == all_images(first)).all()
+    noise_image(20, 18, 77).save(folder / 'a' / '00.png')
+    changed = load_images('folder', folder, 16)
+    assert (all_images(changed) != all_images(first)).any() and changed.fingerprint != first.fingerprint
+    assert not cache.exists() and len(list((folder / '.cache').glob('*.npy'))) == 1     # the stale one is gone
+    load_images('folder', folder, 8)
+    assert len(list((folder / '.cache').glob('*.npy'))) == 2
+
+
+def test_a_damaged_cache_is_made_again(folder):
+    first = all_images(load_images('folder', folder, 16)).copy()
+    cache, = (folder / '.cache').glob('*.npy')
+    cache.write_bytes(cache.read_bytes()[:500])
+    assert (all_images(load_images('folder', folder, 16)) == first).all()
+
+
+def test_data_that_cannot_be_written_to_is_cached_elsewhere(folder, tmp_path, monkeypatch):
+    is_writable = images.is_writable
+    monkeypatch.setattr(images, 'is_writable', lambda path: path != folder / '.cache' and is_writable(path))
+    load_images('folder', folder, 16)
+    assert not (folder / '.cache').exists()
+    assert len(list((tmp_path / 'data' / '.cache').glob('folder_16_*.npy'))) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- photos
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'I;16', 'I', 'F'])
+def test_photos_of_every_mode(mode, tmp_path):
+    grey = np.full((40, 30), 128, np.uint8)
+    if mode.startswith('I'):
+        image = Image.fromarray(grey.astype(np.uint16 if mode == 'I;16' else np.int32) * 256)
+    elif mode == 'F':
+        image = Image.fromarray(grey.astype(np.float32))
+    else:
+        image = Image.fromarray(grey).convert('RGB')
+        image = image.quantize() if mode == 'P' else image.convert(mode)
+    path = tmp_path / ('photo.png' if mode in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16') else 'photo.tif')
+    image.save(path)
+    photo = load_photo(path, 'faces', 24)
+    assert photo.shape == (3, 24, 24) and photo.dtype == np.uint8
+    if mode != '1':
+        assert np.abs(photo.astype(int) - 128).max() <= 2
+
+
+def test_photos_are_cropped_in_the_middle_upright_and_on_white(tmp_path):
+    pixels = np.zeros((30, 90, 3), np.uint8)
+    pixels[:, 30:60] = (255, 0, 0)
+    pixels[:, 60:] = (0, 255, 0)
+    Image.fromarray(pixels).save(tmp_path / 'wide.png')
+    assert (load_photo(tmp_path / 'wide.png', 'faces', 30) == np.array([255, 0, 0])[:, None, None]).all()
+    turned = Image.fromarray(pixels[:, 30:90])                  # red left, green right; upright: red above
+    exif = turned.getexif()
+    exif[0x0112] = 6                                            # to be turned by 90 degrees clockwise
+    turned.save(tmp_path / 'turned.png', exif=exif)
+    photo = load_photo(tmp_path / 'turned.png', 'faces', 10)
+    assert photo[0, 0].min() == 255 and photo[1, -1].min() == 255
+    Image.new('RGBA', (20, 20), (0, 0, 0, 0)).save(tmp_path / 'clear.png')
+    assert load_photo(tmp_path / 'clear.png', 'faces', 20).min() == 255
+
+
+def test_photos_for_grey_data_sets(tmp_path):
+    Image.new('RGB', (60, 60), (255, 255, 255)).save(tmp_path / 'white.png')
+    photo = load_photo(tmp_path / 'white.png', 'mnist', 32)
+    assert photo.shape == (1, 32, 32) and photo[0, 2:-2, 2:-2].min() == 255 and photo.sum(dtype=int) == 255 * 784
+    noise_image(16, 16).save(tmp_path / 'noise.png')
+    photo = load_photo(tmp_path / 'noise.png', 'digits', 8)
+    assert photo.shape == (1, 8, 8) and (photo == (photo >> 4) * 17).all()
+
+
+def test_bad_photos(tmp_path, monkeypatch):
+    noise_image(40, 40).save(tmp_path / 'whole.jpg')
+    (tmp_path / 'half.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:600])
+    for name, part in (('half.jpg', 'cannot be decoded'), ('none.jpg', 'cannot be decoded')):
+        with pytest.raises(DataError, match=part):
+            load_photo(tmp_path / name, 'faces', 32)
+    with pytest.raises(DataError, match='too small: 40x40'):
+        load_photo(tmp_path / 'whole.jpg', 'faces', 64)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1500)        # 1,600 pixels: Pillow only warns below twice the limit
+    with pytest.raises(DataError, match='exceeds limit'):
+        load_photo(tmp_path / 'whole.jpg', 'faces', 32)
+
+
+@pytest.mark.parametrize('name, part', [('imagenet', 'faces, digits, mnist, celeba, folder'),
+                                        ('mnist', 'train-images-idx3-ubyte'), ('celeba', 'img_align_celeba')])
+def test_missing_data(name, part, tmp_path):
+    with pytest.raises(DataError, match=part):
+        load_images(name, tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('name, own', [('digits', 8), ('mnist', 32)])
+def test_sizes_that_cannot_be_chosen(name, own, tmp_path):
+    with pytest.raises(DataError, match=f'{own}x{own}'):
+        load_images(name, tmp_path, 64)
