@@ -11,7 +11,6 @@ of shape (B,) is the log |det| of the Jacobian of the direction that was called,
 """
 import argparse
 import contextlib
-import difflib
 import hashlib
 import json
 import math
@@ -21,13 +20,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import SummaryWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -35,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from datasets import IMAGE_DATASETS, DataError, load_images, load_photo
+from datasets import IMAGE_DATASETS, DataError, draw_grid, load_images, load_photo
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -54,7 +53,7 @@ class Config:
     n_levels: int = option('model', 3, "levels that end in a split; one more follows: L = n_levels + 1 in the paper", 1)
     depth: int = option('model', 32, 'steps of flow a level, K in the paper', 1)
     width: int = option('model', 512, "channels of the coupling networks' hidden layers", 1)
-    conv1x1: str = option('model', 'plu', 'plu or plain: how the matrix of a 1x1 convolution is parametrised')
+    plain_conv1x1: bool = option('model', False, 'learn the matrices of the 1x1 convolutions, not their PLU factors')
     checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
     n_epochs: int = option('optimisation', 100, 'epochs', 1)
     n_epochs_warmup: float = option('optimisation', 2., 'epochs over which the learning rate rises linearly from 0')
@@ -69,7 +68,7 @@ class Config:
 
 # What a data set changes of the above. celeba and mnist: as the first PyTorch reimplementation trained them.
 DEFAULTS = {
-    'faces': dict(image_size=32, n_levels=2, depth=8, width=64, n_epochs=15, n_epochs_warmup=0.5, batch_size=32,
+    'faces': dict(image_size=32, n_levels=2, depth=8, width=64, n_epochs=13, n_epochs_warmup=0.5, batch_size=32, lr=5e-3,
                   lr_decay=1 / 3, ema_decay=0.99),
     'digits': dict(image_size=8, n_bits=4, n_levels=1, depth=8, width=64, n_epochs=30, batch_size=32, lr_decay=1 / 3,
                    ema_decay=0.99),
@@ -80,9 +79,9 @@ DEFAULTS = {
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs'},   # of a checkpoint's options, when training goes on,
               False: {'data_dir', 'batch_size', 'seed'}}            # and in the other modes
 VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
-S_MIN = 0.01                                                     # lower bound of a coupling's scale
 TEMPERATURES = (0., 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.)
-DZ_SCALE, DZ_IMAGES = 1.6, 30_000                                # attribute directions, as in the paper's demo
+DZ_SCALE, DZ_IMAGES = 1.6, 30_000                       # attribute directions, as in the paper's demo
+S_MIN, LOG_STD_MAX = 0.5, 2.                            # bounds that keep the inverse of latents far out finite
 
 
 class UsageError(Exception):
@@ -149,13 +148,13 @@ class Actnorm(nn.Module):
 class Invertible1x1Conv(nn.Module):
     """Invertible 1x1 convolution (sec. 3.2): y_ij = W x_ij, log|det| = H W log|det W|, W a rotation at first.
 
-    'plu' learns the factors of W = P L (U + diag(s)) (eq. 10), whose log|det W| is sum(log|s|) (eq. 11).
+    With plu it learns the factors of W = P L (U + diag(s)) (eq. 10), whose log|det W| is sum(log|s|) (eq. 11).
     """
-    def __init__(self, n_channels, conv1x1='plu'):
+    def __init__(self, n_channels, plu=True):
         super().__init__()
         w = torch.linalg.qr(torch.randn(n_channels, n_channels))[0]
-        self.plu = conv1x1 == 'plu'
-        if self.plu:
+        self.plu = plu
+        if plu:
             p, l, u = torch.linalg.lu(w)
             self.register_buffer('p', p)
             self.register_buffer('sign_s', u.diagonal().sign())
@@ -216,7 +215,7 @@ class ZeroConv(nn.Conv2d):
 class AffineCoupling(nn.Module):
     """Affine coupling (sec. 3.3, table 1): y_a = s * x_a + t, y_b = x_b with (s, t) = NN(x_b), log|det| = sum(log s).
 
-    s = sigmoid(raw + 2) as in the official code, kept above S_MIN so that the inverse stays well conditioned.
+    s = sigmoid(raw + 2) as in the official code, but kept above S_MIN: a step of the inverse enlarges by 2 at most.
     """
     def __init__(self, n_channels, width):
         super().__init__()
@@ -265,7 +264,7 @@ class Split(AffineCoupling):
 
     def scale_and_shift(self, x_b):
         mean, log_std = self.net(x_b).to(x_b.dtype).chunk(2, dim=1)
-        s = (-log_std).exp()
+        s = (-LOG_STD_MAX * torch.tanh(log_std / LOG_STD_MAX)).exp()
         return s, -mean * s
 
 
@@ -288,8 +287,8 @@ class Sequence(nn.ModuleList):
 
 class FlowStep(Sequence):
     """One step of flow (fig. 2a). checkpoint_grads trades time for memory: activations are computed again backward."""
-    def __init__(self, n_channels, width, conv1x1='plu', checkpoint_grads=False):
-        super().__init__([Actnorm(n_channels), Invertible1x1Conv(n_channels, conv1x1),
+    def __init__(self, n_channels, width, plu=True, checkpoint_grads=False):
+        super().__init__([Actnorm(n_channels), Invertible1x1Conv(n_channels, plu),
                           AffineCoupling(n_channels, width)])
         self.checkpoint_grads = checkpoint_grads
 
@@ -301,9 +300,9 @@ class FlowStep(Sequence):
 
 class FlowLevel(Sequence):
     """One level (fig. 2b): squeeze, depth steps of flow, then the split or, on the last level, the prior."""
-    def __init__(self, in_channels, depth, width, is_last=False, conv1x1='plu', checkpoint_grads=False):
+    def __init__(self, in_channels, depth, width, is_last=False, plu=True, checkpoint_grads=False):
         c = 4 * in_channels
-        steps = [FlowStep(c, width, conv1x1, checkpoint_grads) for _ in range(depth)]
+        steps = [FlowStep(c, width, plu, checkpoint_grads) for _ in range(depth)]
         super().__init__([Squeeze(), *steps, Gaussianize(c) if is_last else Split(c)])
 
 
@@ -314,19 +313,16 @@ class Glow(nn.Module):
 
     input_dims: (C, H, W), H and W divisible by 2^(n_levels + 1). z is (B, C H W): the levels' halves, finest first.
     """
-    def __init__(self, input_dims, n_levels, depth, width, n_bits=5, checkpoint_grads=False, conv1x1='plu'):
+    def __init__(self, input_dims, n_levels, depth, width, n_bits=5, checkpoint_grads=False, plu=True):
         super().__init__()
         c, h, w = input_dims
-        if h % 2**(n_levels + 1) or w % 2**(n_levels + 1):
-            raise UsageError(f'image size {h}x{w} is not divisible by 2^(n_levels + 1) = {2**(n_levels + 1)}: '
-                             'lower --n_levels or change --image_size')
         self.input_dims = tuple(input_dims)
         self.dequantize = Dequantize(n_bits)
         self.levels = nn.ModuleList()
         self.z_shapes = []
         for level in range(n_levels + 1):
             is_last = level == n_levels
-            self.levels.append(FlowLevel(c, depth, width, is_last, conv1x1, checkpoint_grads))
+            self.levels.append(FlowLevel(c, depth, width, is_last, plu, checkpoint_grads))
             c, h, w = (4 if is_last else 2) * c, h // 2, w // 2
             self.z_shapes.append((c, h, w))
 
@@ -393,7 +389,7 @@ class BitsPerDim(nn.Module):
 def build_model(config, input_dims):
     torch.manual_seed(config.seed)
     return Glow(input_dims, config.n_levels, config.depth, config.width, config.n_bits, config.checkpoint_grads,
-                config.conv1x1)
+                not config.plain_conv1x1)
 
 
 # -------------------------------------------------------------------------------------- processes, checkpoints
@@ -432,18 +428,25 @@ def setup():
             dist.destroy_process_group()
 
 
+def of_main_process(value, process):
+    """-> the main process's value, on every process"""
+    values = [value]
+    if process.world_size > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def main_process_first(process, function):
     """-> function(), called by the main process before the others, so that they find its caches; it fails for all."""
-    result, error = None, [None]
+    result, error = None, None
     if process.is_main:
         try:
             result = function()
         except (UsageError, DataError) as e:
-            error = [str(e)]
-    if process.world_size > 1:
-        dist.broadcast_object_list(error)
-    if error[0]:
-        raise UsageError(error[0])
+            error = str(e)
+    error = of_main_process(error, process)
+    if error:
+        raise UsageError(error)
     return result if process.is_main else function()
 
 
@@ -515,13 +518,18 @@ def shift_randomly(x, max_shift, generator):
     return x[torch.arange(b, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
+@lru_cache(maxsize=1)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
 def training_batch(data, config, step, process):
     """-> this process's uint8 images and noise of a step: a function of (seed, step, rank), so a resumed run goes on
     with exactly the shuffling and the noise of an unbroken one."""
     n, batch = len(data.train.images), config.batch_size
     epoch, k = divmod(step, steps_per_epoch(data, config, process))
-    order = np.random.default_rng((config.seed, epoch)).permutation(n)
-    index = order[(k * batch * process.world_size + process.rank * batch + np.arange(batch)) % n]
+    first = (k * process.world_size + process.rank) * batch
+    index = epoch_order(n, config.seed, epoch)[np.arange(first, first + batch) % n]
     generator = seeded_generator(process.device, config.seed, step, process.rank)
     x = torch.from_numpy(data.train.images[index]).to(process.device)
     if data.max_shift:
@@ -549,30 +557,9 @@ def bits_per_dim(model, images, n_values, batch_size, process):
     return mean, 2 * math.sqrt(max(0, mean_square - mean**2) / len(images))
 
 
-# -------------------------------------------------------------------------------------------------- pictures
-
-def draw_grid(images, row_labels=(), column_labels=()):
-    """uint8 images (rows, columns, C, H, W) -> PIL image: whole-number enlargement, margins, labels left and above"""
-    n_rows, n_columns, c, h, w = images.shape
-    zoom = max(1, 128 // max(h, w))
-    h, w, gap, font = h * zoom, w * zoom, 8, ImageFont.load_default(18)
-    left = gap + max([int(font.getlength(label)) + 2 * gap for label in row_labels], default=0)
-    top = gap + (18 + gap if column_labels else 0)
-    canvas = Image.new('RGB', (left + n_columns * (w + gap), top + n_rows * (h + gap)), 'white')
-    draw = ImageDraw.Draw(canvas)
-    for i, j in np.ndindex(n_rows, n_columns):
-        pixels = images[i, j].transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
-        canvas.paste(Image.fromarray(pixels[..., 0] if c == 1 else pixels), (left + j * (w + gap), top + i * (h + gap)))
-    for i, label in enumerate(row_labels):
-        draw.text((left - 2 * gap, top + i * (h + gap) + h // 2), label, 'black', font, anchor='rm')
-    for j, label in enumerate(column_labels):
-        draw.text((left + j * (w + gap) + w // 2, top - gap), label, 'black', font, anchor='mb')
-    return canvas
-
-
 @torch.no_grad()
 def sample_rows(model, temperatures, n_columns, seed, device):
-    """-> uint8 samples (rows, n_columns, C, H, W), one row a temperature, each sorted by log-probability, best first"""
+    """-> one row of uint8 samples (n_columns, C, H, W) a temperature, each sorted by log-probability, best first"""
     rows = []
     for row, z_std in enumerate(temperatures):
         eps = torch.randn(n_columns, math.prod(model.input_dims), generator=seeded_generator('cpu', seed, row))
@@ -580,21 +567,22 @@ def sample_rows(model, temperatures, n_columns, seed, device):
         x, logdet = (torch.cat(parts) for parts in zip(*(model.inverse(z_some) for z_some in z.split(64))))
         order = (log_normal(z) - logdet).argsort(descending=True)
         rows.append(model.dequantize.inverse(x)[0][order].cpu().numpy())
-    return np.stack(rows)
+    return rows
 
 
 def save_picture(picture, path):
     write_atomically(path, lambda temporary: picture.save(temporary, format='png'))
-    print(f'wrote {path}')
+    tqdm.write(f'wrote {path}')
 
 
 # -------------------------------------------------------------------------------------------------- training
 
-def learning_rate(config, step, n_steps, n_warmup):
+def learning_rate(config, step, per_epoch):
     """Linear warm-up from 0, constant, and a linear fall to 0 over the last lr_decay of the training"""
-    warmup = min(1., (step + 1) / max(1, n_warmup))
-    fall = min(1., (n_steps - step) / (config.lr_decay * n_steps)) if config.lr_decay else 1.
-    return config.lr * warmup * fall
+    n_steps = config.n_epochs * per_epoch
+    warmup = (step + 1) / max(1, config.n_epochs_warmup * per_epoch)
+    fall = (n_steps - step) / (config.lr_decay * n_steps) if config.lr_decay else 1.
+    return config.lr * min(1., warmup, fall)
 
 
 class Training:
@@ -605,8 +593,7 @@ class Training:
         self.model = build_model(config, self.input_dims).to(process.device, memory_format=torch.channels_last)
         self.step, self.best, self.bits_per_dim = 0, math.inf, math.nan
         if saved is None:                                       # the same on every process, before the model is wrapped
-            rng = np.random.default_rng(config.seed)
-            x = data.train.images[rng.permutation(len(data.train.images))[:config.batch_size_init]]
+            x = data.train.images[epoch_order(len(data.train.images), config.seed, 0)[:config.batch_size_init]]
             u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
             self.model.initialize(torch.from_numpy(x).to(process.device), u.to(process.device))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
@@ -624,7 +611,7 @@ class Training:
     def take_step(self):
         """-> bits/dim and gradient norm of one step, as tensors"""
         for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(self.config, self.step, self.n_steps, self.steps_per_epoch)
+            group['lr'] = learning_rate(self.config, self.step, self.steps_per_epoch)
         loss = self.objective(*training_batch(self.data, self.config, self.step, self.process))
         self.optimizer.zero_grad()
         loss.backward()
@@ -650,9 +637,9 @@ def validate(run, run_dir, writer):
     run.best = min(run.best, run.bits_per_dim)
     if run.process.is_main:
         writer.add_scalar('bits_per_dim/validation', run.bits_per_dim, run.step)
-        samples = sample_rows(model, (0., 0.25, 0.7, 1.), 8, run.config.seed, run.process.device)
-        picture = draw_grid(samples, [f'T = {z_std}' for z_std in (0, 0.25, 0.7, 1)])
-        write_atomically(run_dir / f'samples_at_step_{run.step:06}.png', lambda path: picture.save(path, format='png'))
+        rows = sample_rows(model, (0., 0.25, 0.7, 1.), 8, run.config.seed, run.process.device)
+        picture = draw_grid(rows, ['T = 0', 'T = 0.25', 'T = 0.7', 'T = 1'])
+        save_picture(picture, run_dir / f'samples_at_step_{run.step:06}.png')
         run.save(run_dir / 'checkpoint.pt')
         if is_best:
             run.save(run_dir / 'best.pt')
@@ -709,22 +696,25 @@ def evaluate(model, data, saved, path, config, process):
 def generate(model, path, config, device, z_std, n_samples):
     """Samples at one temperature, or the grid of TEMPERATURES, beside the checkpoint."""
     if z_std is None:
-        rows = sample_rows(model, TEMPERATURES, 4, config.seed, device)
-        labels, name = [f'T = {t:g}' for t in TEMPERATURES], 'range'
+        rows, labels = sample_rows(model, TEMPERATURES, 4, config.seed, device), [f'T = {t:g}' for t in TEMPERATURES]
     else:
         samples = sample_rows(model, [z_std], n_samples, config.seed, device)[0]
-        n_columns = min(8, n_samples)
-        blank = np.full((-n_samples % n_columns, *samples.shape[1:]), 255, np.uint8)
-        rows = np.concatenate([samples, blank]).reshape(-1, n_columns, *samples.shape[1:])
-        labels, name = (), f'{z_std:g}'
+        rows, labels = [samples[i:i + 8] for i in range(0, n_samples, 8)], ()
+    name = 'range' if z_std is None else f'{z_std:g}'
     save_picture(draw_grid(rows, labels), path.with_name(f'generated_samples_at_z_std_{name}.png'))
 
 
 @torch.no_grad()
 def encode(model, images, device):
     """uint8 images (N, C, H, W) -> latents (N, D) of the middles of their bins, so that decoding gives them back"""
-    x = torch.from_numpy(images).to(device)
+    x = torch.tensor(images, device=device)
     return model(model.dequantize(x, torch.full(x.shape, 0.5, device=device))[0])[0]
+
+
+@torch.no_grad()
+def decode(model, z):
+    """latents (N, D) -> uint8 images (N, C, H, W)"""
+    return model.dequantize.inverse(model.inverse(z)[0])[0].cpu().numpy()
 
 
 def attribute_directions(model, data, path, config, device):
@@ -751,18 +741,6 @@ def attribute_directions(model, data, path, config, device):
     return dz
 
 
-def attribute_index(text, names):
-    """'8' or 'Black_Hair' -> 8"""
-    if re.fullmatch(r'-?\d+', text):
-        if not 0 <= int(text) < len(names):
-            raise UsageError(f'attribute {text} is out of range: there are 0 to {len(names) - 1}')
-        return int(text)
-    if text in names:
-        return names.index(text)
-    near = difflib.get_close_matches(text, names, cutoff=0) or names
-    raise UsageError(f'unknown attribute {text!r}: the nearest are {", ".join(near)}')
-
-
 def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img):
     """Decode z + alpha * dz: one row an attribute, one column an alpha, the unchanged image in the middle."""
     names = data.attribute_names
@@ -770,17 +748,16 @@ def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img)
         raise UsageError(f'{config.dataset} in {config.data_dir} has no attributes to visualize')
     has = data.train.attributes[:DZ_IMAGES]
     varies = has.any(0) & ~has.all(0)
-    chosen = [attribute_index(text, names) for text in vis_attrs] if vis_attrs else list(np.flatnonzero(varies))
+    chosen = [data.attribute_index(text) for text in vis_attrs] if vis_attrs else list(np.flatnonzero(varies))
     for i in chosen:
         if not varies[i]:
             raise UsageError(f'attribute {i} ({names[i]}) is the same in all training images: it cannot be edited')
     image = load_photo(vis_img, config.dataset, config.image_size) if vis_img else data.test.images[0]
     dz = attribute_directions(model, data, path, config, device)
     z = encode(model, image[None], device)
-    with torch.no_grad():
-        rows = [model.dequantize.inverse(model.inverse(
-            z + torch.tensor(vis_alphas, device=z.device)[:, None] * dz[i].to(z.device))[0])[0] for i in chosen]
-    picture = draw_grid(torch.stack(rows).cpu().numpy(), [f'{i} {names[i]}' for i in chosen],
+    alphas = torch.tensor(vis_alphas, device=device)[:, None]
+    rows = [decode(model, z + alphas * dz[i].to(device)) for i in chosen]
+    picture = draw_grid(rows, [f'{i} {names[i]}' for i in chosen],
                         [f'{alpha:+g}' if alpha else 'unchanged' for alpha in vis_alphas])
     attrs = ','.join(str(i) for i in chosen) if vis_attrs else 'all'
     source = f'img_{Path(vis_img).stem}' if vis_img else 'sample'
@@ -853,7 +830,11 @@ def choose_config(args, saved, path):
         name = given.get('dataset', Config.dataset)
         if name not in DEFAULTS:
             raise UsageError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
-        return Config(**{**DEFAULTS[name], **given})
+        config = Config(**{**DEFAULTS[name], **given})
+        if config.image_size % 2**(config.n_levels + 1):
+            raise UsageError(f'image size {config.image_size} is not divisible by 2^(n_levels + 1) = '
+                             f'{2**(config.n_levels + 1)}: lower --n_levels or change --image_size')
+        return config
     for name in given.keys() - MAY_CHANGE[args.train]:
         if given[name] != getattr(saved['config'], name):
             raise UsageError(f'--{name}={given[name]} contradicts the checkpoint {path}, '
@@ -872,7 +853,7 @@ def start(args, process):
     if not args.generate:
         data = main_process_first(process, lambda: load_images(config.dataset, config.data_dir, config.image_size))
     if args.train:
-        name = f'glow_{config.dataset}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
+        name = of_main_process(f'glow_{config.dataset}_{time.strftime("%Y-%m-%d_%H-%M-%S")}', process)
         run_dir = path.parent if path else Path(args.output_dir) / name
         if process.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -900,7 +881,7 @@ def main(argv=None):
         message = 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
     else:
         return
-    if int(os.environ.get('RANK', 0)) == 0:
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0:       # once a machine
         print(f'glow.py: error: {message}', file=sys.stderr)
     sys.exit(2)
 

@@ -78,7 +78,7 @@ def sample_look(rng):
         return rng.uniform(low, high, (BLOCK, *shape)).astype(np.float32)
 
     return {
-        'x': normal(0.045), 'y': normal(0.035), 'tilt': normal(0.07), 'turn': normal(0.07), 'zoom': uniform(0.93, 1.07),
+        'x': normal(0.02), 'y': normal(0.015), 'tilt': normal(0.03), 'turn': normal(0.03), 'zoom': uniform(0.97, 1.03),
         'light': uniform(-0.7, 0.7), 'light_up': uniform(0.2, 0.6), 'skin': uniform(0, 1), 'skin_hue': normal(0.02, 3),
         'hair_tone': normal(0.035, 3), 'hair_length': uniform(0, 1), 'wave': uniform(0, 6.3), 'part': normal(0.15),
         'background': uniform(0.3, 0.8, 1) + uniform(-0.2, 0.2, 3), 'background_tilt': uniform(-0.2, 0.2, 2),

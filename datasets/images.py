@@ -5,10 +5,12 @@ is so once, into an array on disk that is memory-mapped from then on.
 """
 import contextlib
 import csv
+import difflib
 import gzip
 import hashlib
 import json
 import os
+import re
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from .faces import ATTRIBUTES, draw_faces, face_attributes
@@ -48,6 +50,18 @@ class ImageData:
     n_values: int                   # by which bits/dim is divided: C H W, but 784 for mnist, which is padded to 32x32
     max_shift: int                  # training images may be shifted by up to so many pixels
     fingerprint: str                # digest of what the images were made from
+
+    def attribute_index(self, text):
+        """'8' or 'Black_Hair' -> 8; raises DataError with the nearest names"""
+        names = self.attribute_names
+        if re.fullmatch(r'-?\d+', text):
+            if not 0 <= int(text) < len(names):
+                raise DataError(f'attribute {text} is out of range: there are 0 to {len(names) - 1}')
+            return int(text)
+        if text not in names:
+            near = difflib.get_close_matches(text, names, cutoff=0) or names
+            raise DataError(f'unknown attribute {text!r}: the nearest are {", ".join(near)}')
+        return names.index(text)
 
 
 def load_images(name, data_dir='data', image_size=None):
@@ -85,6 +99,25 @@ def seeded_parts(n, where):
         raise DataError(f'{where} has {n} images: at least 10 are needed for a split into train, validation and test')
     order = np.random.default_rng(0).permutation(n)
     return [np.sort(part) for part in np.split(order, [n - 2 * (n // 10), n - n // 10])]
+
+
+def draw_grid(rows, row_labels=(), column_labels=()):
+    """Rows of uint8 images (n, C, H, W) -> PIL image: whole-number enlargement, margins, labels left and above"""
+    c, h, w = rows[0].shape[1:]
+    zoom = max(1, 128 // max(h, w))
+    h, w, gap, font = h * zoom, w * zoom, 8, ImageFont.load_default(18)
+    left = gap + max([int(font.getlength(label)) + 2 * gap for label in row_labels], default=0)
+    top = gap + (18 + gap if column_labels else 0)
+    canvas = Image.new('RGB', (left + len(rows[0]) * (w + gap), top + len(rows) * (h + gap)), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for i, j in ((i, j) for i, row in enumerate(rows) for j in range(len(row))):
+        pixels = rows[i][j].transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
+        canvas.paste(Image.fromarray(pixels[..., 0] if c == 1 else pixels), (left + j * (w + gap), top + i * (h + gap)))
+    for i, label in enumerate(row_labels):
+        draw.text((left - 2 * gap, top + i * (h + gap) + h // 2), label, 'black', font, anchor='rm')
+    for j, label in enumerate(column_labels):
+        draw.text((left + j * (w + gap) + w // 2, top - gap), label, 'black', font, anchor='mb')
+    return canvas
 
 
 # ------------------------------------------------------------------------------------- drawn and bundled sets

@@ -93,7 +93,7 @@ def test_a_face_depends_neither_on_how_many_are_drawn_nor_on_chance():
 
 
 @pytest.mark.parametrize('name', [name for name, share in zip(faces.ATTRIBUTES, faces.face_attributes(5000).mean(0))
-                                  if share > 0 and name not in ('No_Beard', 'Straight_Hair')])     # these only say what is not there
+                                  if share > 0 and name not in ('No_Beard', 'Straight_Hair')])  # what is not there
 def test_every_attribute_shows(name, monkeypatch):
     """The same people with and without an attribute: wherever it can be seen, pixels change"""
     monkeypatch.setattr(faces, 'BLOCK', 60)
@@ -172,8 +172,9 @@ def test_labels_out_of_range_and_damaged_gzip(mnist):
 
 @settings(max_examples=200, deadline=None)
 @given(n_dims=st.sampled_from([1, 3]), content=st.one_of(
-    st.binary(max_size=80), st.builds(lambda shape, rest: struct.pack(f'>4B{len(shape)}I', 0, 0, 8, len(shape), *shape) + rest,
-                                      st.lists(st.integers(0, 5), min_size=1, max_size=3), st.binary(max_size=130))),
+    st.binary(max_size=80),
+    st.builds(lambda shape, rest: struct.pack(f'>4B{len(shape)}I', 0, 0, 8, len(shape), *shape) + rest,
+              st.lists(st.integers(0, 5), min_size=1, max_size=3), st.binary(max_size=130))),
        zipped=st.booleans())
 def test_idx_parser_refuses_or_is_right(tmp_path_factory, n_dims, content, zipped):
     path = tmp_path_factory.mktemp('idx') / ('file.gz' if zipped else 'file')
@@ -260,7 +261,8 @@ def test_celeba(celeba):
 
 def test_celeba_in_its_own_sub_folders(celeba):
     plain = load_images('celeba', celeba)
-    for name, place in (('img_align_celeba', 'Img'), ('list_attr_celeba.txt', 'Anno'), ('list_eval_partition.txt', 'Eval')):
+    for name, place in (('img_align_celeba', 'Img'), ('list_attr_celeba.txt', 'Anno'),
+                        ('list_eval_partition.txt', 'Eval')):
         (celeba / 'celeba' / place).mkdir(parents=True)
         (celeba / name).rename(celeba / 'celeba' / place / name)
     assert (all_images(load_images('celeba', celeba)) == all_images(plain)).all()
@@ -395,3 +397,27 @@ def test_missing_data(name, part, tmp_path):
 def test_sizes_that_cannot_be_chosen(name, own, tmp_path):
     with pytest.raises(DataError, match=f'{own}x{own}'):
         load_images(name, tmp_path, 64)
+
+
+def test_attributes_by_index_and_by_name():
+    data = images.ImageData(None, None, None, ('Male', 'Smiling', 'Young'), 1, 0, '')
+    assert data.attribute_index('Smiling') == 1 and data.attribute_index('2') == 2
+    for text, part in (('Smilling', "unknown attribute 'Smilling': the nearest are Smiling"), ('3', 'there are 0 to 2'),
+                       ('-1', 'out of range'), ('smiling', 'Smiling')):
+        with pytest.raises(DataError, match=part):
+            data.attribute_index(text)
+
+
+def test_grid_shows_every_pixel_whole():
+    rng = np.random.default_rng(0)
+    for size, c, zoom in ((8, 1, 16), (32, 3, 4), (48, 3, 2), (200, 3, 1)):
+        rows = [rng.integers(0, 256, (n, c, size, size), dtype=np.uint8) for n in (3, 2)]
+        picture = np.asarray(images.draw_grid(rows, ['a label', 'b'], ['x', 'y', 'z']))
+        step = size * zoom + 8
+        top, left = picture.shape[0] - 2 * step, picture.shape[1] - 3 * step
+        assert left > 50 and top > 20                           # room for the labels
+        for i, row in enumerate(rows):
+            for j, image in enumerate(row):
+                cell = picture[top + i * step:, left + j * step:][:size * zoom, :size * zoom]
+                assert (cell == image.transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)).all()
+        assert (picture[top + step:, left + 2 * step:] == 255).all()        # the shorter row ends in white
