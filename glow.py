@@ -34,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from datasets import IMAGE_DATASETS, DataError, draw_grid, load_images, load_photo
+from datasets import IMAGE_DATASETS, DataError, draw_grid, load_images, load_photo, shift_randomly
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -68,10 +68,10 @@ class Config:
 
 # What a data set changes of the above. celeba and mnist: as the first PyTorch reimplementation trained them.
 DEFAULTS = {
-    'faces': dict(image_size=32, n_levels=2, depth=8, width=64, n_epochs=13, n_epochs_warmup=0.5, batch_size=32, lr=5e-3,
-                  lr_decay=1 / 3, ema_decay=0.99),
-    'digits': dict(image_size=8, n_bits=4, n_levels=1, depth=8, width=64, n_epochs=30, batch_size=32, lr_decay=1 / 3,
-                   ema_decay=0.99),
+    'faces': dict(image_size=32, n_levels=2, depth=8, width=64, n_epochs=12, n_epochs_warmup=0.5, batch_size=32,
+                  lr=5e-3, lr_decay=1 / 3, ema_decay=0.99),
+    'digits': dict(image_size=8, n_bits=4, n_levels=1, depth=8, width=64, n_epochs=30, batch_size=32,
+                   lr_decay=1 / 3, ema_decay=0.99),
     'mnist': dict(image_size=32, n_bits=8),
     'celeba': dict(n_epochs=80),
     'folder': dict(),
@@ -93,9 +93,8 @@ class UsageError(Exception):
 class Dequantize(nn.Module):
     """Discrete images to densities: n_bits of the uint8 image, plus uniform noise u, scaled to [-0.5, 0.5).
 
-    x = (floor(x_8bit / 2^(8 - n)) + u) / 2^n - 0.5, so log|det| = -D n log 2 for D values an image: with it the
-    density's logarithm is a lower bound (in expectation) of the log-probability of the n-bit image
-    (Theis et al., 2016).
+    x = (floor(x_8bit / 2^(8 - n)) + u) / 2^n - 0.5 and log|det| = -D n log 2 for D values an image: with it the density
+    is, on average over u, a lower bound of the n-bit image's log-probability (Theis et al., 2016).
     """
     def __init__(self, n_bits):
         super().__init__()
@@ -288,8 +287,7 @@ class Sequence(nn.ModuleList):
 class FlowStep(Sequence):
     """One step of flow (fig. 2a). checkpoint_grads trades time for memory: activations are computed again backward."""
     def __init__(self, n_channels, width, plu=True, checkpoint_grads=False):
-        super().__init__([Actnorm(n_channels), Invertible1x1Conv(n_channels, plu),
-                          AffineCoupling(n_channels, width)])
+        super().__init__([Actnorm(n_channels), Invertible1x1Conv(n_channels, plu), AffineCoupling(n_channels, width)])
         self.checkpoint_grads = checkpoint_grads
 
     def forward(self, x):
@@ -509,15 +507,6 @@ def seeded_generator(device, *key):
     return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
 
 
-def shift_randomly(x, max_shift, generator):
-    """Each image of (B, C, H, W) moved by up to max_shift pixels both ways; the margin must be empty, it wraps round"""
-    b, _, h, w = x.shape
-    dy, dx = torch.randint(-max_shift, max_shift + 1, (2, b, 1), device=x.device, generator=generator)
-    rows = (torch.arange(h, device=x.device) + dy) % h
-    columns = (torch.arange(w, device=x.device) + dx) % w
-    return x[torch.arange(b, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
-
 @lru_cache(maxsize=1)
 def epoch_order(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
@@ -604,7 +593,7 @@ class Training:
                 getattr(self, name).load_state_dict(saved[name])
         self.objective = BitsPerDim(self.model, data.n_values)
         if process.world_size > 1:
-            self.objective = DistributedDataParallel(self.objective)
+            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)   # they never change
         self.steps_per_epoch = steps_per_epoch(data, config, process)
         self.n_steps = config.n_epochs * self.steps_per_epoch
 
@@ -633,6 +622,7 @@ def validate(run, run_dir, writer):
     model = run.average.module
     run.bits_per_dim, _ = bits_per_dim(model, run.data.validation.images, run.data.n_values, 4 * run.config.batch_size,
                                        run.process)
+    require_finite(run.bits_per_dim, run, run_dir)
     is_best = run.bits_per_dim < run.best
     run.best = min(run.best, run.bits_per_dim)
     if run.process.is_main:
@@ -646,23 +636,31 @@ def validate(run, run_dir, writer):
         tqdm.write(f'step {run.step}: validation {run.bits_per_dim:.4f} bits/dim')
 
 
+def progress(*args, **options):
+    """tqdm, seldom updated where its output goes to a file"""
+    return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15, **options)
+
+
+def require_finite(value, run, run_dir):
+    if not math.isfinite(value):
+        raise UsageError(f'training diverged by step {run.step}: bits/dim or gradients are not finite; lower --lr, or go '
+                         f'on from the last checkpoint in {run_dir} by --restore_file')
+
+
 def train(data, config, process, run_dir, saved=None):
     """Train until config.n_epochs, from a checkpoint's dict if there is one; leaves checkpoint.pt and best.pt"""
     run = Training(config, data, process, saved)
     writer = SummaryWriter(str(run_dir)) if process.is_main else None
     validate_every = run.steps_per_epoch * math.ceil(VALIDATE_STEPS / run.steps_per_epoch)
     per_step = config.batch_size * process.world_size
-    with tqdm(total=run.n_steps, initial=run.step, disable=not process.is_main, unit='step', dynamic_ncols=True,
-              mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+    with progress(total=run.n_steps, initial=run.step, disable=not process.is_main, unit='step') as bar:
         start, start_step = time.perf_counter(), run.step
         while run.step < run.n_steps:
             loss, norm = run.take_step()
             bar.update()
             if run.step % LOG_STEPS == 0:
                 loss, norm = loss.item(), norm.item()
-                if not math.isfinite(loss + norm):
-                    raise UsageError(f'bits/dim {loss}, gradient norm {norm} at step {run.step}: training diverged; '
-                                     f'lower --lr, or go on from the last checkpoint in {run_dir}')
+                require_finite(loss + norm, run, run_dir)
                 speed = (run.step - start_step) * per_step / (time.perf_counter() - start)
                 bar.set_postfix_str(f'{loss:.3f} bits/dim, {speed:.0f} images/s', refresh=False)
                 if process.is_main:
@@ -730,7 +728,7 @@ def attribute_directions(model, data, path, config, device):
         return torch.load(cache, weights_only=True)
     images, attributes = data.train.images[:DZ_IMAGES], torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
     sums = torch.zeros(2, attributes.shape[1], math.prod(images.shape[1:]), dtype=torch.float64)
-    for i in tqdm(range(0, len(images), 4 * config.batch_size), 'encoding training images', dynamic_ncols=True):
+    for i in progress(range(0, len(images), 4 * config.batch_size), 'encoding training images'):
         z = encode(model, images[i:i + 4 * config.batch_size], device).double().cpu()
         has = attributes[i:i + len(z)].T
         sums += torch.stack([has @ z, (1 - has) @ z])
@@ -879,6 +877,8 @@ def main(argv=None):
         message = str(error)
     except torch.cuda.OutOfMemoryError:
         message = 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
+    except KeyboardInterrupt:
+        message = 'interrupted; training goes on by --train --restore_file=RUN/checkpoint.pt'
     else:
         return
     if int(os.environ.get('LOCAL_RANK', 0)) == 0:       # once a machine

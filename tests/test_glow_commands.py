@@ -1,8 +1,9 @@
 """The commands: as a user types them, in several processes, stopped and resumed, and with bad input."""
-import csv
 import json
 import os
 import pickle
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from PIL import Image
 
 import glow
 from datasets import load_images
+from tiny_data import attribute_rows, noise_image, write_celeba, write_folder, write_mnist, write_table
 
 SCRIPT = Path(glow.__file__)
 TINY = ['--depth=1', '--width=8', '--n_epochs=1', '--batch_size=128']
@@ -81,11 +83,12 @@ def test_the_four_lines(tmp_path):
 @pytest.mark.parametrize('launcher', [('-m', 'torch.distributed.launch', '--nproc_per_node=2'),
                                       ('-m', 'torch.distributed.run', '--nproc_per_node=2')])
 def test_two_processes(launcher, tmp_path, trained):
-    command(*launcher, SCRIPT, '--train', '--distributed', '--dataset=digits', *TINY, '--batch_size=64', cwd=tmp_path)
+    where = dict(cwd=tmp_path, CUDA_VISIBLE_DEVICES='')         # two processes need two GPUs or none
+    command(*launcher, SCRIPT, '--train', '--distributed', '--dataset=digits', *TINY, '--batch_size=64', **where)
     run = only((tmp_path / 'results').iterdir())
     assert glow.load_checkpoint(run / 'best.pt')['step'] == 1439 // 128
     with_two = json.loads((run / 'results.json').read_text())
-    command(SCRIPT, '--evaluate', '--batch_size=7', cwd=tmp_path)
+    command(SCRIPT, '--evaluate', '--batch_size=7', **where)
     with_one = json.loads((run / 'results.json').read_text())
     assert with_one == {**with_two, **{key: pytest.approx(with_two[key], rel=1e-6)
                                        for key in ('bits_per_dim', 'two_standard_errors')}}
@@ -127,6 +130,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 
 def test_resuming_is_as_if_it_had_never_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)      # bit for bit on a CPU only
     words = ['--train', '--dataset=digits', '--n_epochs=4', *TINY[:2], '--batch_size=128', f'--data_dir={tmp_path}']
     glow.main([*words, f'--output_dir={tmp_path}/whole'])
     monkeypatch.setattr(glow, 'SAVE_STEPS', 7)
@@ -134,11 +138,11 @@ def test_resuming_is_as_if_it_had_never_stopped(tmp_path, monkeypatch):
 
     def dies_at_step_18(run):
         if run.step == 18:
-            raise KeyboardInterrupt
+            raise ZeroDivisionError
         return take_step(run)
 
     monkeypatch.setattr(glow.Training, 'take_step', dies_at_step_18)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ZeroDivisionError):
         glow.main([*words, f'--output_dir={tmp_path}/stopped'])
     monkeypatch.setattr(glow.Training, 'take_step', take_step)
     stopped = only(tmp_path.glob('stopped/*/checkpoint.pt'))
@@ -182,18 +186,6 @@ def test_every_image_of_an_epoch_is_seen_once(tmp_path):
         seen = [glow.training_batch(numbered, config, epoch * n + k, glow.Process(rank, 2, torch.device('cpu')))[0]
                 for k in range(n) for rank in (0, 1)]
         assert len(torch.cat(seen).unique()) == n * 20
-
-
-def test_shifts_move_whole_images():
-    x = torch.zeros(50, 1, 8, 8, dtype=torch.uint8)
-    x[:, :, 3:5, 3:5] = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)
-    shifted = glow.shift_randomly(x, 2, torch.Generator().manual_seed(0))
-    corners = set()
-    for image in shifted:
-        i, j = (image[0] == 1).nonzero()[0].tolist()
-        assert image[0, i:i + 2, j:j + 2].tolist() == [[1, 2], [3, 4]] and image.sum() == 10
-        corners.add((i, j))
-    assert {i for i, _ in corners} == {j for _, j in corners} == {1, 2, 3, 4, 5}
 
 
 def test_generate(trained, capsys):
@@ -251,6 +243,35 @@ def test_bits_per_dim_of_mnist_counts_784_values(trained):
     by_64, _ = glow.bits_per_dim(model, images, 64, 50, ALONE)
     by_32, _ = glow.bits_per_dim(model, images, 32, 11, ALONE)
     assert by_32 == pytest.approx(2 * by_64, rel=1e-6)
+
+
+def test_every_command_of_the_readme(tmp_path, monkeypatch):
+    """As written, on small data under the names used there; training is made small by options added at the end"""
+    readme = SCRIPT.with_name('README.md').read_text()
+    commands = re.findall(r'(?:python|torchrun)[^`\n|]*?glow\.py( --[^`\n|#]*)', readme)
+    assert {word for line in commands for word in ('train', 'evaluate', 'generate', 'visualize') if word in line} == {
+        'train', 'evaluate', 'generate', 'visualize'}
+    monkeypatch.chdir(tmp_path)
+    write_mnist(tmp_path / 'MNIST')
+    write_celeba(tmp_path / 'CELEBA')
+    write_folder(tmp_path / 'FACES', size=70)
+    write_table(tmp_path / 'FACES', attribute_rows()[:1] + [(*row[:3], -row[2]) for row in attribute_rows()[1:]])
+    noise_image(300, 200).save('me.jpg')
+    glow.main(['--train', '--image_size=16', *TINY])
+    faces = only(tmp_path.glob('results/*/best.pt'))
+    (tmp_path / 'results' / 'RUN').mkdir()
+    for name in ('best.pt', 'checkpoint.pt'):
+        (tmp_path / 'results' / 'RUN' / name).write_bytes(faces.with_name(name).read_bytes())
+    for line in dict.fromkeys(commands):
+        words = shlex.split(line)
+        if '--restore_file' in line:
+            words = [word for word in words if not word.startswith('--n_epochs')]
+        elif '--train' in words:
+            words += [*TINY, '--batch_size=4', '--batch_size_init=8']
+            words += ['--image_size=16', '--batch_size=256'] * ('--dataset' not in line)
+        else:
+            words += [f'--restore_file={faces}']
+        glow.main(words)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -321,27 +342,25 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['bad.pt']
 
 
-def test_divergence_stops_with_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(glow, 'LOG_STEPS', 1)
+@pytest.mark.parametrize('log_steps', [1, 1000])
+def test_divergence_stops_with_one_line_and_is_never_saved(log_steps, tmp_path, capsys, monkeypatch):
+    """Whether a step or the validation after it sees it first"""
+    monkeypatch.setattr(glow, 'LOG_STEPS', log_steps)
     line = refused(capsys, '--train', '--dataset=digits', '--lr=1e30', '--n_epochs_warmup=0', *TINY,
                    f'--output_dir={tmp_path}', f'--data_dir={tmp_path}')
     assert 'diverged' in line and 'lower --lr' in line
+    assert not list(tmp_path.rglob('*.pt'))
 
 
 def test_folder_without_attributes_cannot_be_visualized(tmp_path, capsys):
-    rng, photos = np.random.default_rng(0), tmp_path / 'photos'
-    photos.mkdir()
-    for i in range(20):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(photos / f'{i}.png')
+    photos = tmp_path / 'photos'
+    write_folder(photos)
     options = [f'--data_dir={photos}', f'--output_dir={tmp_path}/out']
     glow.main(['--train', '--dataset=folder', '--image_size=16', '--n_levels=1', *TINY, *options])
     assert 'no attributes' in refused(capsys, '--visualize', *options[1:])
-    with open(photos / 'attributes.csv', 'w', newline='') as file:
-        rows = [(f'{i}.png', 'train' if i < 16 else 'validation' if i < 18 else 'test', 2 * (i % 2) - 1, -1)
-                for i in range(20)]
-        csv.writer(file).writerows([('image', 'split', 'Odd', 'Never'), *rows])
+    write_table(photos, attribute_rows())
     glow.main(['--visualize', *options[1:]])
-    assert 'the same in all training images' in refused(capsys, '--visualize', '--vis_attrs=Never', *options[1:])
+    assert 'the same in all training images' in refused(capsys, '--visualize', '--vis_attrs=Big', *options[1:])
     assert only(tmp_path.glob('out/*/manipulated_sample_attr_all.png'))
 
 

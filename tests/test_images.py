@@ -1,67 +1,36 @@
 """The image data sets: right splits and pixels, one cache, and a clear refusal of what is damaged or hostile."""
-import csv
 import gzip
 import os
 import struct
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import DataError, faces, images, load_images, load_photo
-
-
-def idx(array, magic=None):
-    header = struct.pack(f'>4B{array.ndim}I', *(magic or (0, 0, 8, array.ndim)), *array.shape)
-    return header + array.astype(np.uint8).tobytes()
+from tiny_data import attribute_rows, idx, noise_image, write_celeba, write_folder, write_mnist, write_table
 
 
 @pytest.fixture
 def mnist(tmp_path):
-    rng = np.random.default_rng(0)
-    for part, n in (('train', 40), ('t10k', 10)):
-        (tmp_path / f'{part}-images-idx3-ubyte').write_bytes(idx(rng.integers(0, 256, (n, 28, 28))))
-        (tmp_path / f'{part}-labels-idx1-ubyte').write_bytes(idx(rng.integers(0, 10, n)))
+    write_mnist(tmp_path)
     return tmp_path
-
-
-def noise_image(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for i in range(20):
-        path = tmp_path / 'photos' / 'ab'[i % 2] / f'{i:02}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise_image(20 + i, 18, i).save(path)
+    write_folder(tmp_path / 'photos')
     return tmp_path / 'photos'
-
-
-def write_table(folder, rows):
-    with open(folder / 'attributes.csv', 'w', newline='') as file:
-        csv.writer(file).writerows(rows)
-
-
-def table_of(n=20):
-    split = ['train'] * (n - 4) + ['val', 'validation', 'test', 'test']
-    return [('image', 'split', 'Odd', 'Big')] + [(f'{i:02}.png', split[i], 2 * (i % 2) - 1, 1) for i in range(n)]
 
 
 @pytest.fixture
 def celeba(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [f'{i:06}.jpg' for i in range(1, 13)]
-    (tmp_path / 'img_align_celeba').mkdir()
-    for i, name in enumerate(names):
-        noise_image(178, 218, i).save(tmp_path / 'img_align_celeba' / name, quality=95)
-    rows = [f'{name} ' + ' '.join(' 1' if (i + k) % 3 else '-1' for k in range(40)) for i, name in enumerate(names)]
-    (tmp_path / 'list_attr_celeba.txt').write_text('\n'.join(['12', ' '.join(faces.ATTRIBUTES) + ' ', *rows]) + '\n')
-    (tmp_path / 'list_eval_partition.txt').write_text(
-        ''.join(f'{name} {0 if i < 8 else 1 if i < 10 else 2}\n' for i, name in enumerate(names)))
+    write_celeba(tmp_path)
     return tmp_path
 
 
@@ -198,7 +167,7 @@ def test_folder_without_attributes(folder):
 
 
 def test_folder_with_attributes_by_file_name_or_path(folder):
-    write_table(folder, table_of())
+    write_table(folder, attribute_rows())
     data = load_images('folder', folder, 16)
     assert data.attribute_names == ('Odd', 'Big')
     assert [len(part.images) for part in (data.train, data.validation, data.test)] == [16, 2, 2]
@@ -206,7 +175,7 @@ def test_folder_with_attributes_by_file_name_or_path(folder):
         image = images.decode(next(folder.rglob(f'{i:02}.png')), 16)
         row, = np.flatnonzero((data.train.images == image).all((1, 2, 3)))
         assert data.train.attributes[row].tolist() == [i % 2 == 1, True]
-    rows = table_of()
+    rows = attribute_rows()
     write_table(folder, [rows[0], *[(f'{"ab"[i % 2]}/{row[0]}', *row[1:]) for i, row in enumerate(rows[1:])]])
     assert (all_images(load_images('folder', folder, 16)) == all_images(data)).all()
 
@@ -225,7 +194,7 @@ def test_folder_with_attributes_by_file_name_or_path(folder):
     (lambda rows: [], 'first column'),
 ])
 def test_bad_attribute_tables(change, part, folder):
-    write_table(folder, change(table_of()))
+    write_table(folder, change(attribute_rows()))
     with pytest.raises(DataError, match=part):
         load_images('folder', folder, 16)
 
@@ -421,3 +390,15 @@ def test_grid_shows_every_pixel_whole():
                 cell = picture[top + i * step:, left + j * step:][:size * zoom, :size * zoom]
                 assert (cell == image.transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)).all()
         assert (picture[top + step:, left + 2 * step:] == 255).all()        # the shorter row ends in white
+
+
+def test_shifts_move_whole_images():
+    x = torch.zeros(50, 1, 8, 8, dtype=torch.uint8)
+    x[:, :, 3:5, 3:5] = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)
+    shifted = images.shift_randomly(x, 2, torch.Generator().manual_seed(0))
+    corners = set()
+    for image in shifted:
+        i, j = (image[0] == 1).nonzero()[0].tolist()
+        assert image[0, i:i + 2, j:j + 2].tolist() == [[1, 2], [3, 4]] and image.sum() == 10
+        corners.add((i, j))
+    assert {i for i, _ in corners} == {j for _, j in corners} == {1, 2, 3, 4, 5}
