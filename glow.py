@@ -643,8 +643,8 @@ def progress(*args, **options):
 
 def require_finite(value, run, run_dir):
     if not math.isfinite(value):
-        raise UsageError(f'training diverged by step {run.step}: bits/dim or gradients are not finite; lower --lr, or go '
-                         f'on from the last checkpoint in {run_dir} by --restore_file')
+        raise UsageError(f'training diverged by step {run.step}: bits/dim or gradients are not finite; '
+                         f'lower --lr, or go on from the last checkpoint in {run_dir}')
 
 
 def train(data, config, process, run_dir, saved=None):
@@ -653,6 +653,8 @@ def train(data, config, process, run_dir, saved=None):
     writer = SummaryWriter(str(run_dir)) if process.is_main else None
     validate_every = run.steps_per_epoch * math.ceil(VALIDATE_STEPS / run.steps_per_epoch)
     per_step = config.batch_size * process.world_size
+    if process.is_main:
+        print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.n_steps:,} steps')
     with progress(total=run.n_steps, initial=run.step, disable=not process.is_main, unit='step') as bar:
         start, start_step = time.perf_counter(), run.step
         while run.step < run.n_steps:
@@ -862,6 +864,8 @@ def start(args, process):
     model = restore_model(saved, path, process.device)
     if args.train or args.evaluate:
         evaluate(model, data, saved, path, config, process)
+        if process.is_main and args.train:
+            print(f'the model is {path}; sample grids lie beside it')
     elif process.is_main and args.generate:
         generate(model, path, config, process.device, args.z_std, args.n_samples)
     elif process.is_main:
