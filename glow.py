@@ -421,6 +421,8 @@ def setup():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=2))
     try:
         yield Process(rank, world_size, device)
+        if world_size > 1:
+            dist.barrier()      # Gloo may hang where a process leaves before the others
     finally:
         if world_size > 1:
             dist.destroy_process_group()
