@@ -34,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from datasets import IMAGE_DATASETS, DataError, draw_grid, load_images, load_photo, shift_randomly
+from datasets import IMAGE_DATASETS, UserError, draw_grid, load_images, load_photo, shift_randomly
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -82,10 +82,6 @@ VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at th
 TEMPERATURES = (0., 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.)
 DZ_SCALE, DZ_IMAGES = 1.6, 30_000                       # attribute directions, as in the paper's demo
 S_MIN, LOG_STD_MAX = 0.5, 2.                            # bounds that keep the inverse of latents far out finite
-
-
-class UsageError(Exception):
-    """One clear line for the user: what is wrong and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------- layers
@@ -413,8 +409,8 @@ def setup():
     device = torch.device('cpu')
     if torch.cuda.is_available():
         if local_world_size > torch.cuda.device_count():
-            raise UsageError(f'{local_world_size} processes on a machine of {torch.cuda.device_count()} GPUs: '
-                             'lower --nproc_per_node')
+            raise UserError(f'{local_world_size} processes on a machine of {torch.cuda.device_count()} GPUs: '
+                            'lower --nproc_per_node')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
@@ -442,11 +438,11 @@ def main_process_first(process, function):
     if process.is_main:
         try:
             result = function()
-        except (UsageError, DataError) as e:
+        except UserError as e:
             error = str(e)
     error = of_main_process(error, process)
     if error:
-        raise UsageError(error)
+        raise UserError(error)
     return result if process.is_main else function()
 
 
@@ -464,8 +460,8 @@ def newest_checkpoint(output_dir):
     """-> path of the newest run's best.pt under output_dir, or of its checkpoint.pt where there is no best.pt yet"""
     found = list(Path(output_dir).glob('glow_*/checkpoint.pt'))
     if not found:
-        raise UsageError(f'no checkpoint of glow.py under {output_dir}: train first (python glow.py --train), '
-                         'or give --restore_file or --output_dir')
+        raise UserError(f'no checkpoint of glow.py under {output_dir}: train first (python glow.py --train), '
+                        'or give --restore_file or --output_dir')
     newest = max(found, key=lambda path: path.stat().st_mtime)
     best = newest.with_name('best.pt')
     return best if best.exists() else newest
@@ -474,20 +470,20 @@ def newest_checkpoint(output_dir):
 def load_checkpoint(path):
     """-> the checkpoint's dict, its config a Config. Only tensors and plain values are read, never a pickled object."""
     if not Path(path).is_file():
-        raise UsageError(f'{path}: no such checkpoint')
+        raise UserError(f'{path}: no such checkpoint')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:      # a damaged file fails in too many ways to list
-        raise UsageError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
-                         f'and plain values ({type(error).__name__})') from None
+        raise UserError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
+                        f'and plain values ({type(error).__name__})') from None
     if not isinstance(saved, dict) or saved.get('script') != 'glow.py':
-        raise UsageError(f'{path} is not a checkpoint of glow.py')
+        raise UserError(f'{path} is not a checkpoint of glow.py')
     try:
         saved['config'] = Config(**saved['config'])
         return {key: saved[key] for key in ('config', 'input_dims', 'step', 'bits_per_dim', 'best', 'model', 'average',
                                             'optimizer')}
     except (KeyError, TypeError):
-        raise UsageError(f'{path} is a checkpoint of glow.py, but of another version') from None
+        raise UserError(f'{path} is a checkpoint of glow.py, but of another version') from None
 
 
 def restore_model(saved, path, device):
@@ -497,7 +493,7 @@ def restore_model(saved, path, device):
         average = AveragedModel(model)
         average.load_state_dict(saved['average'])
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UsageError(f'{path}: its weights do not fit its own options ({str(error).splitlines()[0]})') from None
+        raise UserError(f'{path}: its weights do not fit its own options ({str(error).splitlines()[0]})') from None
     return average.module.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -645,8 +641,8 @@ def progress(*args, **options):
 
 def require_finite(value, run, run_dir):
     if not math.isfinite(value):
-        raise UsageError(f'training diverged by step {run.step}: bits/dim or gradients are not finite; '
-                         f'lower --lr, or go on from the last checkpoint in {run_dir}')
+        raise UserError(f'training diverged by step {run.step}: bits/dim or gradients are not finite; '
+                        f'lower --lr, or go on from the last checkpoint in {run_dir}')
 
 
 def train(data, config, process, run_dir, saved=None):
@@ -747,20 +743,20 @@ def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img)
     """Decode z + alpha * dz: one row an attribute, one column an alpha, the unchanged image in the middle."""
     names = data.attribute_names
     if not names:
-        raise UsageError(f'{config.dataset} in {config.data_dir} has no attributes to visualize')
+        raise UserError(f'{config.dataset} in {config.data_dir} has no attributes to visualize')
     has = data.train.attributes[:DZ_IMAGES]
     varies = has.any(0) & ~has.all(0)
     chosen = [data.attribute_index(text) for text in vis_attrs] if vis_attrs else list(np.flatnonzero(varies))
     for i in chosen:
         if not varies[i]:
-            raise UsageError(f'attribute {i} ({names[i]}) is the same in all training images: it cannot be edited')
+            raise UserError(f'attribute {i} ({names[i]}) is the same in all training images: it cannot be edited')
     image = load_photo(vis_img, config.dataset, config.image_size) if vis_img else data.test.images[0]
     dz = attribute_directions(model, data, path, config, device)
     z = encode(model, image[None], device)
     alphas = torch.tensor(vis_alphas, device=device)[:, None]
     rows = [decode(model, z + alphas * dz[i].to(device)) for i in chosen]
-    picture = draw_grid(rows, [f'{i} {names[i]}' for i in chosen],
-                        [f'{alpha:+g}' if alpha else 'unchanged' for alpha in vis_alphas])
+    labels = [names[i] if names[i] == str(i) else f'{i} {names[i]}' for i in chosen]
+    picture = draw_grid(rows, labels, [f'{alpha:+g}' if alpha else 'unchanged' for alpha in vis_alphas])
     attrs = ','.join(str(i) for i in chosen) if vis_attrs else 'all'
     source = f'img_{Path(vis_img).stem}' if vis_img else 'sample'
     save_picture(picture, path.with_name(f'manipulated_{source}_attr_{attrs}.png'))
@@ -770,7 +766,7 @@ def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UsageError(f'{message} (see python glow.py --help)')
+        raise UserError(f'{message} (see python glow.py --help)')
 
 
 def number(kind, low=0, high=math.inf):
@@ -831,16 +827,16 @@ def choose_config(args, saved, path):
     if saved is None:
         name = given.get('dataset', Config.dataset)
         if name not in DEFAULTS:
-            raise UsageError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
+            raise UserError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
         config = Config(**{**DEFAULTS[name], **given})
         if config.image_size % 2**(config.n_levels + 1):
-            raise UsageError(f'image size {config.image_size} is not divisible by 2^(n_levels + 1) = '
-                             f'{2**(config.n_levels + 1)}: lower --n_levels or change --image_size')
+            raise UserError(f'image size {config.image_size} is not divisible by 2^(n_levels + 1) = '
+                            f'{2**(config.n_levels + 1)}: lower --n_levels or change --image_size')
         return config
     for name in given.keys() - MAY_CHANGE[args.train]:
         if given[name] != getattr(saved['config'], name):
-            raise UsageError(f'--{name}={given[name]} contradicts the checkpoint {path}, '
-                             f'which has {name}={getattr(saved["config"], name)}')
+            raise UserError(f'--{name}={given[name]} contradicts the checkpoint {path}, '
+                            f'which has {name}={getattr(saved["config"], name)}')
     return Config(**{**asdict(saved['config']), **given})
 
 
@@ -879,7 +875,7 @@ def main(argv=None):
         args = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
             start(args, process)
-    except (UsageError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         message = str(error)
     except torch.cuda.OutOfMemoryError:
         message = 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'

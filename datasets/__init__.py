@@ -1,5 +1,5 @@
 """The data sets, apart from the algorithms. Loaders return uint8 images and boolean attributes as numpy arrays."""
-from .images import IMAGE_DATASETS, DataError, ImageData, ImageSplit, draw_grid, load_images, load_photo, shift_randomly
+from .images import IMAGE_DATASETS, UserError, ImageData, ImageSplit, draw_grid, load_images, load_photo, shift_randomly
 
-__all__ = ['IMAGE_DATASETS', 'DataError', 'ImageData', 'ImageSplit', 'draw_grid', 'load_images', 'load_photo',
+__all__ = ['IMAGE_DATASETS', 'UserError', 'ImageData', 'ImageSplit', 'draw_grid', 'load_images', 'load_photo',
            'shift_randomly']

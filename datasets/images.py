@@ -33,8 +33,8 @@ FACES_SEED = 842        # one whose first test face, the one that is edited by d
 CELEBA_CROP = 148 / 178     # share of an image's shorter side that is kept
 
 
-class DataError(Exception):
-    """One clear line for the user: what is wrong with the data and what to do"""
+class UserError(Exception):
+    """One clear line for the user: what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +54,24 @@ class ImageData:
     fingerprint: str                # digest of what the images were made from
 
     def attribute_index(self, text):
-        """'8' or 'Black_Hair' -> 8; raises DataError with the nearest names"""
+        """'8' or 'Black_Hair' -> 8; raises UserError with the nearest names"""
         names = self.attribute_names
         if re.fullmatch(r'-?\d+', text):
             if not 0 <= int(text) < len(names):
-                raise DataError(f'attribute {text} is out of range: there are 0 to {len(names) - 1}')
+                raise UserError(f'attribute {text} is out of range: there are 0 to {len(names) - 1}')
             return int(text)
         if text not in names:
             near = difflib.get_close_matches(text, names, cutoff=0) or names
-            raise DataError(f'unknown attribute {text!r}: the nearest are {", ".join(near)}')
+            raise UserError(f'unknown attribute {text!r}: the nearest are {", ".join(near)}')
         return names.index(text)
 
 
 def load_images(name, data_dir='data', image_size=None):
-    """-> ImageData of one of IMAGE_DATASETS; image_size in pixels a side. Raises DataError."""
+    """-> ImageData of one of IMAGE_DATASETS; image_size in pixels a side. Raises UserError."""
     loaders = {'faces': load_faces, 'digits': load_digits, 'mnist': load_mnist, 'celeba': load_celeba,
                'folder': load_folder}
     if name not in loaders:
-        raise DataError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
+        raise UserError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
     return loaders[name](Path(data_dir), image_size)
 
 
@@ -107,7 +107,7 @@ def digest(source):
 def seeded_parts(n, where):
     """80/10/10 of n images, shuffled once and for all -> three arrays of sorted indices"""
     if n < 10:
-        raise DataError(f'{where} has {n} images: at least 10 are needed for a split into train, validation and test')
+        raise UserError(f'{where} has {n} images: at least 10 are needed for a split into train, validation and test')
     order = np.random.default_rng(0).permutation(n)
     return [np.sort(part) for part in np.split(order, [n - 2 * (n // 10), n - n // 10])]
 
@@ -154,7 +154,7 @@ def load_digits(data_dir, image_size):
 
 def require_size(name, given, own):
     if given not in (None, own):
-        raise DataError(f'--image_size={given}: the images of {name} are {own}x{own}, leave --image_size out')
+        raise UserError(f'--image_size={given}: the images of {name} are {own}x{own}, leave --image_size out')
 
 
 # ------------------------------------------------------------------------------------------------------ mnist
@@ -168,12 +168,12 @@ def load_mnist(data_dir, image_size):
     names = [f'{part}-{kind}' for part in ('train', 't10k') for kind in ('images-idx3-ubyte', 'labels-idx1-ubyte')]
     paths = [find(data_dir, 'mnist', [name, f'{name}.gz']) for name in names]
     if None in paths:
-        raise DataError(f'mnist is not in {data_dir}: it needs {", ".join(names)} (gzipped or not), '
+        raise UserError(f'mnist is not in {data_dir}: it needs {", ".join(names)} (gzipped or not), '
                         'which ossci-datasets.s3.amazonaws.com/mnist hands out')
     arrays = [read_idx(path, 3 if 'images' in name else 1) for path, name in zip(paths, names)]
     for (images, labels), path in zip((arrays[:2], arrays[2:]), paths[1::2]):
         if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
-            raise DataError(f'{path}: {len(labels)} labels up to {labels.max(initial=0)} do not fit '
+            raise UserError(f'{path}: {len(labels)} labels up to {labels.max(initial=0)} do not fit '
                             f'{len(images)} images of {images.shape[1]}x{images.shape[2]}')
     n_train, n_validation = len(arrays[0]), min(5000, len(arrays[0]) // 10)
     images = np.pad(np.concatenate(arrays[::2])[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))
@@ -189,17 +189,17 @@ def read_idx(path, n_dims):
             header = file.read(4 + 4 * n_dims)
             magic = bytes([0, 0, 8, n_dims])
             if len(header) < 4 + 4 * n_dims or header[:4] != magic:
-                raise DataError(f'{path} is not an idx file of bytes in {n_dims} dimensions: its header is '
+                raise UserError(f'{path} is not an idx file of bytes in {n_dims} dimensions: its header is '
                                 f'{header[:4].hex() or "empty"}, not {magic.hex()}')
             shape = [int.from_bytes(header[4 + 4 * i:8 + 4 * i], 'big') for i in range(n_dims)]
             size = int(np.prod(shape, dtype=object))
             if size > 2**30:
-                raise DataError(f'{path} claims to hold {"x".join(map(str, shape))} bytes, which no MNIST file does')
+                raise UserError(f'{path} claims to hold {"x".join(map(str, shape))} bytes, which no MNIST file does')
             content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f'{path} cannot be read: {error}; download it again') from None
+        raise UserError(f'{path} cannot be read: {error}; download it again') from None
     if len(content) != size:
-        raise DataError(f'{path} is {"longer" if len(content) > size else "shorter"} than the {size} bytes that its '
+        raise UserError(f'{path} is {"longer" if len(content) > size else "shorter"} than the {size} bytes that its '
                         'header promises; download it again')
     return np.frombuffer(content, np.uint8).reshape(shape)
 
@@ -218,7 +218,7 @@ def load_celeba(data_dir, image_size):
               'list_eval_partition.txt': ('', 'Eval')}
     paths = [find(data_dir, 'celeba', [Path(folder) / name for folder in folders]) for name, folders in places.items()]
     if None in paths:
-        raise DataError(f'celeba is not in {data_dir}: it needs {", ".join(places)}, which its owners hand out at '
+        raise UserError(f'celeba is not in {data_dir}: it needs {", ".join(places)}, which its owners hand out at '
                         'mmlab.ie.cuhk.edu.hk/projects/CelebA.html')
     folder, attribute_path, partition_path = paths
     lines = read_lines(attribute_path)
@@ -226,7 +226,7 @@ def load_celeba(data_dir, image_size):
     table = {line.split()[0]: line.split()[1:] for line in lines[2:] if line.strip()}
     partition = dict(line.split()[:2] for line in read_lines(partition_path) if len(line.split()) >= 2)
     if not lines or lines[0].strip() != str(len(table)):
-        raise DataError(f'{attribute_path} announces {lines[0].strip() if lines else "nothing"} images and has '
+        raise UserError(f'{attribute_path} announces {lines[0].strip() if lines else "nothing"} images and has '
                         f'{len(table)} rows')
     require_same_names(table, attribute_path, partition, partition_path)
     require_same_names(table, attribute_path, {entry.name for entry in os.scandir(folder)}, folder)
@@ -241,11 +241,11 @@ def load_celeba(data_dir, image_size):
 def load_folder(data_dir, image_size):
     """Any images below data_dir, cropped square; an attributes.csv (image, split, columns of 1 / -1) may be there"""
     if not data_dir.is_dir():
-        raise DataError(f'{data_dir} is no directory: give one of images by --data_dir')
+        raise UserError(f'{data_dir} is no directory: give one of images by --data_dir')
     files = sorted(path for path in data_dir.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file()
                    and not any(part.startswith('.') for part in path.relative_to(data_dir).parts))
     if not files:
-        raise DataError(f'{data_dir} has no images ({" ".join(sorted(SUFFIXES))}): give a directory by --data_dir')
+        raise UserError(f'{data_dir} has no images ({" ".join(sorted(SUFFIXES))}): give a directory by --data_dir')
     table = data_dir / 'attributes.csv'
     names, attributes, parts = [], np.zeros((len(files), 0), bool), None
     if table.exists():
@@ -262,7 +262,7 @@ def read_attribute_table(path, files):
     """
     header, *rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path)) if row] or [[]]
     if not header or header[0] != 'image':
-        raise DataError(f'{path}: the first column must be named image, then split (optional) and the attributes')
+        raise UserError(f'{path}: the first column must be named image, then split (optional) and the attributes')
     bare = {}
     for file in files:
         bare.setdefault(os.path.basename(file), []).append(file)
@@ -271,7 +271,7 @@ def read_attribute_table(path, files):
     for row in rows:
         name = row[0] if row[0] in known or len(bare.get(row[0], ())) != 1 else bare[row[0]][0]
         if name in table:
-            raise DataError(f'{path} has two rows for {row[0]}')
+            raise UserError(f'{path} has two rows for {row[0]}')
         table[name] = row
     require_same_names(table, path, known, path.parent)
     rows = [table[file] for file in files]
@@ -284,23 +284,23 @@ def read_lines(path):
     try:
         return path.read_text(encoding='utf-8-sig').splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{path} cannot be read as text: {error}') from None
+        raise UserError(f'{path} cannot be read as text: {error}') from None
 
 
 def require_same_names(names, where, others, elsewhere):
     for here, in_here, there, in_there in ((where, names, elsewhere, others), (elsewhere, others, where, names)):
         missing = set(in_here) - set(in_there)
         if missing:
-            raise DataError(f'{len(missing)} of the images in {here} are not in {there}, such as {min(missing)!r}')
+            raise UserError(f'{len(missing)} of the images in {here} are not in {there}, such as {min(missing)!r}')
 
 
 def parse_attributes(path, names, rows):
     """Cells '1' and '-1' -> (N, A) bool"""
     if len(set(names)) != len(names) or not all(name.isprintable() and name for name in names):
-        raise DataError(f'{path}: attribute names must be printable and different from each other')
+        raise UserError(f'{path}: attribute names must be printable and different from each other')
     for row in rows:
         if len(row) != len(names) or not {'1', '-1'}.issuperset(row):
-            raise DataError(f'{path}: every image needs {len(names)} values 1 or -1, one has {" ".join(row)[:60]!r}')
+            raise UserError(f'{path}: every image needs {len(names)} values 1 or -1, one has {" ".join(row)[:60]!r}')
     return np.array([[cell == '1' for cell in row] for row in rows], bool).reshape(len(rows), len(names))
 
 
@@ -308,11 +308,11 @@ def split_parts(path, words, meaning):
     """One word an image -> sorted indices of the train, validation and test images"""
     unknown = set(words) - set(meaning)
     if unknown:
-        raise DataError(f'{path}: a split is one of {", ".join(meaning)}, not {min(unknown)!r}')
+        raise UserError(f'{path}: a split is one of {", ".join(meaning)}, not {min(unknown)!r}')
     which = np.array([meaning[word] for word in words])
     parts = [np.flatnonzero(which == k) for k in range(3)]
     if not all(map(len, parts)):
-        raise DataError(f'{path}: training, validation and test split need at least one image each')
+        raise UserError(f'{path}: training, validation and test split need at least one image each')
     return parts
 
 
@@ -343,10 +343,10 @@ def decode(path, size, crop=1., mode='RGB'):
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
             image = image.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f'{path} cannot be decoded as an image: {error}') from None
+        raise UserError(f'{path} cannot be decoded as an image: {error}') from None
     side = round(crop * min(image.size))
     if side < size:
-        raise DataError(f'{path} is too small: {image.width}x{image.height} pixels leave a square of {side}, '
+        raise UserError(f'{path} is too small: {image.width}x{image.height} pixels leave a square of {side}, '
                         f'and --image_size is {size}')
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
@@ -370,7 +370,7 @@ def cached(data_dir, name, source, shape, make):
             return np.load(folder / file, mmap_mode='r')
     folder = next((folder for folder in folders if is_writable(folder)), None)
     if folder is None:
-        raise DataError(f'neither {folders[0]} nor {folders[1]} can be written to')
+        raise UserError(f'neither {folders[0]} nor {folders[1]} can be written to')
     for stale in folder.glob(f'{name}_*.npy'):
         stale.unlink()
     temporary = folder / f'.{file}.{os.getpid()}'

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets import DataError, faces, images, load_images, load_photo
+from datasets import UserError, faces, images, load_images, load_photo
 from tiny_data import attribute_rows, idx, noise_image, write_celeba, write_folder, write_mnist, write_table
 
 
@@ -121,21 +121,21 @@ def test_mnist_gzipped_in_a_sub_folder(mnist):
 def test_bad_idx_files(content, part, mnist):
     path = mnist / 'train-images-idx3-ubyte'
     path.write_bytes(content)
-    with pytest.raises(DataError, match=part) as error:
+    with pytest.raises(UserError, match=part) as error:
         load_images('mnist', mnist)
     assert str(path) in str(error.value) or 'train-labels' in str(error.value)
 
 
 def test_labels_out_of_range_and_damaged_gzip(mnist):
     (mnist / 'train-labels-idx1-ubyte').write_bytes(idx(np.full(40, 10)))
-    with pytest.raises(DataError, match='labels up to 10'):
+    with pytest.raises(UserError, match='labels up to 10'):
         load_images('mnist', mnist)
     path = mnist / 'train-labels-idx1-ubyte'
     damaged = bytearray(gzip.compress(path.read_bytes()))
     damaged[20] ^= 255
     path.unlink()
     (mnist / 'train-labels-idx1-ubyte.gz').write_bytes(damaged)
-    with pytest.raises(DataError, match='cannot be read|shorter|labels'):
+    with pytest.raises(UserError, match='cannot be read|shorter|labels'):
         load_images('mnist', mnist)
 
 
@@ -150,7 +150,7 @@ def test_idx_parser_refuses_or_is_right(tmp_path_factory, n_dims, content, zippe
     path.write_bytes(gzip.compress(content) if zipped else content)
     try:
         array = images.read_idx(path, n_dims)
-    except DataError:
+    except UserError:
         return
     assert array.ndim == n_dims and idx(array) == content
 
@@ -195,25 +195,25 @@ def test_folder_with_attributes_by_file_name_or_path(folder):
 ])
 def test_bad_attribute_tables(change, part, folder):
     write_table(folder, change(attribute_rows()))
-    with pytest.raises(DataError, match=part):
+    with pytest.raises(UserError, match=part):
         load_images('folder', folder, 16)
 
 
 def test_bad_folders(folder, tmp_path):
     (folder / 'a' / 'bad.jpg').write_bytes(b'no image')
-    with pytest.raises(DataError, match='bad.jpg cannot be decoded'):
+    with pytest.raises(UserError, match='bad.jpg cannot be decoded'):
         load_images('folder', folder, 16)
     assert not [path for path in tmp_path.rglob('*.npy*')]      # nothing half done is left
     (folder / 'a' / 'bad.jpg').unlink()
-    with pytest.raises(DataError, match='too small'):
+    with pytest.raises(UserError, match='too small'):
         load_images('folder', folder, 19)
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(DataError, match='has no images'):
+    with pytest.raises(UserError, match='has no images'):
         load_images('folder', tmp_path / 'empty')
-    with pytest.raises(DataError, match='no directory'):
+    with pytest.raises(UserError, match='no directory'):
         load_images('folder', tmp_path / 'nowhere')
     noise_image(16, 16).save(tmp_path / 'empty' / 'one.png')
-    with pytest.raises(DataError, match='at least 10'):
+    with pytest.raises(UserError, match='at least 10'):
         load_images('folder', tmp_path / 'empty', 16)
 
 
@@ -249,19 +249,19 @@ def test_celeba_in_its_own_sub_folders(celeba):
 def test_bad_celeba(name, change, part, celeba):
     path = celeba / name
     path.write_text(change(path.read_text()))
-    with pytest.raises(DataError, match=part):
+    with pytest.raises(UserError, match=part):
         load_images('celeba', celeba)
 
 
 def test_celeba_with_an_image_missing(celeba):
     (celeba / 'img_align_celeba' / '000005.jpg').unlink()
-    with pytest.raises(DataError, match='000005.jpg'):
+    with pytest.raises(UserError, match='000005.jpg'):
         load_images('celeba', celeba)
 
 
 def test_attribute_file_that_is_no_text(celeba):
     (celeba / 'list_attr_celeba.txt').write_bytes(b'12\n\xff\xfe')
-    with pytest.raises(DataError, match='cannot be read as text'):
+    with pytest.raises(UserError, match='cannot be read as text'):
         load_images('celeba', celeba)
 
 
@@ -345,26 +345,26 @@ def test_bad_photos(tmp_path, monkeypatch):
     noise_image(40, 40).save(tmp_path / 'whole.jpg')
     (tmp_path / 'half.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:600])
     for name, part in (('half.jpg', 'cannot be decoded'), ('none.jpg', 'cannot be decoded')):
-        with pytest.raises(DataError, match=part):
+        with pytest.raises(UserError, match=part):
             load_photo(tmp_path / name, 'faces', 32)
-    with pytest.raises(DataError, match='too small: 40x40'):
+    with pytest.raises(UserError, match='too small: 40x40'):
         load_photo(tmp_path / 'whole.jpg', 'faces', 64)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1500)        # 1,600 pixels: Pillow only warns below twice the limit
-    with pytest.raises(DataError, match='exceeds limit'):
+    with pytest.raises(UserError, match='exceeds limit'):
         load_photo(tmp_path / 'whole.jpg', 'faces', 32)
 
 
 @pytest.mark.parametrize('name, part', [('imagenet', 'faces, digits, mnist, celeba, folder'),
                                         ('mnist', 'train-images-idx3-ubyte'), ('celeba', 'img_align_celeba')])
 def test_missing_data(name, part, tmp_path):
-    with pytest.raises(DataError, match=part):
+    with pytest.raises(UserError, match=part):
         load_images(name, tmp_path)
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('name, own', [('digits', 8), ('mnist', 32)])
 def test_sizes_that_cannot_be_chosen(name, own, tmp_path):
-    with pytest.raises(DataError, match=f'{own}x{own}'):
+    with pytest.raises(UserError, match=f'{own}x{own}'):
         load_images(name, tmp_path, 64)
 
 
@@ -373,7 +373,7 @@ def test_attributes_by_index_and_by_name():
     assert data.attribute_index('Smiling') == 1 and data.attribute_index('2') == 2
     for text, part in (('Smilling', "unknown attribute 'Smilling': the nearest are Smiling"), ('3', 'there are 0 to 2'),
                        ('-1', 'out of range'), ('smiling', 'Smiling')):
-        with pytest.raises(DataError, match=part):
+        with pytest.raises(UserError, match=part):
             data.attribute_index(text)
 
 
