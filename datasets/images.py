@@ -29,7 +29,8 @@ SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '
 SPLITS = {'train': 0, 'validation': 1, 'val': 1, 'valid': 1, 'test': 2}
 TEN_CLASSES = tuple('0123456789')
 CACHE_VERSION = 1       # raised whenever the same source would give other pixels
-FACES_SEED = 842        # one whose first test face, the one that is edited by default, has nothing covered
+FACES_SEED = 842
+FACES_FIRST = 4         # of the test split, so that what is edited by default is a plain face with nothing covered
 CELEBA_CROP = 148 / 178     # share of an image's shorter side that is kept
 
 
@@ -94,7 +95,7 @@ def shift_randomly(x, max_shift, generator):
 
 
 def pack(images, attributes, names, parts, source, n_values=None, max_shift=0):
-    """parts: slices or sorted indices of the train, validation and test splits -> ImageData"""
+    """parts: slices or indices of the train, validation and test splits -> ImageData"""
     splits = [ImageSplit(images[part], attributes[part]) for part in parts]
     n_values = n_values or int(np.prod(images.shape[1:]))
     return ImageData(*splits, tuple(names), n_values, max_shift, digest(source))
@@ -139,7 +140,8 @@ def load_faces(data_dir, image_size):
     source = ['faces', CACHE_VERSION, size, n, FACES_SEED]
     images = cached(data_dir, f'faces_{size}', source, (n, 3, size, size),
                     lambda out: np.copyto(out, draw_faces(n, size, FACES_SEED)))
-    parts = slice(0, n_train), slice(n_train, n_train + n_held_out), slice(n_train + n_held_out, None)
+    test = np.roll(np.arange(n_train + n_held_out, n), -FACES_FIRST)
+    parts = slice(0, n_train), slice(n_train, n_train + n_held_out), test
     return pack(images, face_attributes(n, FACES_SEED), ATTRIBUTES, parts, source)
 
 
