@@ -3,12 +3,9 @@
 All come as uint8 arrays (N, C, H, W) with boolean attributes (N, A), in three splits. What has to be drawn or decoded
 is so once, into an array on disk that is memory-mapped from then on.
 """
-import contextlib
 import csv
 import difflib
 import gzip
-import hashlib
-import json
 import os
 import re
 import warnings
@@ -23,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from .faces import ATTRIBUTES, draw_faces, face_attributes
+from .files import UserError, cached, digest, find, stamp
 
 IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'celeba', 'folder')
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
@@ -32,10 +30,6 @@ CACHE_VERSION = 1       # raised whenever the same source would give other pixel
 FACES_SEED = 842
 FACES_FIRST = 4         # of the test split, so that what is edited by default is a plain face with nothing covered
 CELEBA_CROP = 148 / 178     # share of an image's shorter side that is kept
-
-
-class UserError(Exception):
-    """One clear line for the user: what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +95,6 @@ def pack(images, attributes, names, parts, source, n_values=None, max_shift=0):
     return ImageData(*splits, tuple(names), n_values, max_shift, digest(source))
 
 
-def digest(source):
-    return hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
-
-
 def seeded_parts(n, where):
     """80/10/10 of n images, shuffled once and for all -> three arrays of sorted indices"""
     if n < 10:
@@ -138,8 +128,8 @@ def load_faces(data_dir, image_size):
     size, n_train, n_held_out = image_size or 32, 10_000, 1_000
     n = n_train + 2 * n_held_out
     source = ['faces', CACHE_VERSION, size, n, FACES_SEED]
-    images = cached(data_dir, f'faces_{size}', source, (n, 3, size, size),
-                    lambda out: np.copyto(out, draw_faces(n, size, FACES_SEED)))
+    images = cached(data_dir, f'faces_{size}', source, lambda create: np.copyto(
+        create((n, 3, size, size), np.uint8), draw_faces(n, size, FACES_SEED)))
     test = np.roll(np.arange(n_train + n_held_out, n), -FACES_FIRST)
     parts = slice(0, n_train), slice(n_train, n_train + n_held_out), test
     return pack(images, face_attributes(n, FACES_SEED), ATTRIBUTES, parts, source)
@@ -204,12 +194,6 @@ def read_idx(path, n_dims):
         raise UserError(f'{path} is {"longer" if len(content) > size else "shorter"} than the {size} bytes that its '
                         'header promises; download it again')
     return np.frombuffer(content, np.uint8).reshape(shape)
-
-
-def find(data_dir, name, candidates):
-    """-> the first candidate there is in data_dir or in its sub-folder of the data set's name, else None"""
-    paths = [folder / candidate for folder in (data_dir, data_dir / name) for candidate in candidates]
-    return next((path for path in paths if path.exists()), None)
 
 
 # ---------------------------------------------------------------------------------------- celeba and folders
@@ -322,7 +306,8 @@ def decode_all(data_dir, name, files, size, crop=1.):
     """-> memory-mapped images (N, 3, size, size) of all the files, and what identifies them"""
     source = [name, CACHE_VERSION, size, crop, [stamp(path) for path in files]]
 
-    def decode_in_parallel(out):
+    def decode_in_parallel(create):
+        out = create((len(files), 3, size, size), np.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
                 desc=f'decoding {name}', total=len(files), unit='image', dynamic_ncols=True) as bar:
             for i in range(0, len(files), 1024):        # in portions, so that an error stops early
@@ -330,7 +315,7 @@ def decode_all(data_dir, name, files, size, crop=1.):
                     out[i + k] = image
                     bar.update()
 
-    return cached(data_dir, f'{name}_{size}', source, (len(files), 3, size, size), decode_in_parallel), digest(source)
+    return cached(data_dir, f'{name}_{size}', source, decode_in_parallel), digest(source)
 
 
 def decode(path, size, crop=1., mode='RGB'):
@@ -353,42 +338,3 @@ def decode(path, size, crop=1., mode='RGB'):
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
-
-
-# ------------------------------------------------------------------------------------------------------ cache
-
-def stamp(path):
-    """Name, size and time of a file: what a cache made of it is known by"""
-    status = path.stat()
-    return [f'{path.parent.name}/{path.name}', status.st_size, status.st_mtime_ns]
-
-
-def cached(data_dir, name, source, shape, make):
-    """-> the array on disk that make(array) filled, memory-mapped; made anew when its source is another"""
-    file = f'{name}_{digest(source)}.npy'
-    folders = [data_dir / '.cache', Path('data') / '.cache']
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError):      # none, or damaged: it is made again
-            return np.load(folder / file, mmap_mode='r')
-    folder = next((folder for folder in folders if is_writable(folder)), None)
-    if folder is None:
-        raise UserError(f'neither {folders[0]} nor {folders[1]} can be written to')
-    for stale in folder.glob(f'{name}_*.npy'):
-        stale.unlink()
-    temporary = folder / f'.{file}.{os.getpid()}'
-    try:
-        out = np.lib.format.open_memmap(temporary, 'w+', np.uint8, shape)
-        make(out)
-        out.flush()
-        os.replace(temporary, folder / file)        # whole or not at all
-    finally:
-        temporary.unlink(missing_ok=True)
-    return np.load(folder / file, mmap_mode='r')
-
-
-def is_writable(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)

@@ -1,0 +1,58 @@
+"""What all loaders need: one kind of error, files found and known by their stamp, arrays kept memory-mapped on disk."""
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+class UserError(Exception):
+    """One clear line for the user: what is wrong and what to do."""
+
+
+def find(data_dir, name, candidates):
+    """-> the first candidate there is in data_dir or in its sub-folder of the data set's name, else None"""
+    paths = [folder / candidate for folder in (data_dir, data_dir / name) for candidate in candidates]
+    return next((path for path in paths if path.exists()), None)
+
+
+def stamp(path):
+    """Name, size and time of a file: what a cache made of it is known by"""
+    status = path.stat()
+    return [f'{path.parent.name}/{path.name}', status.st_size, status.st_mtime_ns]
+
+
+def digest(source):
+    return hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
+
+
+def cached(data_dir, name, source, make):
+    """-> the array on disk, memory-mapped, that make(create) filled, create(shape, dtype) being what gives it the array;
+    made anew when its source is another"""
+    file = f'{name}_{digest(source)}.npy'
+    folders = [data_dir / '.cache', Path('data') / '.cache']
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):      # none, or damaged: it is made again
+            return np.load(folder / file, mmap_mode='r')
+    folder = next((folder for folder in folders if is_writable(folder)), None)
+    if folder is None:
+        raise UserError(f'neither {folders[0]} nor {folders[1]} can be written to')
+    for stale in folder.glob(f'{name}_*.npy'):
+        stale.unlink()
+    temporary = folder / f'.{file}.{os.getpid()}'
+    try:
+        make(lambda shape, dtype: np.lib.format.open_memmap(temporary, 'w+', dtype, shape))
+        os.replace(temporary, folder / file)        # whole or not at all
+    finally:
+        temporary.unlink(missing_ok=True)
+    return np.load(folder / file, mmap_mode='r')
+
+
+def is_writable(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
