@@ -39,6 +39,9 @@ from datasets import IMAGE_DATASETS, UserError, draw_grid, load_images, load_pho
 
 # ---------------------------------------------------------------------------------------------------- config
 
+NAME = 'glow'
+
+
 def option(group, default, text, low=0, high=math.inf):
     return field(default=default, metadata=dict(group=group, help=text, low=low, high=high))
 
@@ -79,6 +82,7 @@ DEFAULTS = {
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs'},   # of a checkpoint's options, when training goes on,
               False: {'data_dir', 'batch_size', 'seed'}}            # and in the other modes
 VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
+CHECKPOINT = ('config', 'input_dims', 'step', 'bits_per_dim', 'best', 'model', 'average', 'optimizer')
 TEMPERATURES = (0., 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.)
 DZ_SCALE, DZ_IMAGES = 1.6, 30_000                       # attribute directions, as in the paper's demo
 S_MIN, LOG_STD_MAX = 0.5, 2.                            # bounds that keep the inverse of latents far out finite
@@ -382,8 +386,9 @@ class BitsPerDim(nn.Module):
 
 def build_model(config, input_dims):
     torch.manual_seed(config.seed)
-    return Glow(input_dims, config.n_levels, config.depth, config.width, config.n_bits, config.checkpoint_grads,
-                not config.plain_conv1x1)
+    model = Glow(input_dims, config.n_levels, config.depth, config.width, config.n_bits, config.checkpoint_grads,
+                 not config.plain_conv1x1)
+    return model.to(memory_format=torch.channels_last)
 
 
 # -------------------------------------------------------------------------------------- processes, checkpoints
@@ -417,10 +422,9 @@ def setup():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=2))
     try:
         yield Process(rank, world_size, device)
-        if world_size > 1:
-            dist.barrier()      # Gloo may hang where a process leaves before the others
     finally:
         if world_size > 1:
+            time.sleep(0.1)     # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
 
@@ -458,9 +462,9 @@ def write_atomically(path, write):
 
 def newest_checkpoint(output_dir):
     """-> path of the newest run's best.pt under output_dir, or of its checkpoint.pt where there is no best.pt yet"""
-    found = list(Path(output_dir).glob('glow_*/checkpoint.pt'))
+    found = list(Path(output_dir).glob(f'{NAME}_*/checkpoint.pt'))
     if not found:
-        raise UserError(f'no checkpoint of glow.py under {output_dir}: train first (python glow.py --train), '
+        raise UserError(f'no checkpoint of {NAME}.py under {output_dir}: train first (python {NAME}.py --train), '
                         'or give --restore_file or --output_dir')
     newest = max(found, key=lambda path: path.stat().st_mtime)
     best = newest.with_name('best.pt')
@@ -476,25 +480,24 @@ def load_checkpoint(path):
     except Exception as error:      # a damaged file fails in too many ways to list
         raise UserError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
                         f'and plain values ({type(error).__name__})') from None
-    if not isinstance(saved, dict) or saved.get('script') != 'glow.py':
-        raise UserError(f'{path} is not a checkpoint of glow.py')
+    if not isinstance(saved, dict) or saved.get('script') != f'{NAME}.py':
+        raise UserError(f'{path} is not a checkpoint of {NAME}.py')
     try:
         saved['config'] = Config(**saved['config'])
-        return {key: saved[key] for key in ('config', 'input_dims', 'step', 'bits_per_dim', 'best', 'model', 'average',
-                                            'optimizer')}
+        return {key: saved[key] for key in CHECKPOINT}
     except (KeyError, TypeError):
-        raise UserError(f'{path} is a checkpoint of glow.py, but of another version') from None
+        raise UserError(f'{path} is a checkpoint of {NAME}.py, but of another version') from None
 
 
 def restore_model(saved, path, device):
-    """-> Glow with the averaged weights of a checkpoint, ready to evaluate and to sample"""
+    """-> the model with the averaged weights of a checkpoint, ready to evaluate and to sample"""
     model = build_model(saved['config'], saved['input_dims'])
     try:
         average = AveragedModel(model)
         average.load_state_dict(saved['average'])
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f'{path}: its weights do not fit its own options ({str(error).splitlines()[0]})') from None
-    return average.module.to(device, memory_format=torch.channels_last).eval()
+    return average.module.to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -577,7 +580,7 @@ class Training:
     def __init__(self, config, data, process, saved=None):
         self.config, self.data, self.process = config, data, process
         self.input_dims = data.train.images.shape[1:]
-        self.model = build_model(config, self.input_dims).to(process.device, memory_format=torch.channels_last)
+        self.model = build_model(config, self.input_dims).to(process.device)
         self.step, self.best, self.bits_per_dim = 0, math.inf, math.nan
         if saved is None:                                       # the same on every process, before the model is wrapped
             x = data.train.images[epoch_order(len(data.train.images), config.seed, 0)[:config.batch_size_init]]
@@ -609,7 +612,7 @@ class Training:
         return loss.detach(), norm
 
     def save(self, path):
-        state = {'script': 'glow.py', 'config': asdict(self.config), 'input_dims': list(self.input_dims),
+        state = {'script': f'{NAME}.py', 'config': asdict(self.config), 'input_dims': list(self.input_dims),
                  'step': self.step, 'bits_per_dim': self.bits_per_dim, 'best': self.best}
         state.update({name: getattr(self, name).state_dict() for name in ('model', 'average', 'optimizer')})
         write_atomically(path, lambda temporary: torch.save(state, temporary))
@@ -766,7 +769,7 @@ def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f'{message} (see python glow.py --help)')
+        raise UserError(f'{message} (see python {NAME}.py --help)')
 
 
 def number(kind, low=0, high=math.inf):
@@ -781,7 +784,7 @@ def number(kind, low=0, high=math.inf):
 
 
 def parse_args(argv):
-    parser = Parser(prog='glow.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(prog=f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     group = parser.add_argument_group('mode, one of')
     mode = group.add_mutually_exclusive_group(required=True)
@@ -884,7 +887,7 @@ def main(argv=None):
     else:
         return
     if int(os.environ.get('LOCAL_RANK', 0)) == 0:       # once a machine
-        print(f'glow.py: error: {message}', file=sys.stderr)
+        print(f'{NAME}.py: error: {message}', file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""The data sets, apart from the algorithms. Loaders return uint8 images and boolean attributes as numpy arrays."""
+"""The data sets, apart from the algorithms: images, for which see images.py, and rows of numbers (tabular.py, toy.py)."""
 from .files import UserError
 from .images import IMAGE_DATASETS, ImageData, ImageSplit, draw_grid, load_images, load_photo, shift_randomly
 

@@ -1,8 +1,10 @@
 """What all loaders need: one kind of error, files found and known by their stamp, arrays kept memory-mapped on disk."""
 import contextlib
+import difflib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,18 @@ import numpy as np
 
 class UserError(Exception):
     """One clear line for the user: what is wrong and what to do."""
+
+
+def index_of(text, names, what):
+    """'8' or 'Black_Hair' -> 8; raises UserError with the nearest names"""
+    if re.fullmatch(r'-?\d+', text):
+        if not 0 <= int(text) < len(names):
+            raise UserError(f'{what} {text} is out of range: there are 0 to {len(names) - 1}')
+        return int(text)
+    if text not in names:
+        near = difflib.get_close_matches(text, names, cutoff=0) or names
+        raise UserError(f'unknown {what} {text!r}: the nearest are {", ".join(near)}')
+    return names.index(text)
 
 
 def find(data_dir, name, candidates):

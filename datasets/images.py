@@ -4,10 +4,8 @@ All come as uint8 arrays (N, C, H, W) with boolean attributes (N, A), in three s
 is so once, into an array on disk that is memory-mapped from then on.
 """
 import csv
-import difflib
 import gzip
 import os
-import re
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from .faces import ATTRIBUTES, draw_faces, face_attributes
-from .files import UserError, cached, digest, find, stamp
+from .files import UserError, cached, digest, find, index_of, stamp
 
 IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'celeba', 'folder')
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
@@ -50,15 +48,7 @@ class ImageData:
 
     def attribute_index(self, text):
         """'8' or 'Black_Hair' -> 8; raises UserError with the nearest names"""
-        names = self.attribute_names
-        if re.fullmatch(r'-?\d+', text):
-            if not 0 <= int(text) < len(names):
-                raise UserError(f'attribute {text} is out of range: there are 0 to {len(names) - 1}')
-            return int(text)
-        if text not in names:
-            near = difflib.get_close_matches(text, names, cutoff=0) or names
-            raise UserError(f'unknown attribute {text!r}: the nearest are {", ".join(near)}')
-        return names.index(text)
+        return index_of(text, self.attribute_names, 'attribute')
 
 
 def load_images(name, data_dir='data', image_size=None):

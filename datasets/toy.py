@@ -39,8 +39,8 @@ def rings(rng, n):
 
 
 def moons(rng, n):
-    points, _ = make_moons(2 * n, noise=0.1, random_state=int(rng.integers(2**31)))     # shuffled: half of them
-    return 2 * points[:n] + [-1, -0.2]                                                  # are independent draws
+    points, _ = make_moons(2 * n, noise=0.1, random_state=int(rng.integers(2**31)))
+    return 2 * points[:n] + [-1, -0.2]      # of twice as many, shuffled: how many lie on which moon is left to chance
 
 
 def pinwheel(rng, n):

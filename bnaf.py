@@ -1,0 +1,914 @@
+"""Block Neural Autoregressive Flow (De Cao, Titov & Aziz, 2019, arXiv 1904.04676), with an exact numerical inverse.
+
+    python bnaf.py --train                                 8gaussians, about two minutes on two CPU cores
+    python bnaf.py --evaluate                              log-likelihood of the newest model on the whole test split
+    python bnaf.py --generate --n_samples=1000             samples, in the data's own units, to a .csv, .npy or .h5
+    python bnaf.py --visualize                             what was learned beside the data
+    python bnaf.py --train --dataset=u2                    density matching: from an energy instead of from data
+    python bnaf.py --train --dataset=my.csv                a table of your own; its anomalies: --evaluate --scores=FILE
+
+Bijections have one protocol: forward(x) -> (z, logdet) and inverse(z) -> (x, logdet), where logdet of shape (B,) is the
+log |det| of the Jacobian of the direction that was called, in nats. Rows are (B, D). The layers inside a flow map d
+blocks of a units each, (B, d a), and carry log_j (B, d, a), the logs of the units' derivatives by their own variable.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from datasets import UserError
+from datasets.tabular import TABLES, Rows, load_rows, read_table, write_table
+from datasets.toy import ENERGIES, SAMPLERS
+
+
+# ---------------------------------------------------------------------------------------------------- config
+
+NAME = 'bnaf'
+RESIDUALS = ('none', 'normal', 'gated')
+
+
+def option(group, default, text, low=0, high=math.inf):
+    return field(default=default, metadata=dict(group=group, help=text, low=low, high=high))
+
+
+@dataclass
+class Config:
+    """What a run is. The command line sets it; the checkpoint keeps it as a plain dict, to rebuild the model from."""
+    dataset: str = option('data', '8gaussians', ', '.join([*SAMPLERS, *ENERGIES, *TABLES]) + ', or a .csv, .npy or .h5')
+    data_dir: str = option('data', 'data', 'where the data lies')
+    test_file: str = option('data', '', 'a table that is the test split of your own one (default: a tenth of its rows)')
+    dequantize: bool = option('data', False, 'spread the discrete columns of your own table by uniform noise')
+    n_flows: int = option('model', 5, 'flows, the variables flipped between them', 1)
+    n_hidden: int = option('model', 1, 'inner layers of a flow, hidden to hidden')
+    hidden_dim: int = option('model', 10, 'hidden units a variable', 1)
+    residual: str = option('model', 'gated', ', '.join(RESIDUALS) + '; none on the last flow')
+    checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
+    n_epochs: int = option('optimisation', 1000, 'epochs, at most; of 100 steps where each draws new rows', 1)
+    n_epochs_warmup: float = option('optimisation', 0., 'epochs over which the learning rate rises linearly from 0')
+    batch_size: int = option('optimisation', 200, 'rows a process', 1)
+    lr: float = option('optimisation', 1e-2, "Adam's learning rate")
+    lr_patience: int = option('optimisation', 20, 'epochs without a better validation score until it is halved')
+    min_lr: float = option('optimisation', 5e-4, 'but not below this')
+    annealing: float = option('optimisation', 0.5, 'first share of the training over which an energy is turned on', 0, 1)
+    early_stop: int = option('optimisation', 100, 'epochs without a better validation score that end the training', 1)
+    grad_norm_clip: float = option('optimisation', 0.1, 'gradients are clipped at this norm')
+    ema_decay: float = option('optimisation', 0.998, 'Polyak average, used for all but training; 0 turns it off', 0, 1)
+    seed: int = option('optimisation', 0, 'of initialisation, splits, shuffling, noise and samples')
+
+
+# The defaults are the official ones for tables; these for the two-dimensional problems.
+TOY = dict(n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1., lr=0.1, early_stop=200)
+MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # of a checkpoint's options, when
+              False: {'data_dir', 'batch_size', 'seed'}}                            # training goes on, and else
+CHECKPOINT = ('config', 'input_dims', 'units', 'step', 'loss', 'best', 'best_step', 'model', 'average', 'optimizer',
+              'scheduler')
+EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
+FARTHEST = 1e6                      # in standardised units: where the inverse gives up looking for a root
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+
+def log_matmul(log_w, log_x):
+    """log(W x) of positive W and x from their logs: (d, b, a), (B, d, a) -> (B, d, b)
+
+    A product of matrices scaled by their rows' maxima (instead of a logsumexp over a (B, d, b, a) tensor), in float64:
+    terms may be smaller than both maxima together by e^-100 and yet be the largest, which float32 cannot hold.
+    """
+    log_w, log_x = log_w.double(), log_x.double()
+    max_w, max_x = log_w.detach().amax(2), log_x.detach().amax(2, keepdim=True)
+    product = torch.einsum('dba,nda->ndb', (log_w - max_w[..., None]).exp(), (log_x - max_x).exp())
+    return product.clamp_min(torch.finfo(torch.float64).tiny).log() + max_w + max_x
+
+
+class MaskedLinear(nn.Module):
+    """Weight-normalised linear map of d blocks of a units to d blocks of b, block lower triangular (eq. 8).
+
+    Blocks on the diagonal are exp(.) > 0: block i of the output grows with block i of the input, and depends else on the
+    blocks before it only. Rows are w = exp(log_g) v / |v|. forward: x (B, d a), log_j (B, d, a) -> the same with b.
+    """
+    def __init__(self, d, a, b):
+        super().__init__()
+        bound = (6 / (a * torch.arange(1., d + 1) + b)).sqrt()          # Xavier's, of the blocks that are not zero
+        self.log_diagonal = nn.Parameter(bound[:, None, None] * torch.empty(d, b, a).uniform_(-1, 1))
+        self.lower = nn.Parameter(bound.repeat_interleave(b)[:, None] * torch.empty(d * b, d * a).uniform_(-1, 1))
+        self.log_g = nn.Parameter((1 - torch.rand(d * b, 1)).log())
+        self.bias = nn.Parameter(torch.empty(d * b).uniform_(-1, 1) / math.sqrt(d * b))
+        mask = torch.ones(d, d).tril(-1).repeat_interleave(b, 0).repeat_interleave(a, 1)
+        self.register_buffer('mask', mask, persistent=False)
+
+    def weights(self):
+        """-> W (d b, d a), and the logs of its diagonal blocks (d, b, a)"""
+        v = torch.block_diag(*self.log_diagonal.exp()) + self.mask * self.lower
+        log_scale = self.log_g - v.square().sum(1, keepdim=True).log() / 2
+        return log_scale.exp() * v, self.log_diagonal + log_scale.view(*self.log_diagonal.shape[:2], 1)
+
+    def forward(self, x, log_j):
+        w, log_diagonal = self.weights()
+        return F.linear(x, w, self.bias), log_matmul(log_diagonal, log_j).to(x.dtype)
+
+
+class Tanh(nn.Module):
+    """tanh of every unit; log tanh'(x) = 2 (log 2 - x - softplus(-2 x)) adds to log_j (eq. 10)."""
+    def forward(self, x, log_j):
+        return x.tanh(), log_j + 2 * (math.log(2) - x - F.softplus(-2 * x)).view(log_j.shape)
+
+
+def find_root(function, target, tol, max_steps=200):
+    """Where increasing functions reach their targets (B, 1), all rows at once -> u (B, 1), NaN where they do not.
+
+    function(u) -> value, slope, anything; its last answer is returned too. Newton's method in a bracket: a step that
+    leaves the bracket, or is more than half the one before, is a bisection; while there is no bracket yet it is at most
+    twice the one before. A row has arrived where another Newton step would be below tol.
+    """
+    u, step = target.clone(), torch.ones_like(target)
+    low, high = torch.full_like(u, -math.inf), torch.full_like(u, math.inf)
+    polished = False
+    for _ in range(max_steps):
+        value, slope, *rest = function(u)
+        newton = (target - value) / slope.clamp_min(torch.finfo(u.dtype).tiny)
+        low, high = torch.where(value <= target, u, low), torch.where(value >= target, u, high)
+        arrived = newton.abs() <= tol
+        given_up = ~arrived & ((u.abs() > FARTHEST) | u.isnan() | (high - low <= torch.finfo(u.dtype).eps * u.abs()))
+        if (arrived | given_up).all():
+            if polished:                    # by one step more than tol asks for: errors add up over the variables
+                break
+            polished = True
+        bracketed = (high - low).isfinite()
+        inside = (u + newton > low) & (u + newton < high) & (newton.abs() <= step / 2)
+        new = torch.where(bracketed & ~inside & ~arrived, (low + high) / 2, u + newton.clamp(-2 * step, 2 * step))
+        step = torch.where(given_up, step, (new - u).abs())
+        u = torch.where(given_up, u, new)
+    return torch.where(arrived, u, math.nan), *rest
+
+
+class BlockFlow(nn.Module):
+    """One block neural autoregressive flow (sec. 3): z_i = f_i(x_1 ... x_i), strictly increasing in x_i.
+
+    residual: None; 'normal', z = f(x) + x; or 'gated', z = s f(x) + (1 - s) x with s = sigmoid(gate).
+    """
+    inverse_tol = None          # in units of x; by default 1e-5 in float32 and 1e-10 in float64
+
+    def __init__(self, data_dim, n_hidden, hidden_dim, residual=None, checkpoint_grads=False):
+        super().__init__()
+        units = [1, *[hidden_dim] * (n_hidden + 1), 1]
+        self.linears = nn.ModuleList(MaskedLinear(data_dim, a, b) for a, b in zip(units, units[1:]))
+        self.tanh = Tanh()
+        self.residual, self.checkpoint_grads = residual, checkpoint_grads
+        if residual == 'gated':
+            self.gate = nn.Parameter(torch.randn(()))
+
+    def forward(self, x):
+        if self.checkpoint_grads and torch.is_grad_enabled():
+            return checkpoint(self.transform, x, use_reentrant=False)
+        return self.transform(x)
+
+    def transform(self, x):
+        z, log_j = self.linears[0](x, x.new_zeros(*x.shape, 1))
+        for linear in self.linears[1:]:
+            z, log_j = linear(*self.tanh(z, log_j))
+        log_j = log_j.squeeze(2)
+        if self.residual == 'normal':
+            z, log_j = z + x, F.softplus(log_j)                         # log(J + 1)
+        elif self.residual == 'gated':
+            z = torch.lerp(x, z, torch.sigmoid(self.gate))
+            log_j = F.softplus(log_j + self.gate) - F.softplus(self.gate)       # log(s J + 1 - s)
+        return z, log_j.sum(1)
+
+    def inverse(self, z):
+        """-> x, logdet; x is NaN where inverse_tol is not reached, as beyond the range of a flow of tanhs. Gradients are
+        those of the implicit function theorem."""
+        tol = self.inverse_tol or (1e-5 if z.dtype == torch.float32 else 1e-10)
+        x = self.solve(z.detach(), tol)
+        if torch.is_grad_enabled():
+            x = self.attach(x, z)
+        return x, -self(x)[1]
+
+    @torch.no_grad()
+    def solve(self, z, tol):
+        """One variable after the other; of each layer only the rows that are the new variable's are computed."""
+        weights = [linear.weights()[0] for linear in self.linears]
+        inputs = [z.new_zeros(len(z), w.shape[1]) for w in weights]     # to each layer, as far as known
+        for i in range(z.shape[1]):
+            blocks = []
+            for linear, w, known in zip(self.linears, weights, inputs):
+                _, b, a = linear.log_diagonal.shape
+                rows, own = slice(i * b, (i + 1) * b), slice(i * a, (i + 1) * a)
+                blocks.append((F.linear(known[:, :i * a], w[rows, :i * a], linear.bias[rows]), w[rows, own]))
+            u, units = find_root(partial(self.evaluate, blocks), z[:, i:i + 1], tol)
+            for known, own in zip(inputs, [u, *units]):
+                known[:, i * own.shape[1]:(i + 1) * own.shape[1]] = own
+        return inputs[0]
+
+    def evaluate(self, blocks, u):
+        """f_i of the i-th variable u (B, 1), its slope, and its hidden units; blocks holds the rest of each layer"""
+        y, slope, units = u, torch.ones_like(u), []
+        for k, (known, w) in enumerate(blocks):
+            if k:
+                y = y.tanh()
+                slope = slope * (1 - y.square())
+                units.append(y)
+            y, slope = known + y @ w.T, slope @ w.T
+        if self.residual == 'normal':
+            return y + u, slope + 1, units
+        if self.residual == 'gated':
+            s = torch.sigmoid(self.gate)
+            return torch.lerp(u, y, s), 1 - s + s * slope, units
+        return y, slope, units
+
+    def attach(self, x, z):
+        """x, with the gradients of the inverse: dx = (df/dx)^-1 (dz - df/dtheta dtheta)"""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            f = self(x)[0]
+            jacobian = torch.stack([torch.autograd.grad(f[:, i].sum(), x, retain_graph=True)[0]
+                                    for i in range(x.shape[1])], 1)
+        x = x.detach()
+        return x + torch.linalg.solve_triangular(jacobian, (z - self(x)[0])[..., None], upper=False).squeeze(2)
+
+
+class Flip(nn.Module):
+    """The variables in reverse order; log|det| = 0."""
+    def forward(self, x):
+        return x.flip(1), x.new_zeros(len(x))
+
+    inverse = forward
+
+
+class Sequence(nn.ModuleList):
+    """Bijections one after the other; their log-determinants add up."""
+    def forward(self, x):
+        logdet = x.new_zeros(len(x))
+        for layer in self:
+            x, logdet_layer = layer(x)
+            logdet = logdet + logdet_layer
+        return x, logdet
+
+    def inverse(self, z):
+        logdet = z.new_zeros(len(z))
+        for layer in reversed(self):
+            z, logdet_layer = layer.inverse(z)
+            logdet = logdet + logdet_layer
+        return z, logdet
+
+
+# ----------------------------------------------------------------------------------------------------- model
+
+class BNAF(Sequence):
+    """Flows with the variables flipped between them: of data, from rows (B, data_dim) to latents z ~ N(0, I); matched to
+    an energy, from noise to rows. hidden_dim counts units a variable; the last flow has no residual.
+    """
+    def __init__(self, data_dim, n_flows=5, n_hidden=1, hidden_dim=10, residual='gated', checkpoint_grads=False):
+        layers = []
+        for k in range(n_flows):
+            own = residual if k < n_flows - 1 else None
+            layers += [BlockFlow(data_dim, n_hidden, hidden_dim, own, checkpoint_grads), Flip()]
+        super().__init__(layers[:-1])
+        self.data_dim = data_dim
+
+    def log_prob(self, x):
+        """rows (B, data_dim) -> log p(x) in nats (B,)"""
+        z, logdet = self(x)
+        return log_normal(z) + logdet
+
+    def sample(self, n, z_std=1., generator=None):
+        """-> n rows (n, data_dim), drawn at temperature z_std through the inverse"""
+        return draw(self.inverse, n, self.data_dim, next(self.parameters()), z_std, generator)[0]
+
+
+@torch.no_grad()
+def draw(push, n, data_dim, like, z_std=1., generator=None):
+    """-> n rows x = push(z) for z ~ N(0, z_std^2 I), their log p(x), and the number of z that had to be drawn anew
+
+    A flow that ends in tanhs does not reach all of space: z that have no x within the inverse's tolerance are rejected.
+    """
+    kept, n_kept, n_drawn = [], 0, 0
+    while n_kept < n:
+        eps = torch.randn(min(n, 10_000), data_dim, generator=generator, dtype=like.dtype)
+        z = z_std * eps.to(like.device)
+        x, logdet = push(z)
+        found = x.isfinite().all(1) & logdet.isfinite()
+        kept.append((x[found], (log_normal(z) - logdet)[found]))
+        n_kept, n_drawn = n_kept + int(found.sum()), n_drawn + len(z)
+        if n_kept < 0.01 * n_drawn:
+            raise UserError(f'of {n_drawn:,} draws only {n_kept} could be inverted: the model is not trained, or '
+                            '--inverse_tol is below its precision')
+    x, log_p = (torch.cat(parts)[:n] for parts in zip(*kept))
+    return x, log_p, n_drawn - n_kept
+
+
+def log_normal(z):
+    """log N(z; 0, I) of each row, in nats: (B, D) -> (B,)"""
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
+class Objective(nn.Module):
+    """What is minimised, in nats, as DistributedDataParallel wraps it: -log p(x) in the data's own units (eq. 2) or, for
+    an energy, the KL divergence of the flow's density to exp(-U) / Z, x being noise (eq. 3)."""
+    def __init__(self, model, data):
+        super().__init__()
+        self.model = model
+        self.energy = data.energy
+        self.constant = float(data.log_z + np.log(data.std).sum())
+
+    def per_row(self, x, beta=1.):
+        if self.energy is None:
+            return self.constant - self.model.log_prob(x)
+        y, logdet = self.model(x)
+        return self.constant + log_normal(x) - logdet + beta * self.energy(y)
+
+    def forward(self, x, beta=1.):
+        return self.per_row(x, beta).mean()
+
+
+def build_model(config, input_dims):
+    torch.manual_seed(config.seed)
+    residual = None if config.residual == 'none' else config.residual
+    return BNAF(*input_dims, config.n_flows, config.n_hidden, config.hidden_dim, residual, config.checkpoint_grads)
+
+
+# -------------------------------------------------------------------------------------- processes, checkpoints
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the launcher."""
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def setup():
+    """Join the process group of torchrun or torch.distributed.launch, if one started us: NCCL on GPUs, else Gloo."""
+    rank, local_rank, world_size, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        if local_world_size > torch.cuda.device_count():
+            raise UserError(f'{local_world_size} processes on a machine of {torch.cuda.device_count()} GPUs: '
+                            'lower --nproc_per_node')
+        device = torch.device('cuda', local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=2))
+    try:
+        yield Process(rank, world_size, device)
+    finally:
+        if world_size > 1:
+            time.sleep(0.1)     # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
+            dist.destroy_process_group()
+
+
+def of_main_process(value, process):
+    """-> the main process's value, on every process"""
+    values = [value]
+    if process.world_size > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def main_process_first(process, function):
+    """-> function(), called by the main process before the others, so that they find its caches; it fails for all."""
+    result, error = None, None
+    if process.is_main:
+        try:
+            result = function()
+        except UserError as e:
+            error = str(e)
+    error = of_main_process(error, process)
+    if error:
+        raise UserError(error)
+    return result if process.is_main else function()
+
+
+def write_atomically(path, write):
+    """write(file name) to a temporary file that takes its final name only when it is whole"""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def newest_checkpoint(output_dir):
+    """-> path of the newest run's best.pt under output_dir, or of its checkpoint.pt where there is no best.pt yet"""
+    found = list(Path(output_dir).glob(f'{NAME}_*/checkpoint.pt'))
+    if not found:
+        raise UserError(f'no checkpoint of {NAME}.py under {output_dir}: train first (python {NAME}.py --train), '
+                        'or give --restore_file or --output_dir')
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    best = newest.with_name('best.pt')
+    return best if best.exists() else newest
+
+
+def load_checkpoint(path):
+    """-> the checkpoint's dict, its config a Config. Only tensors and plain values are read, never a pickled object."""
+    if not Path(path).is_file():
+        raise UserError(f'{path}: no such checkpoint')
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:      # a damaged file fails in too many ways to list
+        raise UserError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
+                        f'and plain values ({type(error).__name__})') from None
+    if not isinstance(saved, dict) or saved.get('script') != f'{NAME}.py':
+        raise UserError(f'{path} is not a checkpoint of {NAME}.py')
+    try:
+        saved['config'] = Config(**saved['config'])
+        return {key: saved[key] for key in CHECKPOINT}
+    except (KeyError, TypeError):
+        raise UserError(f'{path} is a checkpoint of {NAME}.py, but of another version') from None
+
+
+def restore_model(saved, path, device):
+    """-> the model with the averaged weights of a checkpoint, ready to evaluate and to sample"""
+    model = build_model(saved['config'], saved['input_dims'])
+    try:
+        average = AveragedModel(model)
+        average.load_state_dict(saved['average'])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f'{path}: its weights do not fit its own options ({str(error).splitlines()[0]})') from None
+    return average.module.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+def seeded_generator(device, *key):
+    """A random generator that is a function of the key alone (integers), so that nothing needs to be saved of it"""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+
+
+@lru_cache(maxsize=1)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def training_batch(data, config, step, process):
+    """-> this process's rows of a step, as indices or, where each step draws new ones, themselves: a function of (seed,
+    step, rank), so that a resumed run goes on exactly as an unbroken one."""
+    if data.draw:
+        return data.draw(np.random.default_rng((config.seed, step, process.rank)), config.batch_size)
+    epoch, k = divmod(step, steps_per_epoch(data, config, process))
+    first = (k * process.world_size + process.rank) * config.batch_size
+    n = len(data.train)
+    return epoch_order(n, config.seed, epoch)[np.arange(first, first + config.batch_size) % n]
+
+
+def steps_per_epoch(data, config, process):
+    return EPOCH_STEPS if data.draw else max(1, len(data.train) // (config.batch_size * process.world_size))
+
+
+@torch.no_grad()
+def mean_loss(objective, rows, process, batch_size=10_000):
+    """-> mean of the objective over all the rows (N, D), and two standard errors, by all processes together"""
+    sums = torch.zeros(2, dtype=torch.float64, device=process.device)
+    own = torch.from_numpy(np.ascontiguousarray(rows[process.rank::process.world_size]))
+    for x in own.split(batch_size):
+        loss = objective.per_row(x.to(process.device)).double()
+        sums += torch.stack([loss.sum(), loss.square().sum()])
+    if process.world_size > 1:
+        dist.all_reduce(sums)
+    mean, mean_square = (sums / len(rows)).tolist()
+    return mean, 2 * math.sqrt(max(0, mean_square - mean**2) / len(rows))
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+class Training:
+    """What a run carries from step to step: weights, their average, the optimizer, and where it stands."""
+    def __init__(self, config, data, process, saved=None):
+        self.config, self.data, self.process = config, data, process
+        self.input_dims = [len(data.columns)]
+        self.model = build_model(config, self.input_dims).to(process.device)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, amsgrad=True, fused=True)
+        self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=config.lr_patience, cooldown=10,
+                                           min_lr=config.min_lr, threshold=1e-4, threshold_mode='abs')
+        self.step, self.loss, self.best, self.best_step = 0, math.nan, math.inf, 0
+        if saved is not None:
+            for name in ('step', 'loss', 'best', 'best_step'):
+                setattr(self, name, saved[name])
+            for name in ('model', 'average', 'optimizer', 'scheduler'):
+                getattr(self, name).load_state_dict(saved[name])
+        self.objective = Objective(self.model, data)
+        if process.world_size > 1:
+            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)   # they never change
+        self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
+        self.steps_per_epoch = steps_per_epoch(data, config, process)
+        self.n_steps = config.n_epochs * self.steps_per_epoch
+
+    @property
+    def is_over(self):
+        return (self.step >= self.n_steps or
+                self.step - self.best_step >= self.config.early_stop * self.steps_per_epoch)
+
+    def take_step(self):
+        """-> loss and gradient norm of one step, as tensors"""
+        n_warmup = self.config.n_epochs_warmup * self.steps_per_epoch
+        if self.step < n_warmup:
+            self.optimizer.param_groups[0]['lr'] = self.config.lr * min(1., (self.step + 1) / n_warmup)
+        batch = torch.from_numpy(training_batch(self.data, self.config, self.step, self.process)).to(self.process.device)
+        # an energy is turned on little by little, lest the flow settles in one of its valleys
+        beta = min(1., 0.01 + self.step / max(1., self.config.annealing * self.n_steps))
+        loss = self.objective(batch if self.rows is None else self.rows[batch], beta)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        return loss.detach(), norm
+
+    def save(self, path):
+        units = {'columns': list(self.data.columns), 'mean': self.data.mean.tolist(), 'std': self.data.std.tolist()}
+        state = {'script': f'{NAME}.py', 'config': asdict(self.config), 'input_dims': self.input_dims, 'units': units,
+                 'step': self.step, 'loss': self.loss, 'best': self.best, 'best_step': self.best_step}
+        state.update({name: getattr(self, name).state_dict() for name in ('model', 'average', 'optimizer', 'scheduler')})
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def validate(run, run_dir, writer):
+    """The objective on the validation split with the averaged weights, the learning rate, and the checkpoints."""
+    run.loss, _ = mean_loss(Objective(run.average.module, run.data), run.data.validation, run.process)
+    require_finite(run.loss, run, run_dir)
+    run.scheduler.step(run.loss)
+    is_best = run.loss < run.best
+    if is_best:
+        run.best, run.best_step = run.loss, run.step
+    if run.process.is_main:
+        writer.add_scalar('loss/validation', run.loss, run.step)
+        if is_best:
+            run.save(run_dir / 'best.pt')
+        run.save(run_dir / 'checkpoint.pt')
+
+
+def progress(*args, **options):
+    """tqdm, seldom updated where its output goes to a file"""
+    return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15, **options)
+
+
+def require_finite(value, run, run_dir):
+    if not math.isfinite(value):
+        raise UserError(f'training diverged by step {run.step}: bits/dim or gradients are not finite; '
+                        f'lower --lr, or go on from the last checkpoint in {run_dir}')
+
+
+def train(data, config, process, run_dir, saved=None):
+    """Train until config.n_epochs or until the validation split gets no better; leaves checkpoint.pt and best.pt"""
+    run = Training(config, data, process, saved)
+    writer = SummaryWriter(str(run_dir)) if process.is_main else None
+    per_step = config.batch_size * process.world_size
+    if process.is_main:
+        print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
+    with progress(total=run.n_steps, initial=run.step, disable=not process.is_main, unit='step') as bar:
+        start, start_step = time.perf_counter(), run.step
+        while not run.is_over:
+            loss, norm = run.take_step()
+            bar.update()
+            if run.step % LOG_STEPS == 0:
+                loss, norm = loss.item(), norm.item()
+                require_finite(loss + norm, run, run_dir)
+                speed = (run.step - start_step) * per_step / (time.perf_counter() - start)
+                bar.set_postfix_str(f'loss {loss:.3f}, validation {objective_text(data, run.loss)}, '
+                                    f'{speed:.0f} rows/s', refresh=False)
+                if process.is_main:
+                    for name, value in (('loss/train', loss), ('gradient_norm', norm), ('rows_per_s', speed),
+                                        ('lr', run.optimizer.param_groups[0]['lr'])):
+                        writer.add_scalar(name, value, run.step)
+            if run.step % run.steps_per_epoch == 0:
+                validate(run, run_dir, writer)
+            elif run.step % SAVE_STEPS == 0 and process.is_main:
+                run.save(run_dir / 'checkpoint.pt')
+    if process.is_main:
+        writer.close()
+        tqdm.write(f'step {run.step}: best validation {objective_text(data, run.best)} at step {run.best_step}')
+    if process.world_size > 1:
+        dist.barrier()          # the others read best.pt next
+
+
+def objective_text(data, loss):
+    return f'{-loss:.3f} nats' if data.energy is None else f'KL {loss:.4f} nats'
+
+
+# ----------------------------------------------------------------------------------------------------- modes
+
+def evaluate(model, data, saved, path, config, process, scores, input_file):
+    """Log-likelihood of the test split, or the KL divergence to an energy: printed, and kept as results.json beside the
+    checkpoint. scores: a file that gets the log-likelihood of every row of the test split or of input_file."""
+    objective = Objective(model, data)
+    rows = data.test
+    if input_file:
+        rows = standardise(read_table(input_file), data, input_file)
+    mean, error = mean_loss(objective, rows, process)
+    if not process.is_main:
+        return
+    name = f'{config.dataset} test' if not input_file else str(input_file)
+    about = {'dataset': name, 'n_rows': len(rows), 'two_standard_errors': error, 'step': saved['step'],
+             'checkpoint': path.name}
+    if data.energy is None:
+        results = {'log_likelihood_nats': -mean, **about}
+        print(f'{name}: {-mean:.4f} ± {error:.4f} nats ({len(rows):,} rows, two standard errors)')
+    else:
+        with torch.no_grad():
+            log_w = -torch.cat([objective.per_row(x.to(process.device)) for x in torch.from_numpy(rows).split(10_000)])
+        ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().item() / len(rows)
+        results = {'kl_nats': mean, 'effective_sample_size': ess, **about}
+        print(f'{name}: KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {ess:.1%} '
+              f'({len(rows):,} samples, two standard errors)')
+    if not input_file:
+        write_atomically(path.with_name('results.json'), lambda f: f.write_text(json.dumps(results, indent=2) + '\n'))
+    if scores:
+        with torch.no_grad():
+            log_p = -torch.cat([objective.per_row(x.to(process.device)) for x in torch.from_numpy(rows).split(10_000)])
+        index = np.arange(len(rows)) if input_file else data.test_index
+        save_table(scores, np.stack([index, log_p.double().cpu().numpy()], 1), ('row', 'log_likelihood'))
+
+
+def standardise(table, data, path):
+    """(values, columns) of a table of the user's -> float32 rows as the model was trained on"""
+    values, columns = table
+    if len(columns) != len(data.columns):
+        raise UserError(f'{path} has {len(columns)} columns, and the model was trained on {len(data.columns)}: '
+                        f'{", ".join(data.columns)}')
+    return ((values - data.mean) / data.std).astype(np.float32)
+
+
+def save_table(path, values, columns):
+    write_atomically(Path(path), lambda temporary: write_table(temporary, Path(path).suffix, values, columns))
+    print(f'wrote {path}')
+
+
+def directions(model, data):
+    """-> push, from noise to rows, and pull, back: trained on data a flow is pulled, matched to an energy it is pushed"""
+    return (model.inverse, model) if data.energy is None else (model, model.inverse)
+
+
+def sample_rows(model, data, n, z_std, seed):
+    """-> n rows in the data's own units (n, D), and log p of each; in float64, as the inverse is exact to 1e-10 there"""
+    model = model.double()
+    push, _ = directions(model, data)
+    x, log_p, n_lost = draw(push, n, len(data.columns), next(model.parameters()), z_std, seeded_generator('cpu', seed))
+    if n_lost:
+        print(f'{n_lost:,} draws, {n_lost / (n_lost + n):.2%}, lie beyond what the flow reaches and were drawn anew')
+    return x.cpu().numpy() * data.std + data.mean, log_p.cpu().numpy() - np.log(data.std).sum()
+
+
+def generate(model, data, path, config, z_std, n_samples, output):
+    """Samples in the data's own units with their log-likelihood, as a table."""
+    start = time.perf_counter()
+    x, log_p = sample_rows(model, data, n_samples, z_std, config.seed)
+    print(f'{n_samples:,} samples in {time.perf_counter() - start:.1f} s')
+    save_table(output or path.with_name('generated_samples.csv'), np.column_stack([x, log_p]),
+               [*data.columns, 'log_likelihood'])
+
+
+@torch.no_grad()
+def density(model, data, points):
+    """p at points (N, D) in the data's own units; 0 where the flow does not reach"""
+    _, pull = directions(model.double(), data)
+    x = (torch.from_numpy(points) - torch.from_numpy(data.mean)) / torch.from_numpy(data.std)
+    log_p = []
+    for part in x.to(next(model.parameters()).device).split(10_000):
+        z, logdet = pull(part)
+        log_p.append(log_normal(z) + logdet)
+    return torch.cat(log_p).exp().nan_to_num(0.).cpu().numpy() / data.std.prod()
+
+
+def visualize(model, data, path, config, process, vis_dims):
+    """Two variables: target, learned density and samples side by side; more: data against samples, in pairs."""
+    mean, _ = mean_loss(Objective(model, data), data.test, process)
+    title = f'{Path(config.dataset).stem}: {objective_text(data, mean)}'
+    if len(data.columns) == 2:
+        figure = draw_planes(model, data, config, title)
+    else:
+        figure = draw_corner(model, data, config, title, vis_dims)
+    picture = path.with_name('visualization.png')
+    write_atomically(picture, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
+    print(f'wrote {picture}')
+
+
+def draw_planes(model, data, config, title):
+    samples, _ = sample_rows(model, data, 50_000, 1., config.seed)
+    shown = data.draw(np.random.default_rng(0), 10**6) if data.draw else data.test * data.std + data.mean
+    low, high = ((-4.2, -4.2), (4.2, 4.2)) if data.draw else (shown.min(0), shown.max(0))
+    x, y = (np.linspace(a, b, 301) for a, b in zip(low, high))
+    centres = np.stack(np.meshgrid((x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2), 2).reshape(-1, 2)
+
+    def histogram(points, bins):
+        return np.histogram2d(*points.T, bins, ((low[0], high[0]), (low[1], high[1])))[0].T
+
+    learned = density(model, data, centres).reshape(300, 300)
+    if data.energy is None:
+        target = histogram(shown, 200 if data.draw else 40)
+    else:
+        target = (-data.energy(torch.from_numpy(centres))).exp().numpy().reshape(300, 300)
+    figure = Figure((12, 4.3), layout='constrained')
+    panels = {'target' if data.draw else 'test data': target, title: learned, 'samples': histogram(samples, 120)}
+    for axes, (name, values) in zip(figure.subplots(1, 3), panels.items()):
+        axes.imshow(values, cmap='inferno', origin='lower', extent=(low[0], high[0], low[1], high[1]),
+                    aspect='equal' if data.draw else 'auto', interpolation='nearest', vmin=0,
+                    vmax=np.quantile(values, 0.998))
+        axes.set(title=name, xlabel=data.columns[0], ylabel=data.columns[1])
+    return figure
+
+
+def draw_corner(model, data, config, title, vis_dims):
+    names = data.columns
+    if vis_dims:
+        chosen = [data.column_index(text) for text in vis_dims]
+    else:
+        chosen = list(range(min(8, len(names))))
+    k = len(chosen)
+    real = (data.test[:2000] * data.std + data.mean)[:, chosen]
+    drawn = sample_rows(model, data, 2000, 1., config.seed)[0][:, chosen]
+    low, high = np.quantile(real, 0.002, axis=0), np.quantile(real, 0.998, axis=0)
+    low, high = low - 0.1 * (high - low), high + 0.1 * (high - low)
+    figure = Figure((1.7 * k + 0.6, 1.7 * k + 0.8), layout='constrained')
+    for (i, j), axes in np.ndenumerate(figure.subplots(k, k, squeeze=False)):
+        axes.set(xticks=[], yticks=[], xlim=(low[j], high[j]))
+        if i < j:
+            axes.axis('off')
+        elif i == j:
+            bins = np.linspace(low[i], high[i], 40)
+            axes.hist(real[:, i], bins, density=True, color='0.7')
+            axes.hist(drawn[:, i], bins, density=True, color='tab:orange', histtype='step', linewidth=1.5)
+        else:
+            axes.set_ylim(low[i], high[i])
+            axes.scatter(real[:, j], real[:, i], 2, '0.6', linewidths=0, rasterized=True)
+            axes.scatter(drawn[:, j], drawn[:, i], 2, 'tab:orange', alpha=0.5, linewidths=0, rasterized=True)
+        if i == k - 1:
+            axes.set_xlabel(names[chosen[j]])
+        if j == 0:
+            axes.set_ylabel(names[chosen[i]])
+    figure.suptitle(f'{title}; data grey, samples orange')
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f'{message} (see python {NAME}.py --help)')
+
+
+def number(kind, low=0, high=math.inf):
+    """-> argparse type: a finite number of that kind between low and high"""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f'{text} is outside {low}..{high}')
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv):
+    parser = Parser(prog=f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    group = parser.add_argument_group('mode, one of')
+    mode = group.add_mutually_exclusive_group(required=True)
+    mode.add_argument('--train', action='store_true', help='train a new model, or go on with --restore_file')
+    mode.add_argument('--evaluate', action='store_true', help='log-likelihood of the test split, or KL to an energy')
+    mode.add_argument('--generate', action='store_true', help='draw samples')
+    mode.add_argument('--visualize', action='store_true', help='draw what was learned beside the data')
+
+    groups = {f.metadata['group']: parser.add_argument_group(f'{f.metadata["group"]} (a checkpoint knows its own)')
+              for f in fields(Config)}
+    for f in fields(Config):
+        how = dict(action='store_true', default=None) if f.type is bool else dict(
+            metavar='X', type=str if f.type is str else number(f.type, f.metadata['low'], f.metadata['high']))
+        groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
+
+    group = parser.add_argument_group('distributed (torchrun or torch.distributed.launch start the processes)')
+    group.add_argument('--distributed', action='store_true', help='accepted, but the launcher decides')
+    group.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+
+    group = parser.add_argument_group('output')
+    group.add_argument('--output_dir', default='results', metavar='DIR', help='a run gets a folder of its own in it')
+    group.add_argument('--restore_file', metavar='FILE', help='a checkpoint (default: of the newest run)')
+    group.add_argument('--scores', metavar='FILE', help='write the log-likelihood of each row of the test split')
+    group.add_argument('--input', metavar='FILE', help='evaluate the rows of this table instead of the test split')
+    group.add_argument('--z_std', type=number(float), default=1., metavar='T', help='temperature of samples')
+    group.add_argument('--n_samples', type=number(int, 1), default=1000, metavar='N', help='how many')
+    group.add_argument('--output', metavar='FILE', help='where to, .csv, .npy or .h5 (default: beside the checkpoint)')
+    group.add_argument('--inverse_tol', type=number(float), metavar='X', help='largest error of the inverse')
+    group.add_argument('--vis_dims', nargs='+', metavar='C', help='columns to draw, by index or name (default: first 8)')
+
+    args = parser.parse_args(argv)
+    if args.vis_dims:
+        args.vis_dims = [word for words in args.vis_dims for word in re.split(r'[,\s]+', words.strip()) if word]
+    for file in (args.scores, args.output):
+        if file and Path(file).suffix not in ('.csv', '.npy', '.h5'):
+            parser.error(f'{file} should end in .csv, .npy or .h5')
+    return args
+
+
+def choose_config(args, saved, path):
+    """The options that were given over those of the checkpoint or, without one, over the defaults."""
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
+    if saved is None:
+        name = given.get('dataset', Config.dataset)
+        config = Config(**{**(TOY if name in SAMPLERS or name in ENERGIES else {}), **given})
+        if config.residual not in RESIDUALS:
+            raise UserError(f'--residual={config.residual}: it is one of {", ".join(RESIDUALS)}')
+        return config
+    for name in given.keys() - MAY_CHANGE[args.train]:
+        if given[name] != getattr(saved['config'], name):
+            raise UserError(f'--{name}={given[name]} contradicts the checkpoint {path}, '
+                            f'which has {name}={getattr(saved["config"], name)}')
+    return Config(**{**asdict(saved['config']), **given})
+
+
+def load_data(args, config, saved):
+    """-> Rows; in a checkpoint's units, and without any rows where only those are needed"""
+    units = saved and {'columns': tuple(saved['units']['columns']),
+                       **{key: np.array(saved['units'][key]) for key in ('mean', 'std')}}
+    if units and config.dataset not in (*SAMPLERS, *ENERGIES) and (args.generate or args.input):
+        return Rows(None, None, None, **units)
+    data = load_rows(config.dataset, config.data_dir, config.seed, config.test_file, config.dequantize)
+    if units and not (data.columns == units['columns'] and np.allclose(data.mean, units['mean'])
+                      and np.allclose(data.std, units['std'])):
+        raise UserError(f'{config.dataset} is not what it was when the model was trained: '
+                        'score new rows by --evaluate --input=FILE')
+    return data
+
+
+def start(args, process):
+    saved, path = None, None
+    if args.restore_file or not args.train:
+        path = Path(args.restore_file) if args.restore_file else newest_checkpoint(args.output_dir)
+        saved = load_checkpoint(path)
+        if process.is_main:
+            print(f'restored {path}: step {saved["step"]}, validation loss {saved["loss"]:.4f} nats')
+    config = choose_config(args, saved, path)
+    data = main_process_first(process, lambda: load_data(args, config, saved))
+    if args.train:
+        for note in data.notes if process.is_main else ():
+            print(f'note: {note}')
+        name = f'{NAME}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
+        run_dir = path.parent if path else Path(args.output_dir) / of_main_process(name, process)
+        if process.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            print(f'{run_dir}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
+        train(data, config, process, run_dir, saved)
+        path = run_dir / 'best.pt'
+        saved = load_checkpoint(path)
+    model = restore_model(saved, path, process.device)
+    for flow in model:
+        flow.inverse_tol = args.inverse_tol
+    if args.train or args.evaluate:
+        evaluate(model, data, saved, path, config, process, args.scores, args.input)
+        if process.is_main and args.train:
+            print(f'the model is {path}')
+    elif process.is_main and args.generate:
+        generate(model, data, path, config, args.z_std, args.n_samples, args.output)
+    elif process.is_main:
+        visualize(model, data, path, config, process, args.vis_dims)
+
+
+def main(argv=None):
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        with setup() as process:
+            start(args, process)
+    except (UserError, OSError) as error:
+        message = str(error)
+    except torch.cuda.OutOfMemoryError:
+        message = 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
+    except KeyboardInterrupt:
+        message = 'interrupted; training goes on by --train --restore_file=RUN/checkpoint.pt'
+    else:
+        return
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0:       # once a machine
+        print(f'{NAME}.py: error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()
