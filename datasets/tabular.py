@@ -270,11 +270,8 @@ def prepare_power(path):
 def prepare_gas(path):
     """Of each group of sensors with a correlation above 0.98 one is kept. Of the raw file, every fourth row."""
     if path.suffix == '.pickle':
-        with open(path, 'rb') as file:
-            table = TableUnpickler(file, encoding='latin1').load()
-        if not isinstance(table, pd.DataFrame):
-            raise ValueError('it holds no table')
-        data = table.drop(columns=['Meth', 'Eth', 'Time']).to_numpy(np.float64)
+        data, columns = read_pickled_table(path)
+        data = data[:, [k for k, name in enumerate(columns) if name not in ('Meth', 'Eth', 'Time')]]
     else:
         parts = pd.read_csv(path, sep=r'\s+', skiprows=1, header=None, usecols=range(3, 19), chunksize=400_000)
         data = np.concatenate([part.to_numpy() for part in parts])[3::4]
@@ -359,32 +356,57 @@ def draw_patches(images, n, rng):
     return patches
 
 
+# ---------------------------------------------------------------------------------------------- pandas' pickles
+
+class Captured:
+    """Stands in for a class of pandas: keeps what it would have been made of, and does nothing."""
+    def __new__(cls, *args):
+        captured = object.__new__(cls)
+        captured.args, captured.state = args, None
+        return captured
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+
 class TableUnpickler(pickle.Unpickler):
-    """Unpickles a pandas DataFrame, also one of an old pandas, and nothing else: no other name is ever looked up."""
-    ALLOWED = {
-        ('pandas.core.frame', 'DataFrame'), ('pandas.core.internals.managers', 'BlockManager'),
-        ('pandas.core.internals', 'BlockManager'), ('pandas._libs.internals', '_unpickle_block'),
-        ('pandas.core.indexes.base', '_new_Index'), ('pandas.core.indexes.base', 'Index'),
-        ('pandas.core.indexes.range', 'RangeIndex'), ('pandas.core.indexes.numeric', 'Int64Index'),
-        ('builtins', 'slice'), ('builtins', 'object'), ('copyreg', '_reconstructor'), ('_codecs', 'encode'),
-        ('numpy', 'ndarray'), ('numpy', 'dtype'),
-        *((f'numpy.{core}.{module}', name) for core in ('core', '_core')
-          for module, name in (('multiarray', '_reconstruct'), ('multiarray', 'scalar'), ('numeric', '_frombuffer'))),
-    }
-    MOVED = {('pandas.core.index', '_new_Index'): ('pandas.core.indexes.base', '_new_Index'),
-             ('pandas.indexes.base', '_new_Index'): ('pandas.core.indexes.base', '_new_Index'),
-             ('pandas.core.index', 'Index'): ('pandas.core.indexes.base', 'Index'),
-             ('pandas.indexes.base', 'Index'): ('pandas.core.indexes.base', 'Index'),
-             ('pandas.core.index', 'Int64Index'): ('pandas.core.indexes.base', 'Index'),
-             ('pandas.indexes.numeric', 'Int64Index'): ('pandas.core.indexes.base', 'Index'),
-             ('pandas.core.indexes.numeric', 'Int64Index'): ('pandas.core.indexes.base', 'Index'),
-             ('pandas.indexes.range', 'RangeIndex'): ('pandas.core.indexes.range', 'RangeIndex'),
-             ('pandas.core.internals', 'BlockManager'): ('pandas.core.internals.managers', 'BlockManager'),
-             ('__builtin__', 'slice'): ('builtins', 'slice'), ('__builtin__', 'object'): ('builtins', 'object'),
-             ('copy_reg', '_reconstructor'): ('copyreg', '_reconstructor')}
+    """Reads a pickled DataFrame of any pandas, also one of 2016 that today's no longer reads, without running anything
+    of it: pandas' names stand for Captured, numpy's arrays are made, and no other name is ever looked up."""
+    PANDAS = {'DataFrame': Captured, 'BlockManager': Captured, 'Index': Captured, 'Int64Index': Captured,
+              'RangeIndex': Captured, '_new_Index': lambda cls, state: state.get('data'),
+              '_unpickle_block': lambda values, place, n_dims: (values, place)}
+    OTHERS = {('builtins', 'slice'), ('builtins', 'object'), ('copyreg', '_reconstructor'), ('_codecs', 'encode'),
+              ('numpy', 'ndarray'), ('numpy', 'dtype'),
+              *((f'numpy.{core}.{name}', function) for core in ('core', '_core')
+                for name, function in (('multiarray', '_reconstruct'), ('numeric', '_frombuffer')))}
 
     def find_class(self, module, name):
-        module, name = self.MOVED.get((module, name), (module, name))
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f'it holds {module}.{name}, which no table of numbers needs')
-        return super().find_class(module, name)
+        module = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module)
+        if module.split('.')[0] == 'pandas' and name in self.PANDAS:
+            return self.PANDAS[name]
+        if (module, name) in self.OTHERS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f'it holds {module}.{name}, which no table of numbers needs')
+
+
+def read_pickled_table(path):
+    """-> the numbers of a pickled DataFrame (N, D) and its columns"""
+    with open(path, 'rb') as file:
+        frame = TableUnpickler(file, encoding='latin1').load()
+    try:
+        manager = frame.state.get('_mgr', frame.state.get('_data'))
+        if manager.args:                                    # pandas since 1.3
+            blocks, axes = manager.args
+        else:                                               # and since 0.14
+            state = manager.state[3]['0.14.1']
+            axes, blocks = state['axes'], [(block['values'], block['mgr_locs']) for block in state['blocks']]
+        columns = [str(name) for name in axes[0]]
+        data = np.full((len(columns), blocks[0][0].shape[1]), np.nan)
+        for values, place in blocks:
+            data[place] = values
+    except (AttributeError, TypeError, LookupError):
+        raise ValueError('it holds no table') from None
+    return data.T, columns
