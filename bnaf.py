@@ -84,6 +84,7 @@ MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'}, 
 CHECKPOINT = ('config', 'input_dims', 'units', 'step', 'loss', 'best', 'best_step', 'model', 'average', 'optimizer',
               'scheduler')
 EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
+REACH = 5.                          # of a flow without a residual at first, in standard deviations of the noise
 FARTHEST = 1e6                      # in standardised units: where the inverse gives up looking for a root
 
 
@@ -175,6 +176,10 @@ class BlockFlow(nn.Module):
         self.linears = nn.ModuleList(MaskedLinear(data_dim, a, b) for a, b in zip(units, units[1:]))
         self.tanh = Tanh()
         self.residual, self.checkpoint_grads = residual, checkpoint_grads
+        if residual is None:
+            # sums of tanhs are bounded: each starts between -REACH and REACH as its own variable goes from -inf to inf
+            last = self.linears[-1]
+            last.log_g.data += math.log(REACH) - last.weights()[1].exp().sum((1, 2)).log()[:, None].data
         if residual == 'gated':
             self.gate = nn.Parameter(torch.randn(()))
 
@@ -823,9 +828,11 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.vis_dims:
         args.vis_dims = [word for words in args.vis_dims for word in re.split(r'[,\s]+', words.strip()) if word]
-    for file in (args.scores, args.output):
-        if file and Path(file).suffix not in ('.csv', '.npy', '.h5'):
+    for file in filter(None, (args.scores, args.output)):
+        if Path(file).suffix not in ('.csv', '.npy', '.h5'):
             parser.error(f'{file} should end in .csv, .npy or .h5')
+        if Path(file).exists():
+            parser.error(f'{file} is there already: move it away or give another name')
     return args
 
 
