@@ -136,31 +136,28 @@ class Tanh(nn.Module):
 
 
 def find_root(function, target, tol, max_steps=200):
-    """Where increasing functions reach their targets (B, 1), all rows at once -> u (B, 1), NaN where they do not.
+    """Where increasing functions reach their targets (B, 1), all rows at once -> u (B, 1), NaN where they do not, and
+    what else function(u, rows) -> value, slope, anything says there. It is asked for the rows that are still on the way.
 
-    function(u) -> value, slope, anything; its last answer is returned too. Newton's method in a bracket: a step that
-    leaves the bracket, or is more than half the one before, is a bisection; while there is no bracket yet it is at most
-    twice the one before. A row has arrived where another Newton step would be below tol.
+    Newton's method in a bracket: a step that leaves the bracket, or is more than half the one before, is a bisection;
+    while there is no bracket yet it is at most twice the one before. The step that is below tol is the last.
     """
-    u, step = target.clone(), torch.ones_like(target)
-    low, high = torch.full_like(u, -math.inf), torch.full_like(u, math.inf)
-    polished = False
+    root, rows = torch.full_like(target, math.nan), torch.arange(len(target), device=target.device)
+    u, step, low, high = target, torch.ones_like(target), torch.full_like(root, -math.inf), torch.full_like(root, math.inf)
     for _ in range(max_steps):
-        value, slope, *rest = function(u)
+        value, slope, _ = function(u, rows)
         newton = (target - value) / slope.clamp_min(torch.finfo(u.dtype).tiny)
+        arrived = (newton.abs() <= tol).squeeze(1)
+        root[rows[arrived]] = (u + newton)[arrived]
         low, high = torch.where(value <= target, u, low), torch.where(value >= target, u, high)
-        arrived = newton.abs() <= tol
-        given_up = ~arrived & ((u.abs() > FARTHEST) | u.isnan() | (high - low <= torch.finfo(u.dtype).eps * u.abs()))
-        if (arrived | given_up).all():
-            if polished:                    # by one step more than tol asks for: errors add up over the variables
-                break
-            polished = True
+        active = ~arrived & ((u.abs() < FARTHEST) & (high - low > torch.finfo(u.dtype).eps * u.abs())).squeeze(1)
+        if not active.any():
+            break
         bracketed = (high - low).isfinite()
         inside = (u + newton > low) & (u + newton < high) & (newton.abs() <= step / 2)
-        new = torch.where(bracketed & ~inside & ~arrived, (low + high) / 2, u + newton.clamp(-2 * step, 2 * step))
-        step = torch.where(given_up, step, (new - u).abs())
-        u = torch.where(given_up, u, new)
-    return torch.where(arrived, u, math.nan), *rest
+        new = torch.where(bracketed & ~inside, (low + high) / 2, u + newton.clamp(-2 * step, 2 * step))
+        rows, target, u, step, low, high = (v[active] for v in (rows, target, new, (new - u).abs(), low, high))
+    return root, function(root, slice(None))[2]
 
 
 class BlockFlow(nn.Module):
@@ -225,7 +222,7 @@ class BlockFlow(nn.Module):
                 known[:, i * own.shape[1]:(i + 1) * own.shape[1]] = own
         return inputs[0]
 
-    def evaluate(self, blocks, u):
+    def evaluate(self, blocks, u, rows):
         """f_i of the i-th variable u (B, 1), its slope, and its hidden units; blocks holds the rest of each layer"""
         y, slope, units = u, torch.ones_like(u), []
         for k, (known, w) in enumerate(blocks):
@@ -233,7 +230,7 @@ class BlockFlow(nn.Module):
                 y = y.tanh()
                 slope = slope * (1 - y.square())
                 units.append(y)
-            y, slope = known + y @ w.T, slope @ w.T
+            y, slope = known[rows] + y @ w.T, slope @ w.T
         if self.residual == 'normal':
             return y + u, slope + 1, units
         if self.residual == 'gated':
