@@ -711,10 +711,11 @@ def visualize(model, data, path, config, process, vis_dims):
         figure = planes(model, data, config, title)
     else:
         chosen = [data.column_index(text) for text in vis_dims] if vis_dims else list(range(min(8, len(data.columns))))
-        real = data.test[:2000] * data.std + data.mean
-        drawn, _ = sample_rows(model, data, 2000, 1., config.seed)
+        rows = np.concatenate([part[:1500] for part in (data.test, data.validation, data.train)])[:1500]
+        real = rows * data.std + data.mean
+        drawn, _ = sample_rows(model, data, len(real), 1., config.seed)
         figure = draw_pairs(real[:, chosen], drawn[:, chosen], [data.columns[k] for k in chosen],
-                            f'{title}; data grey, samples orange')
+                            f'{title}; data below, samples above')
     picture = path.with_name('visualization.png')
     write_atomically(picture, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
     print(f'wrote {picture}')

@@ -18,24 +18,22 @@ def draw_planes(panels, columns, extent):
 
 
 def draw_pairs(real, drawn, columns, title):
-    """Rows (N, k) of data and of a model's samples -> matplotlib figure of k x k panels, histograms on the diagonal and
-    each pair of columns below it"""
+    """Rows (N, k) of data and of a model's samples -> matplotlib figure of k x k panels: each pair of columns, the data's
+    below the diagonal in grey and the samples' above it in orange, and histograms of both on the diagonal"""
     k = len(columns)
     low, high = np.quantile(real, 0.002, axis=0), np.quantile(real, 0.998, axis=0)
     low, high = low - 0.1 * (high - low), high + 0.1 * (high - low)
     figure = Figure((1.7 * k + 0.6, 1.7 * k + 0.8), layout='constrained')
     for (i, j), axes in np.ndenumerate(figure.subplots(k, k, squeeze=False)):
         axes.set(xticks=[], yticks=[], xlim=(low[j], high[j]))
-        if i < j:
-            axes.axis('off')
-        elif i == j:
-            bins = np.linspace(low[i], high[i], 40)
+        if i == j:
+            bins = np.linspace(low[i], high[i], 30)
             axes.hist(real[:, i], bins, density=True, color='0.75')
             axes.hist(drawn[:, i], bins, density=True, color='tab:orange', histtype='step', linewidth=1.5)
         else:
+            rows, colour = (real, '0.4') if i > j else (drawn, 'tab:orange')
+            axes.scatter(rows[:, j], rows[:, i], 4, colour, alpha=0.6, linewidths=0)
             axes.set_ylim(low[i], high[i])
-            axes.scatter(real[:, j], real[:, i], 3, '0.6', linewidths=0)
-            axes.scatter(drawn[:, j], drawn[:, i], 3, 'tab:orange', alpha=0.5, linewidths=0)
         if i == k - 1:
             axes.set_xlabel(columns[j], fontsize=8)
         if j == 0:
