@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets import UserError, faces, images, load_images, load_photo
+from datasets import UserError, faces, files, images, load_images, load_photo
 from tiny_data import attribute_rows, idx, noise_image, write_celeba, write_folder, write_mnist, write_table
 
 
@@ -289,8 +289,8 @@ def test_a_damaged_cache_is_made_again(folder):
 
 
 def test_data_that_cannot_be_written_to_is_cached_elsewhere(folder, tmp_path, monkeypatch):
-    is_writable = images.is_writable
-    monkeypatch.setattr(images, 'is_writable', lambda path: path != folder / '.cache' and is_writable(path))
+    is_writable = files.is_writable
+    monkeypatch.setattr(files, 'is_writable', lambda path: path != folder / '.cache' and is_writable(path))
     load_images('folder', folder, 16)
     assert not (folder / '.cache').exists()
     assert len(list((tmp_path / 'data' / '.cache').glob('folder_16_*.npy'))) == 1
