@@ -21,7 +21,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +36,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from datasets import UserError
+from datasets import UserError, write_atomically
 from datasets.figures import draw_pairs, draw_planes
+from datasets.order import batch_index, seeded_generator, steps_per_epoch
 from datasets.tabular import TABLES, Rows, load_rows, read_table, write_table
 from datasets.toy import ENERGIES, SAMPLERS
 
@@ -408,16 +409,6 @@ def main_process_first(process, function):
     return result if process.is_main else function()
 
 
-def write_atomically(path, write):
-    """write(file name) to a temporary file that takes its final name only when it is whole"""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def newest_checkpoint(output_dir):
     """-> path of the newest run's best.pt under output_dir, or of its checkpoint.pt where there is no best.pt yet"""
     found = list(Path(output_dir).glob(f'{NAME}_*/checkpoint.pt'))
@@ -460,30 +451,12 @@ def restore_model(saved, path, device):
 
 # ------------------------------------------------------------------------------------------------------ data
 
-def seeded_generator(device, *key):
-    """A random generator that is a function of the key alone (integers), so that nothing needs to be saved of it"""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
-
-
-@lru_cache(maxsize=1)
-def epoch_order(n, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
 def training_batch(data, config, step, process):
     """-> this process's rows of a step, as indices or, where each step draws new ones, themselves: a function of (seed,
     step, rank), so that a resumed run goes on exactly as an unbroken one."""
     if data.draw:
         return data.draw(np.random.default_rng((config.seed, step, process.rank)), config.batch_size)
-    epoch, k = divmod(step, steps_per_epoch(data, config, process))
-    first = (k * process.world_size + process.rank) * config.batch_size
-    n = len(data.train)
-    return epoch_order(n, config.seed, epoch)[np.arange(first, first + config.batch_size) % n]
-
-
-def steps_per_epoch(data, config, process):
-    return EPOCH_STEPS if data.draw else max(1, len(data.train) // (config.batch_size * process.world_size))
+    return batch_index(len(data.train), config.batch_size, config.seed, step, process.rank, process.world_size)
 
 
 @torch.no_grad()
@@ -525,7 +498,8 @@ class Training:
         if process.world_size > 1:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)   # they never change
         self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
-        self.steps_per_epoch = steps_per_epoch(data, config, process)
+        self.steps_per_epoch = EPOCH_STEPS if data.draw else steps_per_epoch(
+            len(data.train), config.batch_size, process.world_size)
         self.n_steps = config.n_epochs * self.steps_per_epoch
 
     @property

@@ -20,7 +20,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from datasets import IMAGE_DATASETS, UserError, draw_grid, load_images, load_photo, shift_randomly
+from datasets import IMAGE_DATASETS, UserError, draw_grid, load_images, load_photo, shift_randomly, write_atomically
+from datasets.order import batch_index, seeded_generator, steps_per_epoch
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -450,16 +450,6 @@ def main_process_first(process, function):
     return result if process.is_main else function()
 
 
-def write_atomically(path, write):
-    """write(file name) to a temporary file that takes its final name only when it is whole"""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def newest_checkpoint(output_dir):
     """-> path of the newest run's best.pt under output_dir, or of its checkpoint.pt where there is no best.pt yet"""
     found = list(Path(output_dir).glob(f'{NAME}_*/checkpoint.pt'))
@@ -502,33 +492,14 @@ def restore_model(saved, path, device):
 
 # ------------------------------------------------------------------------------------------------------ data
 
-def seeded_generator(device, *key):
-    """A random generator that is a function of the key alone (integers), so that nothing needs to be saved of it"""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
-
-
-@lru_cache(maxsize=1)
-def epoch_order(n, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
 def training_batch(data, config, step, process):
-    """-> this process's uint8 images and noise of a step: a function of (seed, step, rank), so a resumed run goes on
-    with exactly the shuffling and the noise of an unbroken one."""
-    n, batch = len(data.train.images), config.batch_size
-    epoch, k = divmod(step, steps_per_epoch(data, config, process))
-    first = (k * process.world_size + process.rank) * batch
-    index = epoch_order(n, config.seed, epoch)[np.arange(first, first + batch) % n]
+    """-> this process's uint8 images and noise of a step: functions of (seed, step, rank)"""
+    index = batch_index(len(data.train.images), config.batch_size, config.seed, step, process.rank, process.world_size)
     generator = seeded_generator(process.device, config.seed, step, process.rank)
     x = torch.from_numpy(data.train.images[index]).to(process.device)
     if data.max_shift:
         x = shift_randomly(x, data.max_shift, generator)
     return x, torch.rand(x.shape, device=process.device, generator=generator)
-
-
-def steps_per_epoch(data, config, process):
-    return max(1, len(data.train.images) // (config.batch_size * process.world_size))
 
 
 @torch.no_grad()
@@ -582,8 +553,9 @@ class Training:
         self.input_dims = data.train.images.shape[1:]
         self.model = build_model(config, self.input_dims).to(process.device)
         self.step, self.best, self.bits_per_dim = 0, math.inf, math.nan
+        n = len(data.train.images)
         if saved is None:                                       # the same on every process, before the model is wrapped
-            x = data.train.images[epoch_order(len(data.train.images), config.seed, 0)[:config.batch_size_init]]
+            x = data.train.images[batch_index(n, min(n, config.batch_size_init), config.seed, step=0)]
             u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
             self.model.initialize(torch.from_numpy(x).to(process.device), u.to(process.device))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
@@ -595,7 +567,7 @@ class Training:
         self.objective = BitsPerDim(self.model, data.n_values)
         if process.world_size > 1:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)   # they never change
-        self.steps_per_epoch = steps_per_epoch(data, config, process)
+        self.steps_per_epoch = steps_per_epoch(n, config.batch_size, process.world_size)
         self.n_steps = config.n_epochs * self.steps_per_epoch
 
     def take_step(self):

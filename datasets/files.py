@@ -55,13 +55,19 @@ def cached(data_dir, name, source, make):
         raise UserError(f'neither {folders[0]} nor {folders[1]} can be written to')
     for stale in folder.glob(f'{name}_*.npy'):
         stale.unlink()
-    temporary = folder / f'.{file}.{os.getpid()}'
+    write_atomically(folder / file, lambda temporary: make(
+        lambda shape, dtype: np.lib.format.open_memmap(temporary, 'w+', dtype, shape)))
+    return np.load(folder / file, mmap_mode='r')
+
+
+def write_atomically(path, write):
+    """write(file name) to a temporary file that takes its final name only when it is whole"""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        make(lambda shape, dtype: np.lib.format.open_memmap(temporary, 'w+', dtype, shape))
-        os.replace(temporary, folder / file)        # whole or not at all
+        write(temporary)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return np.load(folder / file, mmap_mode='r')
 
 
 def is_writable(folder):
