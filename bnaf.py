@@ -9,7 +9,7 @@
 
 Bijections have one protocol: forward(x) -> (z, logdet) and inverse(z) -> (x, logdet), where logdet of shape (B,) is the
 log |det| of the Jacobian of the direction that was called, in nats. Rows are (B, D). The layers inside a flow map d
-blocks of a units each, (B, d a), and carry log_j (B, d, a), the logs of the units' derivatives by their own variable.
+blocks of a units each, (B, d a), and carry j (B, d, a), the units' derivatives by the variable of their own block.
 """
 import argparse
 import contextlib
@@ -86,28 +86,17 @@ CHECKPOINT = ('config', 'input_dims', 'units', 'step', 'loss', 'best', 'best_ste
               'scheduler')
 EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
 REACH = 5.                          # of a flow without a residual at first, in standard deviations of the noise
+SMALLEST = 1e-25                    # terms that float32 loses are below 1e-37, so what is above this has lost nothing
 FARTHEST = 1e6                      # in standardised units: where the inverse gives up looking for a root
 
 
 # ---------------------------------------------------------------------------------------------------- layers
 
-def log_matmul(log_w, log_x):
-    """log(W x) of positive W and x from their logs: (d, b, a), (B, d, a) -> (B, d, b)
-
-    A product of matrices scaled by their rows' maxima (instead of a logsumexp over a (B, d, b, a) tensor), in float64:
-    terms may be smaller than both maxima together by e^-100 and yet be the largest, which float32 cannot hold.
-    """
-    log_w, log_x = log_w.double(), log_x.double()
-    max_w, max_x = log_w.detach().amax(2), log_x.detach().amax(2, keepdim=True)
-    product = torch.einsum('dba,nda->ndb', (log_w - max_w[..., None]).exp(), (log_x - max_x).exp())
-    return product.clamp_min(torch.finfo(torch.float64).tiny).log() + max_w + max_x
-
-
 class MaskedLinear(nn.Module):
     """Weight-normalised linear map of d blocks of a units to d blocks of b, block lower triangular (eq. 8).
 
     Blocks on the diagonal are exp(.) > 0: block i of the output grows with block i of the input, and depends else on the
-    blocks before it only. Rows are w = exp(log_g) v / |v|. forward: x (B, d a), log_j (B, d, a) -> the same with b.
+    blocks before it only. Rows are w = exp(log_g) v / |v|. forward: x (B, d a), j (B, d, a) -> the same with b.
     """
     def __init__(self, d, a, b):
         super().__init__()
@@ -119,21 +108,40 @@ class MaskedLinear(nn.Module):
         mask = torch.ones(d, d).tril(-1).repeat_interleave(b, 0).repeat_interleave(a, 1)
         self.register_buffer('mask', mask, persistent=False)
 
-    def weights(self):
-        """-> W (d b, d a), and the logs of its diagonal blocks (d, b, a)"""
-        v = torch.block_diag(*self.log_diagonal.exp()) + self.mask * self.lower
-        log_scale = self.log_g - v.square().sum(1, keepdim=True).log() / 2
-        return log_scale.exp() * v, self.log_diagonal + log_scale.view(*self.log_diagonal.shape[:2], 1)
+    def weights(self, dtype):
+        """-> W (d b, d a), and its diagonal blocks, a view (b, a, d)"""
+        d, b, a = self.log_diagonal.shape
+        lower = (self.mask * self.lower).to(dtype).view(d, b, d, a)
+        diagonal = self.log_diagonal.to(dtype).exp().permute(1, 2, 0)
+        v = torch.diagonal_scatter(lower, diagonal, dim1=0, dim2=2).view(d * b, d * a)
+        w = torch._weight_norm(v, self.log_g.to(dtype).exp(), 0)       # what torch.nn.utils.weight_norm calls
+        return w, w.view(d, b, d, a).diagonal(dim1=0, dim2=2)
 
-    def forward(self, x, log_j):
-        w, log_diagonal = self.weights()
-        return F.linear(x, w, self.bias), log_matmul(log_diagonal, log_j).to(x.dtype)
+    def forward(self, x, j):
+        w, diagonal = self.weights(x.dtype)
+        return F.linear(x, w, self.bias.to(x.dtype)), torch.einsum('bad,nda->ndb', diagonal, j)
+
+
+class TanhFunction(torch.autograd.Function):
+    """y = tanh(x) and tanh'(x) j, as cosh(x)^-2 j since 1 - y^2 cancels; its gradient reuses both: tanh'' = -2 y tanh'."""
+    @staticmethod
+    def forward(ctx, x, j):
+        y, slope = x.tanh(), x.cosh().pow_(-2).view(j.shape)
+        j = slope * j
+        ctx.save_for_backward(y, slope, j)
+        return y, j
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_j):
+        y, slope, j = ctx.saved_tensors
+        grad_x = (grad_j * j).reshape(y.shape).mul_(y).mul_(-2).addcmul_(grad_y, slope.view(y.shape))
+        return grad_x, grad_j * slope
 
 
 class Tanh(nn.Module):
-    """tanh of every unit; log tanh'(x) = 2 (log 2 - x - softplus(-2 x)) adds to log_j (eq. 10)."""
-    def forward(self, x, log_j):
-        return x.tanh(), log_j + 2 * (math.log(2) - x - F.softplus(-2 * x)).view(log_j.shape)
+    """tanh of every unit; its derivative multiplies j (eq. 10)."""
+    def forward(self, x, j):
+        return TanhFunction.apply(x, j)
 
 
 def find_root(function, target, tol, max_steps=200):
@@ -177,7 +185,7 @@ class BlockFlow(nn.Module):
         if residual is None:
             # sums of tanhs are bounded: each starts between -REACH and REACH as its own variable goes from -inf to inf
             last = self.linears[-1]
-            last.log_g.data += math.log(REACH) - last.weights()[1].exp().sum((1, 2)).log()[:, None].data
+            last.log_g.data += math.log(REACH) - last.weights(last.bias.dtype)[1].sum(1).T.log().data
         if residual == 'gated':
             self.gate = nn.Parameter(torch.randn(()))
 
@@ -187,16 +195,23 @@ class BlockFlow(nn.Module):
         return self.transform(x)
 
     def transform(self, x):
-        z, log_j = self.linears[0](x, x.new_zeros(*x.shape, 1))
+        z, slope = self.derive(x)
+        if slope.dtype == torch.float32 and slope.min() < SMALLEST:
+            z, slope = self.derive(x.double())
+        return z.to(x.dtype), slope.clamp_min(torch.finfo(slope.dtype).tiny).log().sum(1).to(x.dtype)
+
+    def derive(self, x):
+        """-> z and dz_i / dx_i, both (B, D): the chain rule over the blocks on the diagonal (eq. 9-11), without logs"""
+        z, j = self.linears[0](x, x.new_ones(*x.shape, 1))
         for linear in self.linears[1:]:
-            z, log_j = linear(*self.tanh(z, log_j))
-        log_j = log_j.squeeze(2)
+            z, j = linear(*self.tanh(z, j))
+        j = j.squeeze(2)
         if self.residual == 'normal':
-            z, log_j = z + x, F.softplus(log_j)                         # log(J + 1)
-        elif self.residual == 'gated':
-            z = torch.lerp(x, z, torch.sigmoid(self.gate))
-            log_j = F.softplus(log_j + self.gate) - F.softplus(self.gate)       # log(s J + 1 - s)
-        return z, log_j.sum(1)
+            return z + x, j + 1
+        if self.residual == 'gated':
+            s, rest = torch.sigmoid(self.gate), torch.sigmoid(-self.gate)
+            return s * z + rest * x, s * j + rest
+        return z, j
 
     def inverse(self, z):
         """-> x, logdet; x is NaN where inverse_tol is not reached, as beyond the range of a flow of tanhs. Gradients are
@@ -210,7 +225,7 @@ class BlockFlow(nn.Module):
     @torch.no_grad()
     def solve(self, z, tol):
         """One variable after the other; of each layer only the rows that are the new variable's are computed."""
-        weights = [linear.weights()[0] for linear in self.linears]
+        weights = [linear.weights(z.dtype)[0] for linear in self.linears]
         inputs = [z.new_zeros(len(z), w.shape[1]) for w in weights]     # to each layer, as far as known
         for i in range(z.shape[1]):
             blocks = []
