@@ -159,13 +159,32 @@ def test_resuming_is_as_if_it_had_never_stopped(tmp_path, monkeypatch):
     assert whole['bits_per_dim'] == resumed['bits_per_dim'] and whole['best'] == resumed['best']
 
 
-def test_training_learns_and_the_average_can_be_turned_off(tmp_path):
+@pytest.mark.parametrize('precision', [(), ('--bf16',)])
+def test_training_learns_and_the_average_can_be_turned_off(precision, tmp_path):
     glow.main(['--train', '--dataset=digits', '--depth=2', '--width=16', '--n_epochs=6', '--lr=0.01', '--ema_decay=0',
-               f'--output_dir={tmp_path}', f'--data_dir={tmp_path}'])
+               f'--output_dir={tmp_path}', f'--data_dir={tmp_path}', *precision])
     saved = glow.load_checkpoint(only(tmp_path.glob('*/best.pt')))
     for key, value in saved['model'].items():
         assert torch.equal(value, saved['average'][f'module.{key}']), key
     assert saved['bits_per_dim'] < 3                            # four bits a value is what guessing needs
+
+
+def test_compiled_steps_have_the_same_gradients(monkeypatch):
+    """Traced as for the compiler, and run by torch itself: compiling in earnest takes minutes"""
+    compile_module, data, gradients = torch.nn.Module.compile, load_images('digits'), []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda module: compile_module(module, backend='aot_eager'))
+    for compiled in (False, True):
+        run = glow.Training(glow.Config(**{**glow.DEFAULTS['digits'], 'width': 8, 'compile': compiled}), data, ALONE)
+        assert compiled == any(module._compiled_call_impl is not None for module in run.model.modules())
+        run.objective(*glow.training_batch(data, run.config, 0, ALONE)).backward()
+        gradients.append({name: p.grad for name, p in run.model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_compiling_without_a_compiler(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    assert 'install g++' in refused(capsys, '--train', '--dataset=digits', '--compile', f'--output_dir={tmp_path}')
 
 
 def test_learning_rate():
