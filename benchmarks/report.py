@@ -4,6 +4,7 @@ import math
 import matplotlib
 matplotlib.use('Agg')
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 TITLES = {'glow': 'Glow', 'bnaf': 'BNAF'}
 PEAKS = {'gemm_float32_gflops': 'product of matrices, float32: GFLOP/s',
@@ -11,7 +12,7 @@ PEAKS = {'gemm_float32_gflops': 'product of matrices, float32: GFLOP/s',
          'conv3x3_float32_gflops': '3x3 convolution of 128 channels, float32: GFLOP/s',
          'conv3x3_bf16_gflops': '3x3 convolution of 128 channels, bf16: GFLOP/s', 'copy_gb_s': 'copy: GB/s'}
 QUANTITIES = {'training': 'training step', 'evaluation': 'evaluation', 'sampling': 'sampling'}
-LABELS = {'depth': 'depth (steps of flow a level)', 'width': "width of the coupling networks",
+LABELS = {'depth': 'depth (steps of flow a level)', 'width': 'width of the coupling networks',
           'image_size': 'image size (pixels a side)', 'batch_size': 'batch', 'data_dim': 'variables',
           'hidden_dim': 'hidden units a variable'}
 
@@ -71,7 +72,8 @@ def memory_table(script, rows, peers):
             lines.append([f'{row["config"]}: {shape_text(script, row["shape"])}' if k == 0 else '',
                           entry['name'] if entry['name'] in peers else f'**ours**, {entry["name"]}',
                           significant(entry['mib']),
-                          '' if entry['ratio'] is None else f'{significant(entry["ratio"])}x', target, verdict(entry['met']), '' if time is None else f'{significant(time)}x',
+                          '' if entry['ratio'] is None else f'{significant(entry["ratio"])}x', target,
+                          verdict(entry['met']), '' if time is None else f'{significant(time)}x',
                           verdict(entry['time_met'])])
     return (f'### {TITLES[script]}: peak memory of training\n\n' +
             table(['shape', 'who', 'MiB', 'memory ratio', 'target', '', 'time over that without it', ''], lines))
@@ -82,7 +84,8 @@ def markdown(results):
     versions = ', '.join(f'{name} {version}' for name, version in peers.items()) or 'no peers installed'
     parts = [f'## Speed and memory on {machine["device"]}\n\ntorch {machine["torch"]}, {versions}.' +
              (' **A quick run: its figures say little.**' if machine['quick'] else '') + '\n',
-             table(['the machine itself', ''], [[PEAKS[key], significant(value)] for key, value in results['peaks'].items()])]
+             table(['the machine itself', ''],
+                   [[PEAKS[key], significant(value)] for key, value in results['peaks'].items()])]
     for script in TITLES:
         for quantity in QUANTITIES:
             rows = [row for row in results['rows'] if (row['script'], row['quantity']) == (script, quantity)]
@@ -120,7 +123,10 @@ def draw_growth(growth, sweeps):
             power = math.log(times[-1] / times[-2]) / math.log(values[-1] / values[-2])
             axis.annotate(f'grows as power {power:.1f}', (0.04, 0.9), xycoords='axes fraction', fontsize=9)
             axis.set_xticks(values, [str(v) for v in values])
-            axis.minorticks_off()
+            axis.xaxis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel(LABELS[key])
             axis.grid(alpha=0.3)
         row[0].set_ylabel(f'{TITLES[script]}: ms a training step')
