@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import glow
 from datasets import ImageData, ImageSplit
 from report import significant, table
-from timing import progress, seconds_of
+from timing import cpu_name, progress, seconds_of
 
 NVLINK, INFINIBAND = 450e9, 50e9    # bytes/s each way of a GPU, as published: NVLink 4 of an HGX H100, NDR 400 Gb/s
 BUCKET = 25 * 2**20                 # bytes of gradients that DistributedDataParallel sends at once, by default
@@ -59,9 +59,9 @@ def launch(n, n_steps):
         port = str(free.getsockname()[1])
     processes = []
     for rank in map(str, range(n)):
-        environment = {**os.environ, 'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n),
-                       'MASTER_ADDR': 'localhost', 'MASTER_PORT': port, 'OMP_NUM_THREADS': '1',
-                       'CUDA_VISIBLE_DEVICES': ''}
+        environment = {**os.environ, 'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(n),
+                       'LOCAL_WORLD_SIZE': str(n), 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port,
+                       'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
         processes.append(subprocess.Popen([sys.executable, '-W', 'ignore', __file__, f'--work={n_steps}'],
                                           env=environment, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate()[0] for process in processes]
@@ -77,8 +77,9 @@ def measure(n_rounds, n_steps):
     for k, n in enumerate((1, 2)):
         per_second = [n * r[k]['batch'] / r[k]['seconds'] for r in rounds]
         ratios = [p * rounds[i][0]['seconds'] / rounds[i][0]['batch'] for i, p in enumerate(per_second)]
-        results.append({'processes': n, 'per_second': float(np.median(per_second)), 'ratio': float(np.median(ratios)),
-                        'ratios': [min(ratios), max(ratios)], 'gradient_bytes': 4 * rounds[0][k]['parameters']})
+        results.append({'processes': n, 'batch': rounds[0][k]['batch'], 'per_second': float(np.median(per_second)),
+                        'ratio': float(np.median(ratios)), 'ratios': [min(ratios), max(ratios)],
+                        'gradient_bytes': 4 * rounds[0][k]['parameters']})
         progress(f'{n} processes: {results[-1]["per_second"]:.4g} images/s')
     return results
 
@@ -108,8 +109,8 @@ def step_time(name, flops, measured):
 
 
 def all_reduce(size, n):
-    """-> seconds to sum size bytes over n GPUs, as one ring (2 (n - 1) / n of them pass each GPU's slowest link), and in
-    two levels: scattered over the GPUs of a node, which then are in rings of their own across nodes, and gathered"""
+    """-> seconds to sum size bytes over n GPUs, as one ring, where 2 (n - 1) / n of them pass each GPU's slowest link, and
+    in two levels: scattered over the GPUs of a node, which then are in rings of their own across nodes, and gathered"""
     if n <= PER_NODE:
         ring = 2 * (n - 1) / n * size / NVLINK
         return ring, ring
@@ -144,8 +145,8 @@ def project(measured):
 
 
 def markdown(results):
-    parts = ['**Measured**: ' + results['cpu'] + ', the model of `glow.py --train` (drawn faces), one thread and a batch '
-             'of 32 a process, Gloo.\n',
+    parts = [f'**Measured**: {results["cpu"]}, the model of `glow.py --train` (drawn faces), one thread and a batch of '
+             f'{results["measured"][0]["batch"]} a process, Gloo.\n',
              table(['processes', 'images/s', 'of one process (range)', 'gradients'],
                    [[r['processes'], significant(r['per_second']),
                      '{}x ({} to {})'.format(*map(significant, (r['ratio'], *r['ratios']))),
@@ -157,13 +158,13 @@ def markdown(results):
         source = ('**assumed**, not measured: ' + f'{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s'
                   if first['source'] == 'assumed' else first['source'])
         parts.append(
-            f'**Worked out**: model {name}, {first["parameters"]:,} parameters, {4e-6 * first["parameters"]:,.0f} MB of '
-            f'gradients, {BATCH} images a GPU. A step on one GPU: {ms(first["step_seconds"])} ms, {source}.\n')
+            f'**Worked out**: model {name}, {first["parameters"]:,} parameters, '
+            f'{4e-6 * first["parameters"]:,.0f} MB of gradients, {BATCH} images a GPU. A step on one GPU: {ms(first["step_seconds"])} ms, {source}.\n')
         kinds = list(first['per_second'])
         ideal = first['per_second']['ring']
         parts.append(table(
-            ['GPUs', 'steps an epoch of CelebA', 'all-reduce: ring, ms', 'two levels, ms', *(f'images/s: {k}' for k in kinds),
-             'batch a GPU that hides a ring'],
+            ['GPUs', 'steps an epoch of CelebA', 'all-reduce: ring, ms', 'two levels, ms',
+             *(f'images/s: {k}' for k in kinds), 'batch a GPU that hides a ring'],
             [[r['gpus'], CELEBA // (BATCH * r['gpus']), ms(r['ring_seconds']), ms(r['levels_seconds']),
               *(f'{r["per_second"][k]:,.0f} ({r["per_second"][k] / r["gpus"] / ideal:.0%})' for k in kinds),
               math.ceil(r['smallest_batch'])] for r in rows]))
@@ -187,9 +188,8 @@ def main(argv=None):
     if args.work:
         return work(args.work)
     measured = json.loads(args.gpu.read_text()) if args.gpu else None
-    cpus = [line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'model name' in line]
-    results = {'cpu': f'{cpus[0]}, {len(os.sched_getaffinity(0))} cores', 'measured': measure(*((1, 2) if args.quick else (3, 20))),
-               'projected': project(measured)}
+    results = {'cpu': f'{cpu_name()}, {len(os.sched_getaffinity(0))} cores',
+               'measured': measure(n_rounds=1 if args.quick else 3, n_steps=2 if args.quick else 20), 'projected': project(measured)}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / 'processes.json').write_text(json.dumps(results, indent=1) + '\n')
     if (args.out / 'README.md').exists():

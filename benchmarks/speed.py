@@ -12,7 +12,6 @@ import gc
 import io
 import json
 import math
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from contenders import PEERS, SCRIPTS, bisect, build, contend, is_installed, offered
 from report import draw_growth, markdown
 from targets import CHECKPOINT_TIME, OVERHEAD, absolute_checks, target_of
-from timing import in_turn, measure_peaks, out_of_memory_is_said, prefer_tf32, progress, quartiles, synchronize
+from timing import cpu_name, in_turn, measure_peaks, out_of_memory_is_said, prefer_tf32, progress, quartiles, synchronize
 
 # A row's shape; n_levels as in glow.py, one less than the paper's L.
 GLOW = {'a': dict(image_size=32, n_levels=2, depth=8, width=128, batch_size=16),
@@ -50,9 +49,11 @@ VARIANTS = {'glow': {'cpu': ('float32', 'bf16', 'checkpoint_grads'),
                               'bf16 checkpoint_grads')},
             'bnaf': {'cpu': ('float32', 'compile'), 'cuda': ('float32', 'compile')}}
 # Compiling takes longer than measuring, and memory a process each: not for every row
-COMPILED = {'cpu': {'glow': ('a', 'b'), 'bnaf': ('b', 'b2')},
+COMPILED = {'cpu': {'glow': ('a',), 'bnaf': ('b', 'b2')},
             'cuda': {'glow': ('a', 'b', 'c', 'A16'), 'bnaf': tuple(BNAF)}}
 MEASURED_MEMORY = {'glow': (*GLOW, *ON_GPU), 'bnaf': ('b2', 'c')}
+SMALLEST = {'glow': dict(image_size=8, n_levels=1, depth=1, width=8, batch_size=2),
+            'bnaf': dict(data_dim=2, n_flows=2, n_hidden=1, hidden_dim=2, batch_size=2)}
 
 # How cost grows: a base shape, and what each number of it is changed to, the others as they are.
 SWEEPS = {'glow': (dict(image_size=32, n_levels=2, depth=4, width=64, batch_size=4),
@@ -115,7 +116,7 @@ def measure(script, config, shape, device, peaks, peers, quick):
     for name in [*peers, *variants_of(script, config, device, quick)]:
         with out_of_memory_is_said(f'{script} {config} {name}'):
             contenders[name] = contend(script, shape, name, device)
-    for quantity, budget in (('training', 12), ('evaluation', 2), ('sampling', 4)):
+    for quantity, budget in (('training', 8), ('evaluation', 2), ('sampling', 4)):
         for contender in contenders.values():
             contender.model.train(quantity == 'training')
         functions = functions_of(quantity, script, config, contenders, device)
@@ -169,10 +170,13 @@ def peak_mib():
 
 
 def print_memory(script, shape, name):
-    """In a process of its own: MiB of training steps; on a CPU, less what imports, model and data had taken"""
+    """In a process of its own: MiB of training steps; on a CPU, less what imports, libraries and the model had taken"""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     prefer_tf32()
+    contend(script, SMALLEST[script], name, device).step()      # what is loaded when first used is loaded now
     build(script, shape, name)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
     before = peak_mib()
     contender = contend(script, shape, name, device)
     for _ in range(2):
@@ -243,7 +247,7 @@ def measure_command(script, words, n_steps, device):
             module.main(['--train', f'--output_dir={folder}', *arguments])
     finally:
         module.Training.take_step, module.train = take_step, train
-    starts, stops = np.array([mark[:2] for mark in marks[5:]]).T        # warm by then
+    starts, stops = np.array([mark[:2] for mark in marks[len(marks) // 5:]]).T      # warm by then
     step, gap = np.median(stops - starts), np.median(starts[1:] - stops[:-1])
     run = marks[0][2]
     epoch = run.steps_per_epoch
@@ -275,9 +279,7 @@ def measure_growth(script, device, quick):
 # --------------------------------------------------------------------------------------------------------- main
 
 def describe(device, quick):
-    cpu = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
-                if line.startswith('model name')), platform.processor())
-    name = torch.cuda.get_device_name() if device.type == 'cuda' else f'{cpu}, {torch.get_num_threads()} threads'
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else f'{cpu_name()}, {torch.get_num_threads()} threads'
     packages = {'normflows': 'normflows', 'pyro': 'pyro-ppl', 'zuko': 'zuko'}
     versions = {peer: metadata.version(package) for peer, package in packages.items() if is_installed(peer)}
     return {'kind': device.type, 'device': name, 'torch': torch.__version__, 'peers': versions, 'quick': quick}

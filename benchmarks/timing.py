@@ -1,7 +1,9 @@
 """Clocks: functions timed in turn, and what the machine itself can do."""
 import contextlib
 import math
+import platform
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +20,11 @@ def prefer_tf32():
     """Float32 products in TF32 on a GPU, for everybody alike"""
     torch.set_float32_matmul_precision('high')
     torch.backends.cudnn.allow_tf32 = True
+
+
+def cpu_name():
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())
 
 
 def synchronize(device):
