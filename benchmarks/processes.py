@@ -109,8 +109,8 @@ def step_time(name, flops, measured):
 
 
 def all_reduce(size, n):
-    """-> seconds to sum size bytes over n GPUs, as one ring, where 2 (n - 1) / n of them pass each GPU's slowest link, and
-    in two levels: scattered over the GPUs of a node, which then are in rings of their own across nodes, and gathered"""
+    """-> seconds to sum size bytes over n GPUs, as one ring, where 2 (n - 1) / n of them pass each GPU's slowest link,
+    and in two levels: scattered over a node's GPUs, each of which is in a ring of its own across nodes, and gathered"""
     if n <= PER_NODE:
         ring = 2 * (n - 1) / n * size / NVLINK
         return ring, ring
@@ -159,7 +159,8 @@ def markdown(results):
                   if first['source'] == 'assumed' else first['source'])
         parts.append(
             f'**Worked out**: model {name}, {first["parameters"]:,} parameters, '
-            f'{4e-6 * first["parameters"]:,.0f} MB of gradients, {BATCH} images a GPU. A step on one GPU: {ms(first["step_seconds"])} ms, {source}.\n')
+            f'{4e-6 * first["parameters"]:,.0f} MB of gradients, {BATCH} images a GPU. '
+            f'A step on one GPU: {ms(first["step_seconds"])} ms, {source}.\n')
         kinds = list(first['per_second'])
         ideal = first['per_second']['ring']
         parts.append(table(
@@ -189,7 +190,8 @@ def main(argv=None):
         return work(args.work)
     measured = json.loads(args.gpu.read_text()) if args.gpu else None
     results = {'cpu': f'{cpu_name()}, {len(os.sched_getaffinity(0))} cores',
-               'measured': measure(n_rounds=1 if args.quick else 3, n_steps=2 if args.quick else 20), 'projected': project(measured)}
+               'measured': measure(n_rounds=1 if args.quick else 3, n_steps=2 if args.quick else 20),
+               'projected': project(measured)}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / 'processes.json').write_text(json.dumps(results, indent=1) + '\n')
     if (args.out / 'README.md').exists():

@@ -51,7 +51,8 @@ def speed_table(script, quantity, rows, peers):
     for row in rows:
         for k, entry in enumerate(row['entries']):
             ratio = '' if entry['ratio'] is None else '{1}x ({0} to {2})'.format(*map(significant, entry['ratio']))
-            shown = f'{row["config"]}: {shape_text(script, row["shape"])}' if k == 0 else ''
+            few = f'; {row["n"]} {row["unit"]}' if row['n'] != row['shape']['batch_size'] else ''
+            shown = f'{row["config"]}: {shape_text(script, row["shape"])}{few}' if k == 0 else ''
             name = entry['name'] if entry['name'] in (*peers, 'bisection') else f'**ours**, {entry["name"]}'
             lines.append([shown, name, f'{entry["parameters"]:,}', significant(entry['per_second']), ratio,
                           significant(entry['target']) + 'x' * (entry['target'] is not None), verdict(entry['met']),
@@ -121,7 +122,7 @@ def draw_growth(growth, sweeps):
             axis.loglog(values, times, 'o-', color='tab:blue')
             axis.loglog(values, [times[-1] * v / values[-1] for v in values], ':', color='grey', linewidth=1)
             power = math.log(times[-1] / times[-2]) / math.log(values[-1] / values[-2])
-            axis.annotate(f'grows as power {power:.1f}', (0.04, 0.9), xycoords='axes fraction', fontsize=9)
+            axis.annotate(f'in the end as power {power:.1f}', (0.04, 0.9), xycoords='axes fraction', fontsize=9)
             axis.set_xticks(values, [str(v) for v in values])
             axis.xaxis.minorticks_off()
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from contenders import PEERS, SCRIPTS, bisect, build, contend, is_installed, offered
 from report import draw_growth, markdown
 from targets import CHECKPOINT_TIME, OVERHEAD, absolute_checks, target_of
-from timing import cpu_name, in_turn, measure_peaks, out_of_memory_is_said, prefer_tf32, progress, quartiles, synchronize
+from timing import (cpu_name, in_turn, measure_peaks, out_of_memory_is_said, prefer_tf32, progress, quartiles,
+                    synchronize)
 
 # A row's shape; n_levels as in glow.py, one less than the paper's L.
 GLOW = {'a': dict(image_size=32, n_levels=2, depth=8, width=128, batch_size=16),
@@ -68,7 +69,7 @@ COMMANDS = {'quick': {'glow': ('--dataset=digits --depth=2', 10),
                       'bnaf': ('--n_epochs=1 --n_flows=1 --batch_size=4000', None)},
             'cpu': {'glow': ('--dataset=faces', 100), 'bnaf': ('--n_epochs=1', None)},
             'cuda': {'glow': (
-                '--dataset=faces --image_size=64 --n_levels=3 --depth=32 --width=512 --batch_size=16', 600),
+                '--dataset=faces --image_size=64 --n_levels=3 --depth=32 --width=512 --batch_size=16 --lr=1e-4', 600),
                      'bnaf': ('--n_epochs=3', None)}}
 TABLE_SHAPE = (36_488, 43)
 
@@ -130,9 +131,12 @@ def measure(script, config, shape, device, peaks, peers, quick):
             row['gflop'] = gflop_of(quantity, contenders['float32'])
         row['entries'] = entries_of(row, times, 'bisection' if few else PEERS[script][0], peaks, device.type)
         for entry in row['entries']:
-            model = contenders.get(entry['name'], contenders['float32']).model
+            model = (contenders.get(entry['name']) or contenders['float32']).model      # bisection inverts ours
             entry['parameters'] = sum(p.numel() for p in model.parameters())
         results.append(row)
+        if quantity == 'training':
+            progress(f'{script} {config} parameters: ' + ', '.join(
+                f'{entry["name"]} {entry["parameters"]:,}' for entry in row['entries']))
         progress(f'{script} {config} {quantity}: ' + ', '.join(
             f'{entry["name"]} {entry["per_second"]:.4g} {row["unit"]}/s' for entry in row['entries']))
     return results
@@ -195,10 +199,11 @@ def memory_of(script, shape, name):
     return float(done.stdout.split()[-1])
 
 
-def measure_memory(script, config, shape, device, peers, quick, training):
+def measure_memory(script, config, shape, device, peers, quick, rows):
     """-> peak memory of a row's training steps; compiling itself takes more than the steps on a CPU, so not there"""
     names = [name for name in variants_of(script, config, device, quick)
              if device.type == 'cuda' or 'compile' not in name.split()]
+    timed = {entry['name']: entry for row in rows if row['quantity'] == 'training' for entry in row['entries']}
     row = {'script': script, 'config': config, 'shape': shape, 'entries': []}
     for name in [*peers[:1], *names]:
         entry = {'name': name, 'mib': memory_of(script, shape, name), 'ratio': None, 'target': None, 'met': None}
@@ -208,8 +213,7 @@ def measure_memory(script, config, shape, device, peers, quick, training):
             entry['target'] = target_of(device.type, script, 'memory', config, name)
             if entry['target'] and entry['ratio'] is not None:
                 entry['met'] = entry['ratio'] <= entry['target']
-        timed = next((e for e in training['entries'] if e['name'] == name), {})
-        entry['time_over_plain'] = timed.get('time_over_plain')
+        entry['time_over_plain'] = timed.get(name, {}).get('time_over_plain')
         entry['time_met'] = entry['time_over_plain'] and entry['time_over_plain'] <= CHECKPOINT_TIME
         row['entries'].append(entry)
     progress(f'{script} {config} memory: ' + ', '.join(f'{e["name"]} {e["mib"]:.0f} MiB' for e in row['entries']))
@@ -221,7 +225,7 @@ def measure_memory(script, config, shape, device, peers, quick, training):
 def measure_command(script, words, n_steps, device):
     """Runs the script's own main --train -> images or rows a second over a cycle from validation to validation, and the
     share of it that is not steps. Steps are timed from outside; the run is cut short after n_steps, then validates."""
-    module, marks, ends = SCRIPTS[script], [], []
+    module, marks, ends, said = SCRIPTS[script], [], [], io.StringIO()
     take_step, train = module.Training.take_step, module.train
 
     def timed_step(run):
@@ -239,12 +243,14 @@ def measure_command(script, words, n_steps, device):
     module.Training.take_step, module.train = timed_step, timed_train
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
-                contextlib.redirect_stderr(io.StringIO()):
+                contextlib.redirect_stderr(said):
             if script == 'bnaf':
                 np.save(f'{folder}/noise.npy', np.random.default_rng(0).normal(size=TABLE_SHAPE).astype(np.float32))
                 words = f'--dataset=noise.npy {words}'
             arguments = words.replace('noise.npy', f'{folder}/noise.npy').split()
             module.main(['--train', f'--output_dir={folder}', *arguments])
+    except SystemExit:
+        raise RuntimeError(said.getvalue()) from None
     finally:
         module.Training.take_step, module.train = take_step, train
     starts, stops = np.array([mark[:2] for mark in marks[len(marks) // 5:]]).T      # warm by then
@@ -305,7 +311,7 @@ def run(scripts, only_rows, quick, device):
             if device.type == 'cuda':
                 torch.cuda.empty_cache()
             if quick or config in MEASURED_MEMORY[script]:
-                results['memory'].append(measure_memory(script, config, shapes[config], device, peers, quick, rows[0]))
+                results['memory'].append(measure_memory(script, config, shapes[config], device, peers, quick, rows))
         results['growth'][script] = measure_growth(script, device, quick)
         options, n_steps = COMMANDS['quick' if quick else device.type][script]
         for extra in ['', ' --bf16'] if script == 'glow' and offered(script, 'bf16') else ['']:

@@ -100,7 +100,7 @@ def test_bisection_inverts(residual):
         assert (bisect(model, model(x)[0], tol=1e-9) - x).abs().max() < 1e-6
 
 
-def test_communication(tmp_path):
+def test_communication():
     """One ring of 8 GPUs moves 2 * 7 / 8 of the bytes over NVLink; what is hidden costs nothing but its ends"""
     size = 450_000_000
     assert processes.all_reduce(size, 8)[0] == pytest.approx(1.75e-3)
@@ -111,6 +111,19 @@ def test_communication(tmp_path):
     hidden, exposed = (processes.overlapped(3., 2., reduce, size) for reduce in (0.5, 5.))
     assert 3 < hidden < 3.1 and 1 + 5 < exposed < 1 + 5 + 2 * 0.1
 
+
+def test_step_times_are_assumed_until_measured():
+    entries = [{'name': name, 'seconds': s} for name, s in (
+        ('normflows', 0.001), ('float32', 0.03), ('bf16', 0.02), ('checkpoint_grads', 0.05),
+        ('bf16 checkpoint_grads', 0.04))]
+    rows = [{'config': config, 'quantity': 'training', 'entries': entries} for config in ('A16', 'C16')]
+    measured = {'rows': rows, 'machine': {'device': 'a GPU', 'peers': {'normflows': '1'}}}
+    assert processes.step_time('A', 1e12, measured) == (0.02, 'measured on a GPU (bf16)')
+    assert processes.step_time('C', 1e12, measured) == (0.04, 'measured on a GPU (bf16 checkpoint_grads)')
+    assert processes.step_time('A', 1e12, None) == (16e12 / processes.ASSUMED_FLOPS, 'assumed')
+
+
+def test_page_is_written_between_its_marks(tmp_path):
     page = tmp_path / 'README.md'
     page.write_text(f'above\n{processes.MARKS[0]}\nold\n{processes.MARKS[1]}\nbelow\n')
     for text in ('new', 'newer'):
