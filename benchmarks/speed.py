@@ -45,7 +45,7 @@ BNAF = {'a': dict(data_dim=2, n_flows=1, n_hidden=1, hidden_dim=50, batch_size=2
         'c': dict(TABLE, data_dim=43, hidden_dim=10),
         'd': dict(TABLE, data_dim=63, hidden_dim=20)}
 INVERTED = {'b': 20, 'c': 20}           # of which BNAFs rows are inverted, and how many: bisection takes its time
-VARIANTS = {'glow': {'cpu': ('float32', 'bf16', 'checkpoint_grads'),
+VARIANTS = {'glow': {'cpu': ('float32', 'bf16', 'compile', 'checkpoint_grads'),
                      'cuda': ('float32', 'bf16', 'compile', 'bf16 compile', 'checkpoint_grads',
                               'bf16 checkpoint_grads')},
             'bnaf': {'cpu': ('float32', 'compile'), 'cuda': ('float32', 'compile')}}
