@@ -70,7 +70,7 @@ COMMANDS = {'quick': {'glow': ('--dataset=digits --depth=2', 10),
             'cpu': {'glow': ('--dataset=faces', 100), 'bnaf': ('--n_epochs=1', None)},
             'cuda': {'glow': (
                 '--dataset=faces --image_size=64 --n_levels=3 --depth=32 --width=512 --batch_size=16 --lr=1e-4', 600),
-                     'bnaf': ('--n_epochs=3', None)}}
+                     'bnaf': ('--n_epochs=1', None)}}
 TABLE_SHAPE = (36_488, 43)
 
 
@@ -205,11 +205,11 @@ def measure_memory(script, config, shape, device, peers, quick, rows):
              if device.type == 'cuda' or 'compile' not in name.split()]
     timed = {entry['name']: entry for row in rows if row['quantity'] == 'training' for entry in row['entries']}
     row = {'script': script, 'config': config, 'shape': shape, 'entries': []}
-    for name in [*peers[:1], *names]:
+    peer = PEERS[script][0]
+    for name in [*[peer] * (peer in peers), *names]:
         entry = {'name': name, 'mib': memory_of(script, shape, name), 'ratio': None, 'target': None, 'met': None}
-        if peers and name != peers[0]:
-            entry['ratio'] = entry['mib'] / row['entries'][0]['mib']
-        if name not in peers:
+        if name != peer:
+            entry['ratio'] = entry['mib'] / row['entries'][0]['mib'] if peer in peers else None
             entry['target'] = target_of(device.type, script, 'memory', config, name)
             if entry['target'] and entry['ratio'] is not None:
                 entry['met'] = entry['ratio'] <= entry['target']
@@ -254,7 +254,7 @@ def measure_command(script, words, n_steps, device):
     finally:
         module.Training.take_step, module.train = take_step, train
     starts, stops = np.array([mark[:2] for mark in marks[len(marks) // 5:]]).T      # warm by then
-    step, gap = np.median(stops - starts), np.median(starts[1:] - stops[:-1])
+    step, gap = np.median(stops - starts), np.mean(starts[1:] - stops[:-1])
     run = marks[0][2]
     epoch = run.steps_per_epoch
     cycle = epoch * math.ceil(module.VALIDATE_STEPS / epoch) if script == 'glow' else epoch

@@ -124,6 +124,7 @@ def test_step_times_are_assumed_until_measured():
 
 
 def test_page_is_written_between_its_marks(tmp_path):
+    assert all(Path(processes.__file__).with_name('README.md').read_text().count(mark) == 1 for mark in processes.MARKS)
     page = tmp_path / 'README.md'
     page.write_text(f'above\n{processes.MARKS[0]}\nold\n{processes.MARKS[1]}\nbelow\n')
     for text in ('new', 'newer'):
