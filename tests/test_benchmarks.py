@@ -1,0 +1,132 @@
+"""The benchmarks: they run on tiny shapes without the peers, and their tables say what their JSON says."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnaf
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
+import processes
+import speed
+from contenders import bisect
+from report import significant
+from targets import CHECKPOINT_TIME, absolute_checks, target_of
+from timing import in_turn
+
+CPU = torch.device('cpu')
+
+
+def cells(text, heading):
+    """The lines of the table under a heading, split into cells"""
+    part = text.split(f'### {heading}\n')[1].strip().split('\n\n')[0]
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in part.splitlines()[2:]]
+
+
+def test_quick_run_without_peers(tmp_path, monkeypatch, capsys):
+    for peer in ('normflows', 'pyro', 'zuko'):
+        monkeypatch.setitem(sys.modules, peer, None)        # importing it fails
+    glow_shape, bnaf_shape = speed.SMALLEST['glow'], speed.SMALLEST['bnaf']
+    monkeypatch.setattr(speed, 'GLOW', {'a': glow_shape})
+    monkeypatch.setattr(speed, 'BNAF', {'b': bnaf_shape})
+    monkeypatch.setattr(speed, 'SWEEPS', {'glow': (glow_shape, dict(depth=(1, 2))),
+                                          'bnaf': (bnaf_shape, dict(data_dim=(2, 4)))})
+    monkeypatch.setattr(speed, 'TABLE_SHAPE', (20_000, 2))
+    monkeypatch.setattr(speed, 'memory_of', lambda script, shape, name: 50. if 'checkpoint_grads' in name else 100.)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    speed.main(['--quick', '--out', str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert all(f'{peer} is not installed' in printed for peer in ('normflows', 'pyro', 'zuko'))
+
+    results, text = json.loads((tmp_path / 'speed.json').read_text()), (tmp_path / 'speed.md').read_text()
+    assert (tmp_path / 'scaling.png').stat().st_size > 10_000
+    assert [(row['script'], row['quantity']) for row in results['rows']] == [
+        ('glow', 'training'), ('glow', 'evaluation'), ('glow', 'sampling'),
+        ('bnaf', 'training'), ('bnaf', 'evaluation'), ('bnaf', 'sampling')]
+    for row in results['rows']:
+        names = {'training': 'training step'}.get(row['quantity'], row['quantity'])
+        lines = cells(text, f'{row["script"].replace("glow", "Glow").replace("bnaf", "BNAF")}: {names}')
+        assert [line[1].removeprefix('**ours**, ') for line in lines] == [entry['name'] for entry in row['entries']]
+        for line, entry in zip(lines, row['entries']):
+            assert line[2:4] == [f'{entry["parameters"]:,}', significant(entry['per_second'])]
+            assert entry['per_second'] == pytest.approx(row['n'] / entry['seconds'])
+            bisected = (row['script'], row['quantity']) == ('bnaf', 'sampling') and entry['name'] != 'bisection'
+            assert bool(line[4]) == bool(entry['ratio']) == bisected        # else there is nobody to compare to
+            if row['gflop'] is not None:
+                assert entry['gflops'] == pytest.approx(row['gflop'] / entry['seconds'])
+                assert line[7:] == [significant(entry['gflops']), f'{entry["fraction"]:.0%}']
+    for line, command in zip(cells(text, 'The real commands'), results['commands'], strict=True):
+        assert line[0] == f'`{command["script"]}.py --train {command["words"]}`' and 0 < command['overhead'] < 1
+        assert line[3:] == [f'{command["overhead"]:.1%}', f'under {command["target"]:.0%}',
+                            'met' if command['met'] else '**missed**']
+    assert [line[2] for line in cells(text, 'Glow: peak memory of training')] == [
+        significant(entry['mib']) for entry in results['memory'][0]['entries']]
+
+
+def test_memory_in_a_process_of_its_own():
+    shape = dict(data_dim=4, n_flows=1, n_hidden=1, hidden_dim=8, batch_size=10_000)
+    layer = 10_000 * 4 * 8 * 4 / 2**20                  # MiB of a hidden layer's units
+    assert 2 * layer < speed.memory_of('bnaf', shape, 'float32') < 60 * layer       # torch alone would be 200 of them
+
+
+def test_functions_run_in_turn():
+    calls = []
+    times = in_turn({name: lambda name=name: calls.append(name) for name in 'ab'}, CPU, budget=0, least=2)
+    assert {name: len(of) for name, of in times.items()} == {'a': 2, 'b': 2}
+    changes = [name for k, name in enumerate(calls) if k == 0 or name != calls[k - 1]]
+    assert ''.join(changes) == 'ababab'                             # warm-up, then two rounds
+
+
+def test_targets():
+    assert target_of('cpu', 'bnaf', 'training', 'b2', 'compile') == 18
+    assert target_of('cpu', 'glow', 'training', 'c', 'float32') == 1.3
+    assert target_of('cuda', 'glow', 'training', 'A64', 'bf16 compile') == 4
+    assert target_of('cpu', 'glow', 'memory', 'a', 'bf16 checkpoint_grads') == 0.35
+    assert target_of('cpu', 'glow', 'training', 'a', 'checkpoint_grads') is None and CHECKPOINT_TIME > 1
+    entries = [{'name': 'bf16', 'per_second': 1999., 'fraction': None}, {'name': 'bf16 compile', 'per_second': 2001.}]
+    rows = [{'config': 'A16', 'quantity': 'training', 'entries': entries}]
+    memory = [{'config': 'C16', 'entries': [{'name': 'checkpoint_grads', 'mib': 13 * 1024}]}]
+    checks = absolute_checks(rows, memory)
+    assert [(check['value'], check['met']) for check in checks] == [(2001, True), (13 * 1024, False)]
+
+
+@pytest.mark.parametrize('residual', ['gated', 'none'])
+def test_bisection_inverts(residual):
+    model = bnaf.build_model(bnaf.Config(residual=residual, n_flows=2, hidden_dim=5), [3]).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    with torch.no_grad():
+        assert (bisect(model, model(x)[0], tol=1e-9) - x).abs().max() < 1e-6
+
+
+def test_communication():
+    """One ring of 8 GPUs moves 2 * 7 / 8 of the bytes over NVLink; what is hidden costs nothing but its ends"""
+    size = 450_000_000
+    assert processes.all_reduce(size, 8)[0] == pytest.approx(1.75e-3)
+    ring, levels = processes.all_reduce(size, 64)
+    assert ring == pytest.approx(2 * 63 / 64 * size / 50e9)
+    assert levels == pytest.approx(1.75e-3 + 2 * 7 / 8 * size / 8 / 50e9)
+    assert processes.overlapped(3., 2., 0., size) == 3
+    hidden, exposed = (processes.overlapped(3., 2., reduce, size) for reduce in (0.5, 5.))
+    assert 3 < hidden < 3.1 and 1 + 5 < exposed < 1 + 5 + 2 * 0.1
+
+
+def test_step_times_are_assumed_until_measured():
+    entries = [{'name': name, 'seconds': s} for name, s in (
+        ('normflows', 0.001), ('float32', 0.03), ('bf16', 0.02), ('checkpoint_grads', 0.05),
+        ('bf16 checkpoint_grads', 0.04))]
+    rows = [{'config': config, 'quantity': 'training', 'entries': entries} for config in ('A16', 'C16')]
+    measured = {'rows': rows, 'machine': {'device': 'a GPU', 'peers': {'normflows': '1'}}}
+    assert processes.step_time('A', 1e12, measured) == (0.02, 'measured on a GPU (bf16)')
+    assert processes.step_time('C', 1e12, measured) == (0.04, 'measured on a GPU (bf16 checkpoint_grads)')
+    assert processes.step_time('A', 1e12, None) == (16e12 / processes.ASSUMED_FLOPS, 'assumed')
+
+
+def test_page_is_written_between_its_marks(tmp_path):
+    assert all(Path(processes.__file__).with_name('README.md').read_text().count(mark) == 1 for mark in processes.MARKS)
+    page = tmp_path / 'README.md'
+    page.write_text(f'above\n{processes.MARKS[0]}\nold\n{processes.MARKS[1]}\nbelow\n')
+    for text in ('new', 'newer'):
+        processes.insert(page, text)
+    assert page.read_text() == f'above\n{processes.MARKS[0]}\n\nnewer\n{processes.MARKS[1]}\nbelow\n'
