@@ -477,8 +477,8 @@ def training_batch(data, config, step, process):
 @torch.no_grad()
 def row_losses(objective, rows, device):
     """-> the objective of each row (N, D), in float64 (N,)"""
-    rows = torch.from_numpy(np.ascontiguousarray(rows))
-    return torch.cat([objective.per_row(x.to(device)).double() for x in rows.split(10_000)])
+    parts = [torch.from_numpy(np.array(rows[i:i + 10_000])).to(device) for i in range(0, len(rows), 10_000)]
+    return torch.cat([objective.per_row(part).double() for part in parts])
 
 
 def mean_loss(objective, rows, process):

@@ -59,7 +59,7 @@ class Config:
     width: int = option('model', 512, "channels of the coupling networks' hidden layers", 1)
     plain_conv1x1: bool = option('model', False, 'learn the matrices of the 1x1 convolutions, not their PLU factors')
     checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
-    bf16: bool = option('optimisation', False, 'train with the networks in bfloat16; latents and densities stay float32')
+    bf16: bool = option('optimisation', False, 'networks in bfloat16; latents and densities stay float32')
     compile: bool = option('optimisation', False, 'compile the step of flow: a minute or two at the start, faster steps')
     n_epochs: int = option('optimisation', 100, 'epochs', 1)
     n_epochs_warmup: float = option('optimisation', 2., 'epochs over which the learning rate rises linearly from 0')
@@ -83,7 +83,7 @@ DEFAULTS = {
     'folder': dict(),
 }
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'},    # of a checkpoint's options, when
-              False: {'data_dir', 'batch_size', 'seed'}}                                # training goes on, and else
+              False: {'data_dir', 'batch_size', 'seed', 'bf16'}}                        # training goes on, and else
 VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
 CHECKPOINT = ('config', 'input_dims', 'step', 'bits_per_dim', 'best', 'model', 'average', 'optimizer')
 TEMPERATURES = (0., 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.)
@@ -843,14 +843,15 @@ def start(args, process):
         path = run_dir / 'best.pt'
         saved = load_checkpoint(path)
     model = restore_model(saved, path, process.device)
-    if args.train or args.evaluate:
-        evaluate(model, data, saved, path, config, process)
-        if process.is_main and args.train:
-            print(f'the model is {path}; sample grids lie beside it')
-    elif process.is_main and args.generate:
-        generate(model, path, config, process.device, args.z_std, args.n_samples)
-    elif process.is_main:
-        visualize(model, data, path, config, process.device, args.vis_attrs, args.vis_alphas, args.vis_img)
+    with torch.autocast(process.device.type, torch.bfloat16, enabled=bool(args.bf16) and not args.train):
+        if args.train or args.evaluate:
+            evaluate(model, data, saved, path, config, process)
+            if process.is_main and args.train:
+                print(f'the model is {path}; sample grids lie beside it')
+        elif process.is_main and args.generate:
+            generate(model, path, config, process.device, args.z_std, args.n_samples)
+        elif process.is_main:
+            visualize(model, data, path, config, process.device, args.vis_attrs, args.vis_alphas, args.vis_img)
 
 
 def main(argv=None):

@@ -217,6 +217,15 @@ def test_generate(trained, capsys):
     assert (cells[0] == cells[1]).all() and (cells[0] == cells[2]).all()    # no noise is left at temperature 0
 
 
+def test_bf16_beyond_training_is_for_the_asking(trained):
+    results = trained.with_name('results.json')
+    figures = []
+    for words in ([], ['--bf16'], []):
+        glow.main(['--evaluate', f'--restore_file={trained}', *words])
+        figures.append(json.loads(results.read_text())['bits_per_dim'])
+    assert figures[0] == figures[2] != figures[1] == pytest.approx(figures[0], abs=0.02)
+
+
 def test_samples_are_sorted_by_log_probability(trained):
     model = glow.restore_model(glow.load_checkpoint(trained), trained, torch.device('cpu'))
     images = torch.from_numpy(glow.sample_rows(model, [0.7], 16, 0, 'cpu')[0])
