@@ -354,7 +354,7 @@ def test_bad_photos(tmp_path, monkeypatch):
         load_photo(tmp_path / 'whole.jpg', 'faces', 32)
 
 
-@pytest.mark.parametrize('name, part', [('imagenet', 'faces, digits, mnist, celeba, folder'),
+@pytest.mark.parametrize('name, part', [('imagenet', 'faces, digits, mnist, cifar10, celeba, folder'),
                                         ('mnist', 'train-images-idx3-ubyte'), ('celeba', 'img_align_celeba')])
 def test_missing_data(name, part, tmp_path):
     with pytest.raises(UserError, match=part):
