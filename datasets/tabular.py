@@ -137,6 +137,17 @@ def check(values, columns, path):
 
 
 def read_table(path):
+    """A table of the user's own without missing values -> values (N, D) float64, column names. Raises UserError."""
+    values, columns = read_numbers(path)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise UserError(f'{path}: {int(bad.sum())} missing or infinite values, the first in column {columns[column]}, row '
+                        f'{row}: drop those rows or fill them in')
+    return values, columns
+
+
+def read_numbers(path):
     """.csv with or without a header, .npy, or .h5 with one two-dimensional data set -> values (N, D), column names"""
     path = Path(path)
     if not path.is_file():
@@ -148,11 +159,6 @@ def read_table(path):
         values, columns = readers[path.suffix](path)
     except (OSError, ValueError, EOFError, UnicodeDecodeError, pd.errors.ParserError) as error:
         raise UserError(f'{path} cannot be read as a table: {str(error).splitlines()[0]}') from None
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        raise UserError(f'{path}: {int(bad.sum())} missing or infinite values, the first in column {columns[column]}, row '
-                        f'{row}: drop those rows or fill them in')
     return values, columns
 
 
