@@ -212,8 +212,7 @@ def get(name, files, data_dir, raw, given):
         right = right and bool(file.md5)
     paths = locate(name, data_dir, raw)
     if None in paths:
-        missing = [file.name for file in files if not find(data_dir, name, [Path(target).name for target in
-                                                                            file.members.values()])]
+        missing = [file.name for file, path in zip(files, paths) if path is None or len(files) < len(paths)]
         raise UserError(f'{name} is not complete in {data_dir}: it still needs {", ".join(missing)}')
     if right:
         stamps = verified_stamps(data_dir) + [stamp(path) for path in paths]
@@ -271,11 +270,12 @@ def transfer(session, url, part, start):
         total = start + int(length) if length.isdigit() else None
         with open(part, 'ab' if goes_on else 'wb') as file, tqdm(
                 desc=part.stem, initial=start, total=total, unit='B', unit_scale=True, dynamic_ncols=True) as bar:
-            for content in response.iter_content(2**17):
+            for content in response.iter_content(2**14):
                 file.write(content)
                 bar.update(len(content))
-                if file.tell() > MAX_DOWNLOAD:
-                    raise TransferError(f'it is longer than {MAX_DOWNLOAD:,} bytes')
+                if bar.n > MAX_DOWNLOAD:
+                    part.unlink()
+                    raise UserError(f'{url} sends more than {MAX_DOWNLOAD:,} bytes, which no data set has')
         if total is not None and bar.n != total:
             raise TransferError('it broke off')
 
