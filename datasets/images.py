@@ -364,7 +364,7 @@ def decode_all(data_dir, name, files, size, crop=1.):
             except BrokenProcessPool:
                 raise UserError('a process that decoded images was killed, perhaps for want of memory') from None
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)      # an error stops the others early
+                pool.shutdown(cancel_futures=True)      # an error stops the others early
 
     return cached(data_dir, f'{name}_{size}', source, decode_in_parallel), digest(source)
 
