@@ -7,6 +7,7 @@ import difflib
 import gzip
 import io
 import tarfile
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -231,7 +232,9 @@ def load_published(name, data_dir):
 
     def make(create):
         try:
-            splits = prepare(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')     # of means of nothing: such splits are refused below
+                splits = prepare(path)
         except (OSError, ValueError, EOFError, KeyError, IndexError, UnicodeDecodeError, tarfile.TarError, zlib.error,
                 zipfile.BadZipFile, pd.errors.ParserError, Image.DecompressionBombError) as error:
             raise UserError(f'{path} cannot be read as {name}: {str(error).splitlines()[0][:200]}') from None
@@ -317,7 +320,8 @@ def prepare_power(path):
 def power_rows(part):
     """Times of day, of which there are 1,440, become minutes in the last column"""
     time = part.pop('Time').cat
-    minute = 60 * time.categories.str[:2].astype(int) + time.categories.str[3:5].astype(int)
+    text = time.categories.astype(str).str
+    minute = 60 * text[:2].astype(int) + text[3:5].astype(int)
     return np.column_stack([part.to_numpy(float), minute.to_numpy(float)[time.codes]])
 
 
