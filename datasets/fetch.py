@@ -116,10 +116,12 @@ MD5 = {**{file.name: file.md5 for file in SOURCES['mnist'].files},
        'data_batch_1': 'c99cafc152244af753f735de768cd75f', 'data_batch_2': 'd4bba439e000b95fd0a9bffe97cbabec',
        'data_batch_3': '54ebc095f3ab1f0389bbae665268c751', 'data_batch_4': '634d18415352ddfa80567beed471001a',
        'data_batch_5': '482c414d41f54cd18b22e5b47cb7c3cb', 'test_batch': '40351d587109b95175f43aff81a1287e'}
-CELEBA_STEPS = '''CelebA is handed out by its owners alone, for non-commercial research:
+CELEBA_STEPS = '''\
+CelebA is handed out by its owners alone, for non-commercial research:
   1. open https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, read its agreement, and follow a link to its downloads
   2. download Img/img_align_celeba.zip, Anno/list_attr_celeba.txt and Eval/list_eval_partition.txt
-  3. python -m datasets fetch celeba --data_dir={} --from img_align_celeba.zip list_attr_celeba.txt list_eval_partition.txt'''
+  3. python -m datasets fetch celeba --data_dir={} --from img_align_celeba.zip list_attr_celeba.txt \\
+       list_eval_partition.txt'''
 
 
 # ------------------------------------------------------------------------------------------------- what is there
@@ -174,7 +176,8 @@ def fetch(name, data_dir, raw=False, given=()):
         raise UserError(f'{name} has no raw form: leave --raw out' if raw else f'{name} needs no download')
     if None in locate(name, data_dir, raw):
         if not given and not all(file.urls for file in files):
-            raise UserError(CELEBA_STEPS.format(data_dir))
+            print(CELEBA_STEPS.format(data_dir))
+            raise UserError(f'{name} cannot be fetched without its owners\' consent: download it, and name the files by --from')
         data_dir.mkdir(parents=True, exist_ok=True)
         with alone(data_dir / '.fetch.lock', f'another process fetches into {data_dir}'):
             if None in locate(name, data_dir, raw):
@@ -200,14 +203,15 @@ def get(name, files, data_dir, raw, given):
         place(path, members, data_dir)
     for file in files if not given else ():
         path = data_dir / file.name
-        if not path.exists():
+        is_new = not path.exists()
+        if is_new:
             download(file, path)
         elif file.md5 and checksum(path) != file.md5:
             raise UserError(f'{path} is not what is published, by its checksum: move it away and fetch {name} again')
         try:
             place(path, file.members, data_dir)
         finally:
-            if not file.kept:
+            if is_new and not file.kept:
                 path.unlink()
         right = right and bool(file.md5)
     paths = locate(name, data_dir, raw)

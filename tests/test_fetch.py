@@ -6,6 +6,8 @@ import io
 import multiprocessing
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -310,15 +312,19 @@ def test_raw_tables_have_no_checksum_and_this_is_said(server, monkeypatch, tmp_p
     assert status == 0 and 'power in d: present, but not by a published checksum' in out
     assert os.listdir('d/power') == ['household_power_consumption.txt'] and not Path('d/uci_power.zip').exists()
     assert 'leave --raw out' in run(capsys, 'fetch', 'mnist', '--raw')[2]
+    Path('e').mkdir(), Path('e/uci_power.zip').write_bytes(content.getvalue())
+    assert run(capsys, 'fetch', 'power', '--raw', '--data_dir=e')[0] == 0
+    assert len(server.requests) == 1 and Path('e/uci_power.zip').exists()         # the user's own stays
     server.files['/uci_power.zip'] = b'<html>please log in</html>'
-    status, _, error = run(capsys, 'fetch', 'power', '--raw', '--data_dir=e')
-    assert status == 2 and 'holds nothing that is wanted of it' in error and os.listdir('e') == ['.fetch.lock']
+    status, _, error = run(capsys, 'fetch', 'power', '--raw', '--data_dir=f')
+    assert status == 2 and 'holds nothing that is wanted of it' in error and os.listdir('f') == ['.fetch.lock']
 
 
 def test_celeba_from_what_the_user_downloaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    status, _, error = run(capsys, 'fetch', 'celeba', '--data_dir=d')
-    assert status == 2 and '--from img_align_celeba.zip' in error and not Path('d').exists()
+    status, out, error = run(capsys, 'fetch', 'celeba', '--data_dir=d')
+    assert status == 2 and 'name the files by --from' in error and not Path('d').exists()
+    assert 'mmlab.ie.cuhk.edu.hk' in out and 'fetch celeba --data_dir=d --from img_align_celeba.zip' in out
     write_celeba(tmp_path)
     with zipfile.ZipFile('my.zip', 'w') as archive:
         for path in sorted(Path('img_align_celeba').iterdir()):
@@ -410,6 +416,11 @@ def test_mistakes_get_one_line(argv, words, tmp_path, monkeypatch, capsys):
     status, out, error = run(capsys, *argv)
     assert status == 2 and out == '' and error.startswith('python -m datasets: error: ') and words in error
     assert Path('there.png').read_text() == 'mine'
+
+
+def test_the_scripts_need_nothing_of_what_fetch_needs():
+    code = 'import sys, datasets, datasets.tabular; assert "requests" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parents[1], check=True)
 
 
 def test_show_counts_what_a_table_lacks(tmp_path, monkeypatch, capsys):

@@ -201,7 +201,6 @@ class Payload:
     pickle.dumps({'data': np.full((20, 3072), None), 'labels': [0] * 20}),
     pickle.dumps({'data': np.zeros((19, 3072), np.uint8), 'labels': [0] * 19}),
     python2_batch(np.zeros((20, 3072), np.uint8), [0] * 20).replace(struct.pack('<i', 3072), struct.pack('<i', 2**30)),
-    b'\x80\x02]r\xff\xff\xff\x7f.',           # room for two thousand million objects
     b'\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.', b'\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x7f\x85R.',
 ])
 def test_bad_cifar10(content, cifar, capfd):
@@ -210,6 +209,12 @@ def test_bad_cifar10(content, cifar, capfd):
     with pytest.raises(UserError, match='cifar-10-batches-py'):
         load_images('cifar10', cifar)
     assert 'it ran' not in capfd.readouterr().out
+
+
+def test_a_pickle_that_makes_room_for_two_thousand_million_objects(tmp_path):
+    (tmp_path / 'p').write_bytes(b'\x80\x02]r\xff\xff\xff\x7f.')
+    with pytest.raises(ValueError, match='numbers more objects than it has bytes'):
+        read_pickle(tmp_path / 'p')
 
 
 @pytest.mark.parametrize('protocol', [0, 1, 2, 3, 4, 5, 'python 2'])
