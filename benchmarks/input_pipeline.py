@@ -1,5 +1,5 @@
 """Which share of a training step of glow.py goes into getting its batch from the cache: of the default job, the drawn
-faces, and of a cache of CelebA's shape, of random pixels, for the model that the paper trains on it, with a small batch.
+faces, and of a cache of CelebA's shape, of random pixels, for the model that is trained on it, with a small batch.
 
     python benchmarks/input_pipeline.py [--data_dir=data]
 """
@@ -29,7 +29,8 @@ def random_celeba(folder, n=20_000):
         part[:] = rng.integers(0, 256, part.shape, np.uint8)
     images.flush()
     images = np.load(folder / 'celeba.npy', mmap_mode='r')
-    return pack(images, np.zeros((n, 0), bool), (), (slice(0, n - 200), slice(n - 200, n - 100), slice(n - 100, n)), ['random'])
+    parts = slice(0, n - 200), slice(n - 200, n - 100), slice(n - 100, n)
+    return pack(images, np.zeros((n, 0), bool), (), parts, ['random'])
 
 
 def measure(name, data, config, n_steps):

@@ -68,8 +68,8 @@ def print_list(data_dir):
 
 def fetch_one(name, data_dir, raw, given):
     found = fetch(name, data_dir, raw, given)
-    print(f'{name} in {data_dir}: {found}' + ('' if found == 'verified' else ', but not by a published checksum: python '
-          f'-m datasets prepare {name} --data_dir={data_dir} checks what it holds'))
+    print(f'{name} in {data_dir}: {found}' + ('' if found == 'verified' else ', but not by a published checksum: '
+          f'python -m datasets prepare {name} --data_dir={data_dir} checks what it holds'))
     print(f'license: {SOURCES[name].license}; to be cited as {SOURCES[name].citation}')
 
 
@@ -131,14 +131,14 @@ def count(values):
     """-> a line on an array: how many, of what range, how many missing and duplicate"""
     flat = values.reshape(len(values), -1)
     low, high, missing, seen = np.inf, -np.inf, 0, set()
-    for block in np.array_split(flat, max(1, flat.nbytes // 2**26)):     # a part at a time, as it may not fit into memory
+    for block in np.array_split(flat, max(1, flat.nbytes // 2**26)):     # parts, as all may not fit into memory
         good = block[np.isfinite(block)]
         missing += block.size - good.size
         if good.size:
             low, high = min(low, good.min()), max(high, good.max())
         seen.update(hash(row.tobytes()) for row in np.ascontiguousarray(block))
-    return (f'{len(values):,} of {"x".join(map(str, values.shape[1:]))}, from {low:g} to {high:g}, {missing:,} missing, '
-            f'{len(values) - len(seen):,} duplicates')
+    return (f'{len(values):,} of {"x".join(map(str, values.shape[1:]))}, from {low:g} to {high:g}, '
+            f'{missing:,} missing, {len(values) - len(seen):,} duplicates')
 
 
 def main(argv=None):

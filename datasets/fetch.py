@@ -15,7 +15,6 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import requests
 from tqdm import tqdm
@@ -61,7 +60,7 @@ def mnist_file(name, md5):
 def maf_file(*paths):
     """The one archive of the five tables, of which each takes its own"""
     return File('maf_data.tar.gz', ('https://zenodo.org/records/1161203/files/data.tar.gz?download=1',),
-                {f'(\\./)?data/{re.escape(path)}': path for path in paths}, '9b9c9b0375315ad270eba4ce80c093ab', kept=True)
+                {rf'(\./)?data/{re.escape(path)}': path for path in paths}, '9b9c9b0375315ad270eba4ce80c093ab', True)
 
 
 def uci_file(number, title, name, *members):
@@ -177,7 +176,7 @@ def fetch(name, data_dir, raw=False, given=()):
     if None in locate(name, data_dir, raw):
         if not given and not all(file.urls for file in files):
             print(CELEBA_STEPS.format(data_dir))
-            raise UserError(f'{name} cannot be fetched without its owners\' consent: download it, and name the files by --from')
+            raise UserError(f'{name} needs its owners\' consent: download it yourself, and name its files by --from')
         data_dir.mkdir(parents=True, exist_ok=True)
         with alone(data_dir / '.fetch.lock', f'another process fetches into {data_dir}'):
             if None in locate(name, data_dir, raw):
@@ -198,7 +197,7 @@ def get(name, files, data_dir, raw, given):
         md5 = checksum(path)
         if not any(md5 == file.md5 for file in files):
             if all(file.urls and file.md5 for file in files):
-                raise UserError(f'{path} has the checksum {md5}, the published {name} {files[0].md5}: download it again')
+                raise UserError(f'{path} has the checksum {md5}, and {name} has {files[0].md5}: download it again')
             right = False
         place(path, members, data_dir)
     for file in files if not given else ():
@@ -259,7 +258,8 @@ def download(file, path):
 
 def transfer(session, url, part, start):
     """Adds to part, of start bytes, what the url has beyond them"""
-    with session.get(url, headers={'Range': f'bytes={start}-'} if start else {}, stream=True, timeout=TIMEOUT) as response:
+    headers = {'Range': f'bytes={start}-'} if start else {}
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:
             if response.headers.get('Content-Range') == f'bytes */{start}':
                 return                                      # all of it was there
@@ -306,7 +306,8 @@ def entries(archive):
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             for info in zipped.infolist():
-                yield info.filename, stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG), partial(zipped.open, info)
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                yield info.filename, kind in (0, stat.S_IFREG), partial(zipped.open, info)
     elif tarfile.is_tarfile(archive):
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -317,7 +318,7 @@ def entries(archive):
 
 def place(archive, members, data_dir):
     """Unpacks the members of an archive whose names are wanted, to places that members gives and the archive has no say
-    in: nothing can leave data_dir. They are moved there when all are whole. What lies there already is not overwritten."""
+    in: nothing can leave data_dir. They are moved there when all are whole; what is there already is not overwritten."""
     scratch = data_dir / '.unpack'
     shutil.rmtree(scratch, ignore_errors=True)      # of one that was killed
     targets, n_bytes = [], 0
@@ -336,7 +337,7 @@ def place(archive, members, data_dir):
                     for content in iter(partial(source.read, 2**20), b''):
                         n_bytes += len(content)
                         if n_bytes > MAX_UNPACKED:
-                            raise UserError(f'{archive} is not to be trusted: it unpacks to more than {MAX_UNPACKED:,} bytes')
+                            raise UserError(f'{archive} is not to be trusted: it unpacks to over {MAX_UNPACKED:,} bytes')
                         file.write(content)
                         bar.update(len(content))
         if not targets:

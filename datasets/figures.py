@@ -45,15 +45,16 @@ def draw_pairs(real, drawn, columns, title):
 
 
 def draw_images(images, attributes, names, title):
-    """Images (N, C, H, W) and their attributes (N, A) -> matplotlib figure: a grid of them, a row a class where they have
-    one class each, and how frequent each attribute is"""
+    """Images (N, C, H, W) and their attributes (N, A) -> matplotlib figure: a grid of them, a row a class where each
+    has one class, and how frequent each attribute is"""
     classes = len(names) and (attributes.sum(1) == 1).all()
     shown = [np.flatnonzero(attributes[:, k])[:10] for k in range(len(names))] if classes else np.arange(
         min(80, len(images))).reshape(-1, 10 if len(images) >= 80 else 1)
     grid = np.asarray(draw_grid([images[index] for index in shown if len(index)],
                                 [name for name, index in zip(names, shown) if len(index)] if classes else ()))
     figure = Figure((14 if len(names) else 8, 7), layout='constrained')
-    left, *right = figure.subplots(1, 2 if len(names) else 1, squeeze=False, width_ratios=[3, 2][:1 + bool(len(names))])[0]
+    ratios = [3, 2] if len(names) else [1]
+    left, *right = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
     left.imshow(grid)
     left.axis('off')
     for axes in right:

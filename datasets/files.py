@@ -62,14 +62,14 @@ def cached(data_dir, name, source, make):
         def create(shape, dtype):
             size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
             if size > free:     # writing to a mapped file for which there is no room is no error but the end (SIGBUS)
-                raise UserError(f'the cache of {name} takes {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} left')
+                raise UserError(f'the cache of {name} takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} left')
             return np.lib.format.open_memmap(temporary, 'w+', dtype, shape)
         make(create)
 
     with alone(folder / f'.{name}.lock', f'another process prepares {name}'):
         with contextlib.suppress(OSError, ValueError):      # made while this process waited
             return np.load(folder / file, mmap_mode='r')
-        for stale in (*folder.glob(f'{name}_*.npy'), *folder.glob(f'.{name}_*.npy.*')):     # of before, or of the killed
+        for stale in (*folder.glob(f'{name}_*.npy'), *folder.glob(f'.{name}_*.npy.*')):     # of before, of the killed
             stale.unlink()
         write_atomically(folder / file, write)
         return np.load(folder / file, mmap_mode='r')

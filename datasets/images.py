@@ -218,8 +218,8 @@ def load_cifar10(data_dir, image_size):
     def unpickle(create):
         batches = [read_cifar_batch(path) for path in paths]
         if len(set(map(len, batches))) > 1:
-            raise UserError(f'{paths[0].parent}: its {len(paths)} batches hold {", ".join(str(len(b)) for b in batches)} '
-                            'images, and should hold the same number')
+            raise UserError(f'{paths[0].parent}: its batches hold {", ".join(str(len(batch)) for batch in batches)} images, '
+                            'and should all hold the same number')
         create((len(paths) * len(batches[0]), 3073), np.uint8)[:] = np.concatenate(batches)
 
     rows = cached(data_dir, 'cifar10', source, unpickle)
@@ -249,8 +249,8 @@ def load_celeba(data_dir, image_size):
     """CelebA as it ships (Liu et al., 2015): aligned images, 40 attributes, and its own partition"""
     paths = find_images('celeba', data_dir)
     if None in paths:
-        raise UserError(f'celeba is not in {data_dir}: it needs {", ".join(CELEBA_FILES)}, which its owners hand out at '
-                        'mmlab.ie.cuhk.edu.hk/projects/CelebA.html; python -m datasets fetch celeba says how')
+        raise UserError(f'celeba is not in {data_dir}: it needs {", ".join(CELEBA_FILES)}, which its owners hand out: '
+                        f'python -m datasets fetch celeba --data_dir={data_dir} says how')
     folder, attribute_path, partition_path = paths
     lines = read_lines(attribute_path)
     names = lines[1].split() if len(lines) > 1 else []
@@ -357,7 +357,8 @@ def decode_all(data_dir, name, files, size, crop=1.):
         # processes, as threads spend half of their time waiting for each other's Python
         with ProcessPoolExecutor(min(n_cores(), len(starts)), initializer=end_with_parent) as pool, tqdm(
                 desc=f'decoding {name}', total=len(files), unit='image', dynamic_ncols=True) as bar:
-            tasks = [pool.submit(decode_into, out.filename, i, files[i:i + DECODED_AT_ONCE], size, crop) for i in starts]
+            tasks = [pool.submit(decode_into, out.filename, i, files[i:i + DECODED_AT_ONCE], size, crop)
+                     for i in starts]
             try:
                 for task in tasks:
                     bar.update(task.result())

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-# Of each package what arrays and tables need. None of it is looked up, so that where in the package it lies is no matter.
+# Of each package what arrays and tables need. None of it is looked up, so where in the package it lies is no matter.
 NAMES = {'numpy': 'ndarray dtype _reconstruct _frombuffer', 'builtins': 'slice object', '_codecs': 'encode',
          'copyreg': '_reconstructor',
          'pandas': 'DataFrame BlockManager Index Int64Index RangeIndex _new_Index _unpickle_block'}

@@ -143,8 +143,8 @@ def read_table(path):
     bad = ~np.isfinite(values)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        raise UserError(f'{path}: {int(bad.sum())} missing or infinite values, the first in column {columns[column]}, row '
-                        f'{row}: drop those rows or fill them in')
+        raise UserError(f'{path}: {int(bad.sum())} missing or infinite values, the first in column {columns[column]}, '
+                        f'row {row}: drop those rows or fill them in')
     return values, columns
 
 
@@ -224,8 +224,9 @@ def load_published(name, data_dir):
     counts, n_columns, places = TABLES[name]
     path = find(data_dir, name, places)
     if path is None:
-        raise UserError(f'{name} is not in {data_dir}: it needs {places[0]} as the MAF authors prepared it (python -m '
-                        f'datasets fetch {name} --data_dir={data_dir}) or, as downloaded, {" or ".join(places[1:])}')
+        raise UserError(f'{name} is not in {data_dir}: it needs {places[0]} as the MAF authors have it '
+                        f'(zenodo.org/records/1161203: python -m datasets fetch {name} --data_dir={data_dir}) or, as '
+                        f'downloaded, {" or ".join(places[1:])}')
     prepare = {'power': prepare_power, 'gas': prepare_gas, 'hepmass': prepare_hepmass, 'miniboone': prepare_miniboone,
                'bsds300': prepare_bsds300}[name]
     source = [name, CACHE_VERSION, counts, stamp(path)]
@@ -273,8 +274,8 @@ class TextLines(io.RawIOBase):
 
 def read_chunks(path, **options):
     """The rows of a text, gzipped or not, in DataFrames of CHUNK rows; options are those of pandas.read_csv"""
-    with open(path, 'rb') as file, tqdm(desc=f'reading {path.name}', total=path.stat().st_size, unit='B', unit_scale=True,
-                                        dynamic_ncols=True) as bar:
+    with open(path, 'rb') as file, tqdm(desc=f'reading {path.name}', total=path.stat().st_size, unit='B',
+                                        unit_scale=True, dynamic_ncols=True) as bar:
         text = io.BufferedReader(TextLines(gzip.open(file) if path.suffix == '.gz' else file), 2**18)
         n = 0
         for part in pd.read_csv(text, chunksize=CHUNK, **options):

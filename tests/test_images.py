@@ -3,6 +3,7 @@ import gzip
 import multiprocessing
 import os
 import pickle
+import select
 import struct
 import time
 from types import SimpleNamespace
@@ -175,8 +176,8 @@ def test_cifar10(cifar, monkeypatch):
         (90, 3, 32, 32), (10, 3, 32, 32), (20, 3, 32, 32)]
     assert all_images(data)[:, 0, 0, 0].tolist() == list(range(120))       # in their order, validation before test
     assert data.attribute_names[3] == 'cat' and data.n_values == 3072 and data.max_shift == 0
-    assert np.concatenate([part.attributes for part in (data.train, data.validation, data.test)]).argmax(1).tolist() == [
-        i % 10 for i in range(120)]
+    classes = [part.attributes.argmax(1) for part in (data.train, data.validation, data.test)]
+    assert np.concatenate(classes).tolist() == [i % 10 for i in range(120)]
     raw = (cifar / 'cifar-10-batches-py' / 'test_batch').read_bytes()
     assert data.test.images[7].tobytes() in raw
     monkeypatch.setattr(images, 'read_pickle', None)            # the second time it comes from the cache
@@ -192,7 +193,8 @@ class Payload:
 
 
 @pytest.mark.parametrize('content', [
-    pickle.dumps(Payload()), pickle.dumps({'data': Payload(), 'labels': [0] * 20}), b'cos\nsystem\n(S"echo it ran"\ntR.',
+    pickle.dumps(Payload()), pickle.dumps({'data': Payload(), 'labels': [0] * 20}),
+    b'cos\nsystem\n(S"echo it ran"\ntR.',
     b'cbuiltins\neval\n(S"print(1)"\ntR.', b'cnumpy\nload\n(S"x"\ntR.', b'', b'\x80\x02}', pickle.dumps({}),
     pickle.dumps([1, 2]), pickle.dumps({'data': np.zeros((20, 3072)), 'labels': [0] * 20}),
     pickle.dumps({'data': np.zeros((20, 3071), np.uint8), 'labels': [0] * 20}),
@@ -211,6 +213,13 @@ def test_bad_cifar10(content, cifar, capfd):
     assert 'it ran' not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize('name', ['os.system', 'builtins.eval', 'numpy.load', 'pandas.read_pickle', 'torch.load'])
+def test_nothing_else_is_even_looked_up(name, tmp_path):
+    (tmp_path / 'p').write_bytes(f'c{name.replace(".", chr(10))}\n.'.encode())
+    with pytest.raises(ValueError, match=f'it holds {name}, which no array of numbers needs'):
+        read_pickle(tmp_path / 'p')
+
+
 def test_a_pickle_that_makes_room_for_two_thousand_million_objects(tmp_path):
     (tmp_path / 'p').write_bytes(b'\x80\x02]r\xff\xff\xff\x7f.')
     with pytest.raises(ValueError, match='numbers more objects than it has bytes'):
@@ -221,19 +230,20 @@ def test_a_pickle_that_makes_room_for_two_thousand_million_objects(tmp_path):
 def test_arrays_of_any_protocol(protocol, tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (4, 6), dtype=np.uint8)
     others = {'little': array.astype('<i4'), 'big': array.astype('>f8'), 'columns': np.asfortranarray(array)}
-    content = python2_batch(array, [1, 2]) if protocol == 'python 2' else pickle.dumps({'data': array, **others}, protocol)
-    (tmp_path / 'p').write_bytes(content)
+    (tmp_path / 'p').write_bytes(python2_batch(array, [1, 2]) if protocol == 'python 2' else
+                                 pickle.dumps({'data': array, **others}, protocol))
     read = read_pickle(tmp_path / 'p')
     assert (value(read['data']) == array).all() and value(read['data']).dtype == np.uint8
     for name in others if protocol != 'python 2' else ():
         assert (value(read[name]) == others[name]).all() and value(read[name]).dtype == others[name].dtype
 
 
-opcodes = st.sampled_from([b'(', b')', b']', b'}', b't', b'R', b'b', b'0', b'1', b'2', b'N', b'K\x05', b'J\xff\xff\xff\x7f',
-                           b'U\x02u1', b'T\x05\x00\x00\x00hello', b'q\x00', b'h\x00', b'r\xff\xff\xff\x7f', b'a', b'e', b's',
-                           b'u', b'\x81', b'\x85', b'\x86', b'\x87', b'\x93', b'\x92', b'\x8e\xff\xff\xff\xff\x00\x00\x00\x00',
-                           b'cnumpy\nndarray\n', b'cnumpy\ndtype\n', b'cnumpy.core.multiarray\n_reconstruct\n', b'.',
-                           b'c_codecs\nencode\n', b'cos\nsystem\n', b'cbuiltins\nslice\n', b'V1\n', b'L9999999L\n'])
+opcodes = st.sampled_from([
+    b'(', b')', b']', b'}', b't', b'R', b'b', b'0', b'1', b'2', b'N', b'K\x05', b'J\xff\xff\xff\x7f', b'U\x02u1', b'.',
+    b'T\x05\x00\x00\x00hello', b'q\x00', b'h\x00', b'r\xff\xff\xff\x7f', b'a', b'e', b's', b'u', b'\x81', b'\x85', b'\x86',
+    b'\x87', b'\x93', b'\x92', b'\x8e\xff\xff\xff\xff\x00\x00\x00\x00', b'cnumpy\nndarray\n', b'cnumpy\ndtype\n',
+    b'cnumpy.core.multiarray\n_reconstruct\n', b'c_codecs\nencode\n', b'cos\nsystem\n', b'cbuiltins\nslice\n', b'V1\n',
+    b'L9999999L\n'])
 
 
 @settings(max_examples=300, deadline=None)
@@ -377,8 +387,8 @@ def test_any_attribute_and_partition_file_is_right_or_a_clean_error(tmp_path_fac
 
 @settings(max_examples=150, deadline=None)
 @given(content=st.one_of(lines.map('\n'.join), st.lists(st.lists(st.sampled_from(
-    ['image', 'split', 'A', 'B', 'a.png', 'b.png', 'c.png', 'train', 'val', 'test', '1', '-1']), max_size=4).map(','.join)).map(
-        '\n'.join)))
+    ['image', 'split', 'A', 'B', 'a.png', 'b.png', 'c.png', 'train', 'val', 'test', '1', '-1']), max_size=4).map(
+        ','.join)).map('\n'.join)))
 def test_any_attribute_table_is_right_or_a_clean_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / 'fuzz.csv'
     path.write_text(content, encoding='utf-8', errors='replace')
@@ -435,11 +445,16 @@ def test_killed_at_any_moment_and_begun_anew(tmp_path):
     cache.unlink()
     rng = np.random.default_rng(0)
     for k in range(5):
-        process = multiprocessing.get_context('fork').Process(target=load_images, args=('folder', tmp_path / 'photos', 48))
+        process = multiprocessing.get_context('fork').Process(
+            target=load_images, args=('folder', tmp_path / 'photos', 48))
+        alive, inherited = os.pipe()
         process.start()
+        os.close(inherited)
         time.sleep(rng.uniform(0, seconds))
         process.kill()
         process.join()
+        assert select.select([alive], [], [], 10)[0]            # closed, as its workers are gone too
+        os.close(alive)
         assert not cache.exists() or cache.read_bytes() == content
         cache.unlink(missing_ok=True)
     load_images('folder', tmp_path / 'photos', 48)              # nobody holds the lock any more
@@ -471,7 +486,7 @@ def test_a_worker_that_is_killed_is_a_clean_error(folder, monkeypatch):
 
 def test_no_room_for_the_cache(folder, monkeypatch):
     monkeypatch.setattr(files.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match='takes 0.0 GB, and .* has 0.0 left'):
+    with pytest.raises(UserError, match='takes 0.0 GB, .* has 0.0 left'):
         load_images('folder', folder, 16)
     assert not list((folder / '.cache').glob('*.npy*'))
 
