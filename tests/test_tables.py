@@ -21,8 +21,9 @@ from datasets import UserError, tabular, toy
 
 @pytest.fixture
 def sizes(monkeypatch, tmp_path):
-    """Tables of 200 rows pass for whole ones; caches go below tmp_path"""
+    """Tables of 200 rows pass for whole ones, and are read in several chunks; caches go below tmp_path"""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tabular, 'CHUNK', 60)
 
     def set_sizes(name, counts):
         monkeypatch.setitem(tabular.TABLES, name, (counts, *tabular.TABLES[name][1:]))
@@ -91,8 +92,12 @@ def test_gas(protocol, sizes, tmp_path):
 
 
 def test_raw_gas_is_every_fourth_row(sizes, tmp_path):
-    tiny_tables.write_raw_gas(tmp_path)
-    assert [part.shape for part in load('gas', tmp_path)] == [(162, 8), (18, 8), (20, 8)]
+    tiny_tables.write_raw_gas(tmp_path / 'raw')
+    (tmp_path / 'authors' / 'gas').mkdir(parents=True)
+    tiny_tables.gas_table(800)[3::4].to_pickle(tmp_path / 'authors' / 'gas' / 'ethylene_CO.pickle')
+    raw = load('gas', tmp_path / 'raw')
+    assert [part.shape for part in raw] == [(162, 8), (18, 8), (20, 8)]
+    assert_same(raw, load('gas', tmp_path / 'authors'))
 
 
 @pytest.mark.parametrize('gzipped', [False, True])
