@@ -113,7 +113,7 @@ def a_file(server, md5=hashlib.md5(CONTENT).hexdigest()):
     (['redirect'], [], 2),
     (['loop'], [], 32),
     (['404'], [], 2),
-    (['503', '503'], ['404'], 4),
+    (['503', '503'], ['404', '404'], 4),            # a mirror that has it not is not asked again
     (['500', '429', '502'], ['408', '503', '504'], 7),
 ])
 def test_a_download_survives(first, second, n_requests, server, tmp_path):
@@ -130,6 +130,13 @@ def test_a_broken_download_is_gone_on_with(server, tmp_path):
     fetch.download(file, tmp_path / 'file')
     (_, first), (_, second) = server.requests
     assert first is None and second == 'bytes=147456-'    # of 150,000, in whole blocks of 2^14
+
+
+def test_a_line_that_breaks_again_and_again_is_gone_on_with_as_long_as_something_comes(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, 'TRIES', 1)
+    server.plans.update({'/a/file': ['break', 'break'], '/b/file': ['break']})
+    fetch.download(a_file(server), tmp_path / 'file')
+    assert (tmp_path / 'file').read_bytes() == CONTENT and len(server.requests) == 4
 
 
 @pytest.mark.parametrize('kept, ranges', [(CONTENT[:1000], ['bytes=1000-']), (CONTENT, ['bytes=300000-']),
