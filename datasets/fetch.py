@@ -167,12 +167,12 @@ def checksum(path):
 
 def fetch(name, data_dir, raw=False, given=()):
     """Puts the files of a data set below data_dir -> its state. given: files that the user has downloaded."""
-    source = SOURCES.get(name)
-    if source is None:
-        raise UserError(f'unknown data set {name!r}: there are {", ".join(SOURCES)}')
-    files = source.raw if raw else source.files
+    if name not in SOURCES or not SOURCES[name].files:
+        fetched = [known for known, source in SOURCES.items() if source.files]
+        raise UserError(f'{name} is none of those that can be fetched: {", ".join(fetched)}')
+    files = SOURCES[name].raw if raw else SOURCES[name].files
     if not files:
-        raise UserError(f'{name} has no raw form: leave --raw out' if raw else f'{name} needs no download')
+        raise UserError(f'{name} has no raw form: leave --raw out')
     if None in locate(name, data_dir, raw):
         if not given and not all(file.urls for file in files):
             print(CELEBA_STEPS.format(data_dir))

@@ -412,7 +412,8 @@ def test_no_member_says_where_it_goes(name, tmp_path):
 
 @pytest.mark.parametrize('argv, words', [
     ([], 'required: verb'), (['show'], 'required: NAME'), (['fly', 'mnist'], 'invalid choice'),
-    (['fetch', 'imagenet'], "unknown data set 'imagenet'"), (['fetch', 'faces'], 'needs no download'),
+    (['fetch', 'imagenet'], 'imagenet is none of those that can be fetched: mnist, cifar10'),
+    (['fetch', 'faces'], 'faces is none of those'), (['fetch', 'moons'], 'moons is none of those'),
     (['prepare', 'imagenet'], "unknown data set 'imagenet'"), (['prepare', 'mnist'], 'python -m datasets fetch mnist'),
     (['prepare', 'cifar10'], 'python -m datasets fetch cifar10'), (['prepare', 'gas'], 'datasets fetch gas'),
     (['prepare', 'folder'], 'no directory'), (['prepare', 'faces', '--image_size=0'], 'outside 1..1024'),
