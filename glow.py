@@ -79,6 +79,7 @@ DEFAULTS = {
     'digits': dict(image_size=8, n_bits=4, n_levels=1, depth=8, width=64, n_epochs=30, batch_size=32,
                    lr_decay=1 / 3, ema_decay=0.99),
     'mnist': dict(image_size=32, n_bits=8),
+    'cifar10': dict(image_size=32, n_bits=8, n_levels=2),
     'celeba': dict(n_epochs=80),
     'folder': dict(),
 }

@@ -5,6 +5,7 @@ hair, head, features, accessories. Position, tilt, turn, scale, light, skin, hai
 from face to face, beside the attributes. Everything is computed for a whole block of faces at once.
 """
 import numpy as np
+from tqdm import tqdm
 
 ATTRIBUTES = tuple(
     '5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair '
@@ -20,7 +21,9 @@ HAIR = {'Black_Hair': (0.09, 0.07, 0.07), 'Brown_Hair': (0.38, 0.22, 0.12), 'Blo
 
 def draw_faces(n, size=32, seed=0):
     """-> images (n, 3, size, size) uint8; face i is the same whatever n is, and the same person at any size"""
-    blocks = [Painter(sample_attributes(rng), sample_look(rng), size).face() for rng in block_generators(n, seed)]
+    generators = tqdm(block_generators(n, seed), 'drawing faces', unit='image', unit_scale=BLOCK, dynamic_ncols=True,
+                      disable=n <= BLOCK)
+    blocks = [Painter(sample_attributes(rng), sample_look(rng), size).face() for rng in generators]
     return np.concatenate(blocks)[:n]
 
 

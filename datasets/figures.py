@@ -1,6 +1,8 @@
-"""Figures of rows of numbers. (Grids of images are drawn by images.py.)"""
+"""Figures of data sets and of rows of numbers. (Grids of images alone are drawn by images.py.)"""
 import numpy as np
 from matplotlib.figure import Figure
+
+from .images import draw_grid
 
 
 def draw_planes(panels, columns, extent):
@@ -10,7 +12,7 @@ def draw_planes(panels, columns, extent):
     """
     figure = Figure((4 * len(panels), 4.3), layout='constrained')
     square = np.isclose(extent[1] - extent[0], extent[3] - extent[2])
-    for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items()):
+    for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         axes.imshow(values, cmap='inferno', origin='lower', extent=extent, aspect='equal' if square else 'auto',
                     interpolation='nearest', vmin=0, vmax=np.quantile(values, 0.998))
         axes.set(title=title, xlabel=columns[0], ylabel=columns[1])
@@ -38,5 +40,49 @@ def draw_pairs(real, drawn, columns, title):
             axes.set_xlabel(columns[j], fontsize=8)
         if j == 0:
             axes.set_ylabel(columns[i], fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_images(images, attributes, names, title):
+    """Images (N, C, H, W) and their attributes (N, A) -> matplotlib figure: a grid of them, a row a class where each
+    has one class, and how frequent each attribute is"""
+    classes = len(names) and (attributes.sum(1) == 1).all()
+    shown = [np.flatnonzero(attributes[:, k])[:10] for k in range(len(names))] if classes else np.arange(
+        min(80, len(images))).reshape(-1, 10 if len(images) >= 80 else 1)
+    grid = np.asarray(draw_grid([images[index] for index in shown if len(index)],
+                                [name for name, index in zip(names, shown) if len(index)] if classes else ()))
+    figure = Figure((14 if len(names) else 8, 7), layout='constrained')
+    ratios = [3, 2] if len(names) else [1]
+    left, *right = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
+    left.imshow(grid)
+    left.axis('off')
+    for axes in right:
+        axes.barh(names, attributes.mean(0), color='0.6')
+        axes.set(xlabel='frequency', ylim=(len(names) - 0.5, -0.5))
+        axes.tick_params(labelsize=9 if len(names) <= 20 else 6)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_table(values, columns, title):
+    """Rows (N, D) -> matplotlib figure: the histogram of each column, without its outer 1%, and the correlations"""
+    n_across = int(np.ceil(np.sqrt(len(columns))))
+    figure = Figure((12, 6), layout='constrained')
+    left, right = figure.subfigures(1, 2)
+    panels = left.subplots(-(-len(columns) // n_across), n_across, squeeze=False).ravel()
+    for axes in panels:
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    for axes, name, column in zip(panels, columns, values.T):
+        column = column[np.isfinite(column)]
+        if len(column):
+            axes.hist(column, np.linspace(*np.quantile(column, [0.005, 0.995]), 41), color='0.6')
+        axes.set_xlabel(name, fontsize=7)
+    axes = right.subplots()
+    whole = values[np.isfinite(values).all(1)]
+    with np.errstate(invalid='ignore', divide='ignore'):
+        correlation = np.atleast_2d(np.corrcoef(whole, rowvar=False)) if len(whole) > 1 else np.full((1, 1), np.nan)
+    right.colorbar(axes.imshow(correlation, cmap='RdBu_r', vmin=-1, vmax=1), ax=axes)
+    axes.set(title='correlation', xticks=[], yticks=[])
     figure.suptitle(title)
     return figure

@@ -3,11 +3,15 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 
 class UserError(Exception):
@@ -53,11 +57,37 @@ def cached(data_dir, name, source, make):
     folder = next((folder for folder in folders if is_writable(folder)), None)
     if folder is None:
         raise UserError(f'neither {folders[0]} nor {folders[1]} can be written to')
-    for stale in folder.glob(f'{name}_*.npy'):
-        stale.unlink()
-    write_atomically(folder / file, lambda temporary: make(
-        lambda shape, dtype: np.lib.format.open_memmap(temporary, 'w+', dtype, shape)))
-    return np.load(folder / file, mmap_mode='r')
+
+    def write(temporary):
+        def create(shape, dtype):
+            size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
+            if size > free:     # writing to a mapped file for which there is no room is no error but the end (SIGBUS)
+                raise UserError(f'the cache of {name} takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} left')
+            return np.lib.format.open_memmap(temporary, 'w+', dtype, shape)
+        make(create)
+
+    with alone(folder / f'.{name}.lock', f'another process prepares {name}'):
+        with contextlib.suppress(OSError, ValueError):      # made while this process waited
+            return np.load(folder / file, mmap_mode='r')
+        for stale in (*folder.glob(f'{name}_*.npy'), *folder.glob(f'.{name}_*.npy.*')):     # of before, of the killed
+            stale.unlink()
+        write_atomically(folder / file, write)
+        return np.load(folder / file, mmap_mode='r')
+
+
+@contextlib.contextmanager
+def alone(path, other):
+    """Holds a lock file, for which it waits, saying what the other does; the system frees it when its holder dies"""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f'{other}: waiting until it is done', file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_atomically(path, write):

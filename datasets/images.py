@@ -1,14 +1,18 @@
-"""Image data sets: faces (drawn), digits (scikit-learn's), mnist, celeba, and any folder of images.
+"""Image data sets: faces (drawn), digits (scikit-learn's), mnist, cifar10, celeba, and any folder of images.
 
 All come as uint8 arrays (N, C, H, W) with boolean attributes (N, A), in three splits. What has to be drawn or decoded
 is so once, into an array on disk that is memory-mapped from then on.
 """
 import csv
 import gzip
+import multiprocessing
 import os
+import signal
+import threading
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +23,21 @@ from tqdm import tqdm
 
 from .faces import ATTRIBUTES, draw_faces, face_attributes
 from .files import UserError, cached, digest, find, index_of, stamp
+from .pickles import read_pickle, value
 
-IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'celeba', 'folder')
+IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', 'celeba', 'folder')
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
 SPLITS = {'train': 0, 'validation': 1, 'val': 1, 'valid': 1, 'test': 2}
 TEN_CLASSES = tuple('0123456789')
+MNIST_FILES = [f'{part}-{kind}' for part in ('train', 't10k') for kind in ('images-idx3-ubyte', 'labels-idx1-ubyte')]
+CIFAR_CLASSES = 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'
+CIFAR_FILES = [*(f'data_batch_{k}' for k in range(1, 6)), 'test_batch']
+CELEBA_FILES = 'img_align_celeba', 'list_attr_celeba.txt', 'list_eval_partition.txt'
 CACHE_VERSION = 1       # raised whenever the same source would give other pixels
 FACES_SEED = 842
 FACES_FIRST = 4         # of the test split, so that what is edited by default is a plain face with nothing covered
 CELEBA_CROP = 148 / 178     # share of an image's shorter side that is kept
+DECODED_AT_ONCE = 64        # images a process takes at a time
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,19 @@ class ImageData:
 
 def load_images(name, data_dir='data', image_size=None):
     """-> ImageData of one of IMAGE_DATASETS; image_size in pixels a side. Raises UserError."""
-    loaders = {'faces': load_faces, 'digits': load_digits, 'mnist': load_mnist, 'celeba': load_celeba,
-               'folder': load_folder}
+    loaders = {'faces': load_faces, 'digits': load_digits, 'mnist': load_mnist, 'cifar10': load_cifar10,
+               'celeba': load_celeba, 'folder': load_folder}
     if name not in loaders:
         raise UserError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
     return loaders[name](Path(data_dir), image_size)
+
+
+def find_images(name, data_dir):
+    """-> what the named data set consists of in data_dir, a path or None each; [] if it needs no files of its own"""
+    places = {'mnist': [[file, f'{file}.gz'] for file in MNIST_FILES],
+              'cifar10': [[f'cifar-10-batches-py/{file}', file] for file in CIFAR_FILES],
+              'celeba': [[file, f'{folder}/{file}'] for file, folder in zip(CELEBA_FILES, ('Img', 'Anno', 'Eval'))]}
+    return [find(Path(data_dir), name, candidates) for candidates in places.get(name, [])]
 
 
 def load_photo(path, name, image_size):
@@ -147,12 +165,11 @@ def load_mnist(data_dir, image_size):
     28x28, padded with zeros to 32x32 on one channel; bits/dim counts the 784 values of the digit itself.
     """
     require_size('mnist', image_size, 32)
-    names = [f'{part}-{kind}' for part in ('train', 't10k') for kind in ('images-idx3-ubyte', 'labels-idx1-ubyte')]
-    paths = [find(data_dir, 'mnist', [name, f'{name}.gz']) for name in names]
+    paths = find_images('mnist', data_dir)
     if None in paths:
-        raise UserError(f'mnist is not in {data_dir}: it needs {", ".join(names)} (gzipped or not), '
-                        'which ossci-datasets.s3.amazonaws.com/mnist hands out')
-    arrays = [read_idx(path, 3 if 'images' in name else 1) for path, name in zip(paths, names)]
+        raise UserError(f'mnist is not in {data_dir}: it needs {", ".join(MNIST_FILES)} (gzipped or not): '
+                        f'python -m datasets fetch mnist --data_dir={data_dir}')
+    arrays = [read_idx(path, 3 if 'images' in name else 1) for path, name in zip(paths, MNIST_FILES)]
     for (images, labels), path in zip((arrays[:2], arrays[2:]), paths[1::2]):
         if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
             raise UserError(f'{path}: {len(labels)} labels up to {labels.max(initial=0)} do not fit '
@@ -175,7 +192,7 @@ def read_idx(path, n_dims):
                                 f'{header[:4].hex() or "empty"}, not {magic.hex()}')
             shape = [int.from_bytes(header[4 + 4 * i:8 + 4 * i], 'big') for i in range(n_dims)]
             size = int(np.prod(shape, dtype=object))
-            if size > 2**30:
+            if size > 2**26:
                 raise UserError(f'{path} claims to hold {"x".join(map(str, shape))} bytes, which no MNIST file does')
             content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
@@ -186,16 +203,54 @@ def read_idx(path, n_dims):
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
+# ---------------------------------------------------------------------------------------------------- cifar10
+
+def load_cifar10(data_dir, image_size):
+    """The python version of Krizhevsky (2009), 32x32 in ten classes; the last tenth of the training images, in order,
+    validates. The cache has the layout of the binary version: a row an image, its label and then its pixels."""
+    require_size('cifar10', image_size, 32)
+    paths = find_images('cifar10', data_dir)
+    if None in paths:
+        raise UserError(f'cifar10 is not in {data_dir}: it needs {", ".join(CIFAR_FILES)} of its python version: '
+                        f'python -m datasets fetch cifar10 --data_dir={data_dir}')
+    source = ['cifar10', CACHE_VERSION, *map(stamp, paths)]
+
+    def unpickle(create):
+        batches = [read_cifar_batch(path) for path in paths]
+        if len(set(map(len, batches))) > 1:
+            raise UserError(f'{paths[0].parent}: its batches hold {", ".join(str(len(batch)) for batch in batches)} images, '
+                            'and should all hold the same number')
+        create((len(paths) * len(batches[0]), 3073), np.uint8)[:] = np.concatenate(batches)
+
+    rows = cached(data_dir, 'cifar10', source, unpickle)
+    n_test = len(rows) // len(paths)
+    n_train, n_validation = len(rows) - n_test, n_test // 2
+    parts = slice(0, n_train - n_validation), slice(n_train - n_validation, n_train), slice(n_train, None)
+    attributes = np.eye(10, dtype=bool)[rows[:, 0]]
+    return pack(rows[:, 1:].reshape(-1, 3, 32, 32), attributes, CIFAR_CLASSES, parts, source)
+
+
+def read_cifar_batch(path):
+    """-> rows (N, 3073) uint8: the label, then the 3x32x32 pixels"""
+    try:
+        batch = read_pickle(path)
+        pixels, labels = value(batch['data']), np.array(batch['labels'])
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f'{path} cannot be read as a batch of cifar10: {str(error)[:200]}; fetch it again') from None
+    if (getattr(pixels, 'dtype', None) != np.uint8 or pixels.shape != (len(pixels), 3072) or not len(pixels) or
+            labels.shape != (len(pixels),) or not np.isin(labels, np.arange(10)).all()):
+        raise UserError(f'{path} holds no bytes of 3x32x32 images with a label from 0 to 9 each; fetch it again')
+    return np.column_stack([labels.astype(np.uint8), pixels])
+
+
 # ---------------------------------------------------------------------------------------- celeba and folders
 
 def load_celeba(data_dir, image_size):
     """CelebA as it ships (Liu et al., 2015): aligned images, 40 attributes, and its own partition"""
-    places = {'img_align_celeba': ('', 'Img'), 'list_attr_celeba.txt': ('', 'Anno'),
-              'list_eval_partition.txt': ('', 'Eval')}
-    paths = [find(data_dir, 'celeba', [Path(folder) / name for folder in folders]) for name, folders in places.items()]
+    paths = find_images('celeba', data_dir)
     if None in paths:
-        raise UserError(f'celeba is not in {data_dir}: it needs {", ".join(places)}, which its owners hand out at '
-                        'mmlab.ie.cuhk.edu.hk/projects/CelebA.html')
+        raise UserError(f'celeba is not in {data_dir}: it needs {", ".join(CELEBA_FILES)}, which its owners hand out: '
+                        f'python -m datasets fetch celeba --data_dir={data_dir} says how')
     folder, attribute_path, partition_path = paths
     lines = read_lines(attribute_path)
     names = lines[1].split() if len(lines) > 1 else []
@@ -298,14 +353,41 @@ def decode_all(data_dir, name, files, size, crop=1.):
 
     def decode_in_parallel(create):
         out = create((len(files), 3, size, size), np.uint8)
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+        starts = range(0, len(files), DECODED_AT_ONCE)
+        # processes, as threads spend half of their time waiting for each other's Python
+        with ProcessPoolExecutor(min(n_cores(), len(starts)), initializer=end_with_parent) as pool, tqdm(
                 desc=f'decoding {name}', total=len(files), unit='image', dynamic_ncols=True) as bar:
-            for i in range(0, len(files), 1024):        # in portions, so that an error stops early
-                for k, image in enumerate(pool.map(lambda path: decode(path, size, crop), files[i:i + 1024])):
-                    out[i + k] = image
-                    bar.update()
+            tasks = [pool.submit(decode_into, out.filename, i, files[i:i + DECODED_AT_ONCE], size, crop)
+                     for i in starts]
+            try:
+                for task in tasks:
+                    bar.update(task.result())
+            except BrokenProcessPool:
+                raise UserError('a process that decoded images was killed, perhaps for want of memory') from None
+            finally:
+                pool.shutdown(cancel_futures=True)      # an error stops the others early
 
     return cached(data_dir, f'{name}_{size}', source, decode_in_parallel), digest(source)
+
+
+def n_cores():
+    """How many this process may use"""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def end_with_parent():
+    """A worker whose parent is killed would wait for work for ever, and hold the lock that it has inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # that is for the parent to handle
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def decode_into(array_path, first, files, size, crop):
+    """Writes the images of files to the array's rows from first on -> how many"""
+    out = np.lib.format.open_memmap(array_path, 'r+')
+    for k, path in enumerate(files):
+        out[first + k] = decode(path, size, crop)
+    return len(files)
 
 
 def decode(path, size, crop=1., mode='RGB'):

@@ -4,9 +4,12 @@ The tables are prepared as by their authors (Papamakarios et al., 2017, appendix
 1161203; all but BSDS300's also from the raw downloads of the UCI repository.
 """
 import difflib
-import pickle
+import gzip
+import io
 import tarfile
+import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +17,19 @@ import h5py
 import numpy as np
 import pandas as pd
 from PIL import Image
+from tqdm import tqdm
 
 from .files import UserError, cached, find, index_of, stamp
+from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, log_normaliser
 
 SUFFIXES = ('.csv', '.npy', '.h5', '.hdf5')
 CACHE_VERSION = 1       # raised whenever the same source would give other rows
 N_VALIDATION, N_TEST = 5_000, 50_000    # rows of the two-dimensional problems
+CHUNK = 50_000                          # rows of a text that are parsed at once; a multiple of 4, for GAS
+MAX_LINE, MAX_ROWS = 4_096, 20_000_000  # bytes and rows that no text of a published table reaches
+MAX_PIXELS = 2**20                      # of a Berkeley image; they have 481 x 321
+MAX_RATIO = 1_000                       # by how much compression may make a table of the user's own smaller
 
 # Rows of the three splits, columns, and where the files lie: the MAF authors' first, the raw ones after it
 TABLES = {
@@ -129,6 +138,17 @@ def check(values, columns, path):
 
 
 def read_table(path):
+    """A table of the user's own without missing values -> values (N, D) float64, column names. Raises UserError."""
+    values, columns = read_numbers(path)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise UserError(f'{path}: {int(bad.sum())} missing or infinite values, the first in column {columns[column]}, '
+                        f'row {row}: drop those rows or fill them in')
+    return values, columns
+
+
+def read_numbers(path):
     """.csv with or without a header, .npy, or .h5 with one two-dimensional data set -> values (N, D), column names"""
     path = Path(path)
     if not path.is_file():
@@ -140,11 +160,6 @@ def read_table(path):
         values, columns = readers[path.suffix](path)
     except (OSError, ValueError, EOFError, UnicodeDecodeError, pd.errors.ParserError) as error:
         raise UserError(f'{path} cannot be read as a table: {str(error).splitlines()[0]}') from None
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        raise UserError(f'{path}: {int(bad.sum())} missing or infinite values, the first in column {columns[column]}, row '
-                        f'{row}: drop those rows or fill them in')
     return values, columns
 
 
@@ -180,6 +195,8 @@ def read_h5(path):
         tables = [item for item in file.values() if isinstance(item, h5py.Dataset) and item.ndim == 2]
         if len(tables) != 1:
             raise UserError(f'{path} has {len(tables)} two-dimensional data sets at its top, not one')
+        if tables[0].nbytes > MAX_RATIO * path.stat().st_size:      # HDF5 need not store what it declares
+            raise UserError(f'{path} claims to hold a table of shape {tables[0].shape}, but has not the size for it')
         return require_table(tables[0][:], path)
 
 
@@ -207,17 +224,20 @@ def load_published(name, data_dir):
     counts, n_columns, places = TABLES[name]
     path = find(data_dir, name, places)
     if path is None:
-        raise UserError(f'{name} is not in {data_dir}: it needs {places[0]} as the MAF authors prepared it '
-                        f'(zenodo.org/records/1161203, data.tar.gz) or, as downloaded, {" or ".join(places[1:])}')
+        raise UserError(f'{name} is not in {data_dir}: it needs {places[0]} as the MAF authors have it '
+                        f'(zenodo.org/records/1161203: python -m datasets fetch {name} --data_dir={data_dir}) or, as '
+                        f'downloaded, {" or ".join(places[1:])}')
     prepare = {'power': prepare_power, 'gas': prepare_gas, 'hepmass': prepare_hepmass, 'miniboone': prepare_miniboone,
                'bsds300': prepare_bsds300}[name]
     source = [name, CACHE_VERSION, counts, stamp(path)]
 
     def make(create):
         try:
-            splits = prepare(path)
-        except (OSError, ValueError, EOFError, KeyError, IndexError, UnicodeDecodeError, pickle.UnpicklingError,
-                zipfile.BadZipFile, pd.errors.ParserError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')     # of means of nothing: such splits are refused below
+                splits = prepare(path)
+        except (OSError, ValueError, EOFError, KeyError, IndexError, UnicodeDecodeError, tarfile.TarError, zlib.error,
+                zipfile.BadZipFile, pd.errors.ParserError, Image.DecompressionBombError) as error:
             raise UserError(f'{path} cannot be read as {name}: {str(error).splitlines()[0][:200]}') from None
         shapes = [part.shape for part in splits]
         if shapes != [(n, n_columns) for n in counts]:
@@ -233,6 +253,38 @@ def load_published(name, data_dir):
     columns = tuple(f'{name} {k}' for k in range(n_columns))
     splits = np.split(rows, np.cumsum(counts)[:2])
     return Rows(*splits, columns, np.zeros(n_columns), np.ones(n_columns), test_index=np.arange(counts[2]))
+
+
+class TextLines(io.RawIOBase):
+    """A text, gzipped or not, as bytes; raises ValueError at a line that no table has, so that memory stays bounded"""
+    def __init__(self, file):
+        self.file, self.line = file, b''
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        content = self.file.read(len(buffer))
+        *lines, self.line = (self.line + content).split(b'\n')
+        if max(map(len, [self.line, *lines])) > MAX_LINE:
+            raise ValueError(f'it has a line of more than {MAX_LINE:,} bytes')
+        buffer[:len(content)] = content
+        return len(content)
+
+
+def read_chunks(path, **options):
+    """The rows of a text, gzipped or not, in DataFrames of CHUNK rows; options are those of pandas.read_csv"""
+    with open(path, 'rb') as file, tqdm(desc=f'reading {path.name}', total=path.stat().st_size, unit='B',
+                                        unit_scale=True, dynamic_ncols=True) as bar:
+        text = io.BufferedReader(TextLines(gzip.open(file) if path.suffix == '.gz' else file), 2**18)
+        n = 0
+        for part in pd.read_csv(text, chunksize=CHUNK, **options):
+            n += len(part)
+            if n > MAX_ROWS:
+                raise ValueError(f'it has more than {MAX_ROWS:,} rows')
+            yield part
+            bar.set_postfix_str(f'{n / max(bar.format_dict["elapsed"], 1e-3):,.0f} rows/s', refresh=False)
+            bar.update(file.tell() - bar.n)
 
 
 def split_off(data):
@@ -255,10 +307,9 @@ def prepare_power(path):
     if path.suffix == '.npy':
         data = np.load(path, mmap_mode='r', allow_pickle=False)
     else:
-        table = pd.read_csv(path, sep=';', na_values='?', usecols=range(1, 9)).dropna()
-        time = table.pop('Time')
-        minute = 60 * time.str[:2].astype(int) + time.str[3:5].astype(int)
-        data = np.column_stack([table, minute + np.random.default_rng(42).random(len(table))])
+        data = np.concatenate([power_rows(part.dropna()) for part in read_chunks(
+            path, sep=';', na_values='?', usecols=range(1, 9), dtype={'Time': 'category'})])
+        data[:, -1] += np.random.default_rng(42).random(len(data))
     order = np.arange(len(data))
     rng.shuffle(order)                              # draws what shuffling the rows themselves would
     data = data[order][:, [0, 2, 4, 5, 6, 7]]
@@ -267,14 +318,22 @@ def prepare_power(path):
     return standardised(*split_off(data + np.hstack([power, voltage, metering, np.zeros((n, 1))])))
 
 
+def power_rows(part):
+    """Times of day, of which there are 1,440, become minutes in the last column"""
+    time = part.pop('Time').cat
+    text = time.categories.astype(str).str
+    minute = 60 * text[:2].astype(int) + text[3:5].astype(int)
+    return np.column_stack([part.to_numpy(float), minute.to_numpy(float)[time.codes]])
+
+
 def prepare_gas(path):
     """Of each group of sensors with a correlation above 0.98 one is kept. Of the raw file, every fourth row."""
     if path.suffix == '.pickle':
         data, columns = read_pickled_table(path)
         data = data[:, [k for k, name in enumerate(columns) if name not in ('Meth', 'Eth', 'Time')]]
     else:
-        parts = pd.read_csv(path, sep=r'\s+', skiprows=1, header=None, usecols=range(3, 19), chunksize=400_000)
-        data = np.concatenate([part.to_numpy() for part in parts])[3::4]
+        parts = read_chunks(path, sep=r'\s+', skiprows=1, header=None, usecols=range(3, 19))
+        data = np.concatenate([part.to_numpy()[3::4] for part in parts])
     while True:
         correlated = (np.corrcoef(data.T) > 0.98).sum(1) > 1
         if not correlated.any():
@@ -286,7 +345,7 @@ def prepare_gas(path):
 def prepare_hepmass(path):
     """The signal (label 1) of the mass-1000 files, without the features whose smallest value comes more than 5 times"""
     def signal(path):
-        parts = pd.read_csv(path, index_col=False, chunksize=200_000)
+        parts = read_chunks(path, index_col=False)
         return np.concatenate([part[part.iloc[:, 0] == 1].to_numpy()[:, 1:] for part in parts])
     train = signal(path)
     test = signal(path.with_name(path.name.replace('train', 'test')))[:, :train.shape[1]]   # it has a column too many
@@ -300,11 +359,12 @@ def prepare_hepmass(path):
 def prepare_miniboone(path):
     """The signal, without 11 outliers and without the features whose smallest value comes more than 5 times"""
     if path.suffix == '.npy':
-        data = np.load(path, allow_pickle=False)
+        data = np.load(path, mmap_mode='r', allow_pickle=False)
     else:
         with open(path) as file:
-            n_signal = int(file.readline().split()[0])
-        data = pd.read_csv(path, sep=r'\s+', skiprows=1, header=None, nrows=n_signal).to_numpy()
+            n_signal = int(file.readline(MAX_LINE).split()[0])
+        parts = read_chunks(path, sep=r'\s+', skiprows=1, header=None, nrows=n_signal)
+        data = np.concatenate([part.to_numpy() for part in parts])
         data = data[data[:, 0] >= -100]
         data = data[:, continuous(data)]
     return standardised(*split_off(data))
@@ -317,11 +377,14 @@ def continuous(data):
 def prepare_bsds300(path):
     """8x8 grey patches with uniform noise on their 256 levels, in [0, 1], less their mean, without the last pixel: from
     the authors' file or, drawn anew with a seed, from the Berkeley images; training images give the validation too."""
+    counts = TABLES['bsds300'][0]
     if path.suffix == '.hdf5':
         with h5py.File(path) as file:
-            return [file[part][:] for part in ('train', 'validation', 'test')]
+            parts = [file[part] for part in ('train', 'validation', 'test')]
+            if [part.shape for part in parts] != [(n, 63) for n in counts]:     # before any of it is read
+                raise ValueError(f'it has parts of {", ".join(str(part.shape) for part in parts)}')
+            return [part[:] for part in parts]
     rng = np.random.default_rng(0)
-    counts = TABLES['bsds300'][0]
     both = draw_patches(read_images(path, 'train'), counts[0] + counts[1], rng)
     return [*np.split(both, [counts[0]]), draw_patches(read_images(path, 'test'), counts[2], rng)]
 
@@ -331,15 +394,22 @@ def read_images(path, part):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = [name for name in sorted(archive.namelist()) if f'images/{part}/' in name and name.endswith('.jpg')]
-            images = [np.asarray(Image.open(archive.open(name)).convert('L')) for name in names]
+            images = [read_grey(archive.open(name)) for name in names]
     else:
         with tarfile.open(path) as archive:
             members = sorted((m for m in archive if m.isfile() and f'images/{part}/' in m.name and
                               m.name.endswith('.jpg')), key=lambda m: m.name)
-            images = [np.asarray(Image.open(archive.extractfile(m)).convert('L')) for m in members]
+            images = [read_grey(archive.extractfile(member)) for member in members]
     if not images:
         raise ValueError(f'it has no images/{part}/*.jpg')
     return images
+
+
+def read_grey(file):
+    with Image.open(file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f'it has an image of {image.width}x{image.height}, which no Berkeley image is')
+        return np.asarray(image.convert('L'))
 
 
 def draw_patches(images, n, rng):
@@ -354,59 +424,3 @@ def draw_patches(images, n, rng):
         patches[order[start:start + k]] = (pixels - pixels.mean(1, keepdims=True))[:, :63]
         start += k
     return patches
-
-
-# ---------------------------------------------------------------------------------------------- pandas' pickles
-
-class Captured:
-    """Stands in for a class of pandas: keeps what it would have been made of, and does nothing."""
-    def __new__(cls, *args):
-        captured = object.__new__(cls)
-        captured.args, captured.state = args, None
-        return captured
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class TableUnpickler(pickle.Unpickler):
-    """Reads a pickled DataFrame of any pandas, also one of 2016 that today's no longer reads, without running anything
-    of it: pandas' names stand for Captured, numpy's arrays are made, and no other name is ever looked up."""
-    PANDAS = {'DataFrame': Captured, 'BlockManager': Captured, 'Index': Captured, 'Int64Index': Captured,
-              'RangeIndex': Captured, '_new_Index': lambda cls, state: state.get('data'),
-              '_unpickle_block': lambda values, place, n_dims: (values, place)}
-    OTHERS = {('builtins', 'slice'), ('builtins', 'object'), ('copyreg', '_reconstructor'), ('_codecs', 'encode'),
-              ('numpy', 'ndarray'), ('numpy', 'dtype'),
-              *((f'numpy.{core}.{name}', function) for core in ('core', '_core')
-                for name, function in (('multiarray', '_reconstruct'), ('numeric', '_frombuffer')))}
-
-    def find_class(self, module, name):
-        module = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module)
-        if module.split('.')[0] == 'pandas' and name in self.PANDAS:
-            return self.PANDAS[name]
-        if (module, name) in self.OTHERS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f'it holds {module}.{name}, which no table of numbers needs')
-
-
-def read_pickled_table(path):
-    """-> the numbers of a pickled DataFrame (N, D) and its columns"""
-    with open(path, 'rb') as file:
-        frame = TableUnpickler(file, encoding='latin1').load()
-    try:
-        manager = frame.state.get('_mgr', frame.state.get('_data'))
-        if manager.args:                                    # pandas since 1.3
-            blocks, axes = manager.args
-        else:                                               # and since 0.14
-            state = manager.state[3]['0.14.1']
-            axes, blocks = state['axes'], [(block['values'], block['mgr_locs']) for block in state['blocks']]
-        columns = [str(name) for name in axes[0]]
-        data = np.full((len(columns), blocks[0][0].shape[1]), np.nan)
-        for values, place in blocks:
-            data[place] = values
-    except (AttributeError, TypeError, LookupError):
-        raise ValueError('it holds no table') from None
-    return data.T, columns

@@ -307,7 +307,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
 @pytest.mark.parametrize('words, part', [
     ([], 'one of the arguments --train --evaluate --generate --visualize is required'),
     (['--train', '--evaluate'], 'not allowed with'),
-    (['--train', '--dataset=imagenet'], 'faces, digits, mnist, celeba, folder'),
+    (['--train', '--dataset=imagenet'], 'faces, digits, mnist, cifar10, celeba, folder'),
     (['--train', '--dataset=mnist'], 'train-images-idx3-ubyte'),
     (['--train', '--dataset=celeba'], 'img_align_celeba'),
     (['--train', '--dataset=folder'], '--data_dir'),

@@ -1,7 +1,12 @@
 """The image data sets: right splits and pixels, one cache, and a clear refusal of what is damaged or hostile."""
 import gzip
+import multiprocessing
 import os
+import pickle
+import select
 import struct
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import UserError, faces, files, images, load_images, load_photo
-from tiny_data import attribute_rows, idx, noise_image, write_celeba, write_folder, write_mnist, write_table
+from datasets.pickles import read_pickle, value
+from tiny_data import (attribute_rows, idx, noise_image, python2_batch, write_celeba, write_cifar, write_folder,
+                       write_mnist, write_table)
 
 
 @pytest.fixture
@@ -155,6 +162,103 @@ def test_idx_parser_refuses_or_is_right(tmp_path_factory, n_dims, content, zippe
     assert array.ndim == n_dims and idx(array) == content
 
 
+# ---------------------------------------------------------------------------------------------------- cifar10
+
+@pytest.fixture
+def cifar(tmp_path):
+    write_cifar(tmp_path / 'cifar-10-batches-py')
+    return tmp_path
+
+
+def test_cifar10(cifar, monkeypatch):
+    data = load_images('cifar10', cifar)
+    assert [part.images.shape for part in (data.train, data.validation, data.test)] == [
+        (90, 3, 32, 32), (10, 3, 32, 32), (20, 3, 32, 32)]
+    assert all_images(data)[:, 0, 0, 0].tolist() == list(range(120))       # in their order, validation before test
+    assert data.attribute_names[3] == 'cat' and data.n_values == 3072 and data.max_shift == 0
+    classes = [part.attributes.argmax(1) for part in (data.train, data.validation, data.test)]
+    assert np.concatenate(classes).tolist() == [i % 10 for i in range(120)]
+    raw = (cifar / 'cifar-10-batches-py' / 'test_batch').read_bytes()
+    assert data.test.images[7].tobytes() in raw
+    monkeypatch.setattr(images, 'read_pickle', None)            # the second time it comes from the cache
+    assert (all_images(load_images('cifar10', cifar)) == all_images(data)).all()
+    photo = cifar / 'photo.png'
+    noise_image(50, 40).save(photo)
+    assert load_photo(photo, 'cifar10', 32).shape == (3, 32, 32)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ('it ran',)
+
+
+@pytest.mark.parametrize('content', [
+    pickle.dumps(Payload()), pickle.dumps({'data': Payload(), 'labels': [0] * 20}),
+    b'cos\nsystem\n(S"echo it ran"\ntR.',
+    b'cbuiltins\neval\n(S"print(1)"\ntR.', b'cnumpy\nload\n(S"x"\ntR.', b'', b'\x80\x02}', pickle.dumps({}),
+    pickle.dumps([1, 2]), pickle.dumps({'data': np.zeros((20, 3072)), 'labels': [0] * 20}),
+    pickle.dumps({'data': np.zeros((20, 3071), np.uint8), 'labels': [0] * 20}),
+    pickle.dumps({'data': np.zeros((20, 3072), np.uint8), 'labels': [10] * 20}),
+    pickle.dumps({'data': np.zeros((20, 3072), np.uint8), 'labels': [0] * 19}),
+    pickle.dumps({'data': np.full((20, 3072), None), 'labels': [0] * 20}),
+    pickle.dumps({'data': np.zeros((19, 3072), np.uint8), 'labels': [0] * 19}),
+    python2_batch(np.zeros((20, 3072), np.uint8), [0] * 20).replace(struct.pack('<i', 3072), struct.pack('<i', 2**30)),
+    b'\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.', b'\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x7f\x85R.',
+])
+def test_bad_cifar10(content, cifar, capfd):
+    path = cifar / 'cifar-10-batches-py' / 'data_batch_3'
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='cifar-10-batches-py'):
+        load_images('cifar10', cifar)
+    assert 'it ran' not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['os.system', 'builtins.eval', 'numpy.load', 'pandas.read_pickle', 'torch.load'])
+def test_nothing_else_is_even_looked_up(name, tmp_path):
+    (tmp_path / 'p').write_bytes(f'c{name.replace(".", chr(10))}\n.'.encode())
+    with pytest.raises(ValueError, match=f'it holds {name}, which no array of numbers needs'):
+        read_pickle(tmp_path / 'p')
+
+
+def test_a_pickle_that_makes_room_for_two_thousand_million_objects(tmp_path):
+    (tmp_path / 'p').write_bytes(b'\x80\x02]r\xff\xff\xff\x7f.')
+    with pytest.raises(ValueError, match='numbers more objects than it has bytes'):
+        read_pickle(tmp_path / 'p')
+
+
+@pytest.mark.parametrize('protocol', [0, 1, 2, 3, 4, 5, 'python 2'])
+def test_arrays_of_any_protocol(protocol, tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (4, 6), dtype=np.uint8)
+    others = {'little': array.astype('<i4'), 'big': array.astype('>f8'), 'columns': np.asfortranarray(array)}
+    (tmp_path / 'p').write_bytes(python2_batch(array, [1, 2]) if protocol == 'python 2' else
+                                 pickle.dumps({'data': array, **others}, protocol))
+    read = read_pickle(tmp_path / 'p')
+    assert (value(read['data']) == array).all() and value(read['data']).dtype == np.uint8
+    for name in others if protocol != 'python 2' else ():
+        assert (value(read[name]) == others[name]).all() and value(read[name]).dtype == others[name].dtype
+
+
+opcodes = st.sampled_from([
+    b'(', b')', b']', b'}', b't', b'R', b'b', b'0', b'1', b'2', b'N', b'K\x05', b'J\xff\xff\xff\x7f', b'U\x02u1', b'.',
+    b'T\x05\x00\x00\x00hello', b'q\x00', b'h\x00', b'r\xff\xff\xff\x7f', b'a', b'e', b's', b'u', b'\x81', b'\x85', b'\x86',
+    b'\x87', b'\x93', b'\x92', b'\x8e\xff\xff\xff\xff\x00\x00\x00\x00', b'cnumpy\nndarray\n', b'cnumpy\ndtype\n',
+    b'cnumpy.core.multiarray\n_reconstruct\n', b'c_codecs\nencode\n', b'cos\nsystem\n', b'cbuiltins\nslice\n', b'V1\n',
+    b'L9999999L\n'])
+
+
+@settings(max_examples=300, deadline=None)
+@given(content=st.one_of(st.binary(max_size=60), st.lists(opcodes, max_size=25).map(b''.join)), ended=st.booleans())
+def test_any_pickle_is_refused_or_harmless(tmp_path_factory, content, ended):
+    path = tmp_path_factory.getbasetemp() / 'fuzz.pickle'
+    path.write_bytes(content + b'.' * ended)
+    try:
+        batch = images.read_cifar_batch(path)
+    except UserError as error:
+        assert str(path) in str(error)
+    else:
+        assert batch.shape == (len(batch), 3073) and batch.dtype == np.uint8
+
+
 # ------------------------------------------------------------------------------------------ folders and celeba
 
 def test_folder_without_attributes(folder):
@@ -265,6 +369,38 @@ def test_attribute_file_that_is_no_text(celeba):
         load_images('celeba', celeba)
 
 
+lines = st.lists(st.one_of(st.text(max_size=20), st.lists(st.sampled_from(['000001.jpg', '1', '-1', '0', 'x', ',']),
+                                                          max_size=4).map(' '.join)), max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(attributes=lines, partition=lines)
+def test_any_attribute_and_partition_file_is_right_or_a_clean_error(tmp_path_factory, attributes, partition):
+    folder = tmp_path_factory.getbasetemp() / 'fuzz_celeba'
+    (folder / 'img_align_celeba').mkdir(parents=True, exist_ok=True)
+    (folder / 'img_align_celeba' / '000001.jpg').touch()
+    for name, content in (('list_attr_celeba.txt', attributes), ('list_eval_partition.txt', partition)):
+        (folder / name).write_text('\n'.join(content), encoding='utf-8', errors='replace')
+    with pytest.raises(UserError):          # one image cannot make three splits
+        load_images('celeba', folder)
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.one_of(lines.map('\n'.join), st.lists(st.lists(st.sampled_from(
+    ['image', 'split', 'A', 'B', 'a.png', 'b.png', 'c.png', 'train', 'val', 'test', '1', '-1']), max_size=4).map(
+        ','.join)).map('\n'.join)))
+def test_any_attribute_table_is_right_or_a_clean_error(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / 'fuzz.csv'
+    path.write_text(content, encoding='utf-8', errors='replace')
+    names = ['a.png', 'b.png', 'c.png']
+    try:
+        columns, attributes, parts = images.read_attribute_table(path, names)
+    except UserError:
+        return
+    assert attributes.shape == (3, len(columns)) and attributes.dtype == bool
+    assert parts is None or sorted(np.concatenate(parts)) == [0, 1, 2]
+
+
 # ------------------------------------------------------------------------------------------------------ cache
 
 def test_nothing_is_decoded_twice_and_a_change_is_seen(folder, monkeypatch):
@@ -294,6 +430,65 @@ def test_data_that_cannot_be_written_to_is_cached_elsewhere(folder, tmp_path, mo
     load_images('folder', folder, 16)
     assert not (folder / '.cache').exists()
     assert len(list((tmp_path / 'data' / '.cache').glob('folder_16_*.npy'))) == 1
+
+
+def test_killed_at_any_moment_and_begun_anew(tmp_path):
+    """SIGKILL, five times: what is left is removed, and the cache is bit for bit that of an undisturbed process"""
+    for i in range(150):
+        (tmp_path / 'photos').mkdir(exist_ok=True)
+        noise_image(60, 50, i).save(tmp_path / 'photos' / f'{i:03}.png')
+    start = time.perf_counter()
+    load_images('folder', tmp_path / 'photos', 48)
+    seconds = time.perf_counter() - start
+    cache, = (tmp_path / 'photos' / '.cache').glob('*.npy')
+    content = cache.read_bytes()
+    cache.unlink()
+    rng = np.random.default_rng(0)
+    for k in range(5):
+        process = multiprocessing.get_context('fork').Process(
+            target=load_images, args=('folder', tmp_path / 'photos', 48))
+        alive, inherited = os.pipe()
+        process.start()
+        os.close(inherited)
+        time.sleep(rng.uniform(0, seconds))
+        process.kill()
+        process.join()
+        assert select.select([alive], [], [], 10)[0]            # closed, as its workers are gone too
+        os.close(alive)
+        assert not cache.exists() or cache.read_bytes() == content
+        cache.unlink(missing_ok=True)
+    load_images('folder', tmp_path / 'photos', 48)              # nobody holds the lock any more
+    assert cache.read_bytes() == content
+    assert [path.name for path in cache.parent.iterdir() if path.suffix != '.lock'] == [cache.name]
+
+
+def test_two_at_once_decode_once(folder, tmp_path, capfd):
+    def slow_load():
+        decode = images.decode
+        images.decode = lambda *args: (time.sleep(0.05), (tmp_path / 'decoded').open('a').write('x'), decode(*args))[2]
+        load_images('folder', folder, 16)
+
+    processes = [multiprocessing.get_context('fork').Process(target=slow_load) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / 'decoded').read_text() == 20 * 'x'
+    assert 'another process prepares folder_16: waiting until it is done' in capfd.readouterr().err
+
+
+def test_a_worker_that_is_killed_is_a_clean_error(folder, monkeypatch):
+    monkeypatch.setattr(images, 'decode', lambda *args: os._exit(9))
+    with pytest.raises(UserError, match='was killed'):
+        load_images('folder', folder, 16)
+
+
+def test_no_room_for_the_cache(folder, monkeypatch):
+    monkeypatch.setattr(files.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match='takes 0.0 GB, .* has 0.0 left'):
+        load_images('folder', folder, 16)
+    assert not list((folder / '.cache').glob('*.npy*'))
 
 
 # ----------------------------------------------------------------------------------------------------- photos
@@ -354,15 +549,16 @@ def test_bad_photos(tmp_path, monkeypatch):
         load_photo(tmp_path / 'whole.jpg', 'faces', 32)
 
 
-@pytest.mark.parametrize('name, part', [('imagenet', 'faces, digits, mnist, celeba, folder'),
-                                        ('mnist', 'train-images-idx3-ubyte'), ('celeba', 'img_align_celeba')])
+@pytest.mark.parametrize('name, part', [('imagenet', 'faces, digits, mnist, cifar10, celeba, folder'),
+                                        ('mnist', 'train-images-idx3-ubyte'), ('cifar10', 'data_batch_1'),
+                                        ('celeba', 'img_align_celeba')])
 def test_missing_data(name, part, tmp_path):
     with pytest.raises(UserError, match=part):
         load_images(name, tmp_path)
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize('name, own', [('digits', 8), ('mnist', 32)])
+@pytest.mark.parametrize('name, own', [('digits', 8), ('mnist', 32), ('cifar10', 32)])
 def test_sizes_that_cannot_be_chosen(name, own, tmp_path):
     with pytest.raises(UserError, match=f'{own}x{own}'):
         load_images(name, tmp_path, 64)

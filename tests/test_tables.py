@@ -1,13 +1,19 @@
 """Tables: the published ones against their authors' own steps on small files of their formats, and the user's own."""
+import gzip
+import io
 import pickle
+import resource
+import zipfile
 from collections import Counter
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import tiny_tables
 from datasets import UserError, tabular, toy
@@ -15,8 +21,9 @@ from datasets import UserError, tabular, toy
 
 @pytest.fixture
 def sizes(monkeypatch, tmp_path):
-    """Tables of 200 rows pass for whole ones; caches go below tmp_path"""
+    """Tables of 200 rows pass for whole ones, and are read in several chunks; caches go below tmp_path"""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tabular, 'CHUNK', 60)
 
     def set_sizes(name, counts):
         monkeypatch.setitem(tabular.TABLES, name, (counts, *tabular.TABLES[name][1:]))
@@ -85,8 +92,12 @@ def test_gas(protocol, sizes, tmp_path):
 
 
 def test_raw_gas_is_every_fourth_row(sizes, tmp_path):
-    tiny_tables.write_raw_gas(tmp_path)
-    assert [part.shape for part in load('gas', tmp_path)] == [(162, 8), (18, 8), (20, 8)]
+    tiny_tables.write_raw_gas(tmp_path / 'raw')
+    (tmp_path / 'authors' / 'gas').mkdir(parents=True)
+    tiny_tables.gas_table(800)[3::4].to_pickle(tmp_path / 'authors' / 'gas' / 'ethylene_CO.pickle')
+    raw = load('gas', tmp_path / 'raw')
+    assert [part.shape for part in raw] == [(162, 8), (18, 8), (20, 8)]
+    assert_same(raw, load('gas', tmp_path / 'authors'))
 
 
 @pytest.mark.parametrize('gzipped', [False, True])
@@ -163,6 +174,64 @@ def test_a_hostile_pickle_runs_nothing(sizes, tmp_path, capsys):
         with pytest.raises(UserError, match='cannot be read as gas'):
             tabular.load_rows('gas', tmp_path)
     assert 'it ran' not in capsys.readouterr().out
+
+
+def image_bomb():
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, 'w') as archive:
+        image = io.BytesIO()
+        Image.new('1', (9_000, 9_000)).save(image, 'png')
+        archive.writestr('images/train/1.jpg', image.getvalue())
+    return content.getvalue()
+
+
+def h5_bomb(name, shape):
+    content = io.BytesIO()
+    with h5py.File(content, 'w') as file:
+        file.create_dataset(name, shape, 'f8', chunks=(1000, 10), compression='gzip')
+    return content.getvalue()
+
+
+def npy_bomb():
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {'descr': '<f8', 'fortran_order': False, 'shape': (10**10, 43)})
+    return content.getvalue()
+
+
+@pytest.mark.parametrize('name, path, content, part', [
+    ('hepmass', '1000_train.csv.gz', gzip.compress(bytes(10**9), 1), 'line of more than'),
+    ('hepmass', '1000_train.csv.gz', gzip.compress(b'a,b\n' + 1_000 * (b'0,1\n' * 1_000)), 'more than 100,000 rows'),
+    ('gas', 'ethylene_CO.txt', b'x' * 5_000, 'line of more than'),
+    ('power', 'power/data.npy', npy_bomb(), 'cannot be read'),
+    ('miniboone', 'miniboone/data.npy', npy_bomb(), 'cannot be read'),
+    ('bsds300', 'bsds300_gray.zip', image_bomb(), '9000x9000'),
+    ('bsds300', 'BSDS300/BSDS300.hdf5', h5_bomb('train', (10**10, 63)), 'BSDS300.hdf5 cannot be read'),
+    ('own.npy', 'own.npy', npy_bomb(), 'cannot be read'),
+    ('own.h5', 'own.h5', h5_bomb('rows', (10**10, 10)), 'has not the size for it'),
+])
+def test_bombs_take_no_memory(name, path, content, part, sizes, tmp_path, monkeypatch):
+    monkeypatch.setattr(tabular, 'MAX_ROWS', 100_000)
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_bytes(content)
+    del content
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=part):
+        tabular.load_rows(name, tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000        # KiB
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.one_of(st.binary(max_size=100), st.lists(st.lists(st.sampled_from(
+    ['1', '-2.5', '?', '', 'nan', '1e400', '12:34:56', '16/12/2006', '#']), max_size=9).map(';'.join), max_size=8).map(
+        lambda lines: '\n'.join(['Date;Time;a;b;c;d;e;f;g', *lines]).encode())))
+def test_any_bytes_are_power_gas_or_miniboone_or_a_clean_error(tmp_path_factory, content):
+    for name, file in (('power', 'household_power_consumption.txt'), ('gas', 'ethylene_CO.txt'),
+                       ('miniboone', 'MiniBooNE_PID.txt'), ('hepmass', '1000_train.csv')):
+        folder = tmp_path_factory.getbasetemp() / f'fuzz_{name}'
+        folder.mkdir(exist_ok=True)
+        (folder / file).write_bytes(content)
+        with pytest.raises(UserError):          # for want of rows, if for nothing else
+            tabular.load_rows(name, folder)
 
 
 @pytest.mark.parametrize('name, path, content, part', [

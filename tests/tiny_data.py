@@ -22,6 +22,26 @@ def write_mnist(folder, n_train=40, n_test=10):
         (folder / f'{part}-labels-idx1-ubyte').write_bytes(idx(rng.integers(0, 10, n)))
 
 
+def python2_batch(pixels, labels):
+    """A pickle of CIFAR-10's, as python 2 wrote it: text and the array's bytes are strings of one kind"""
+    shape = b''.join(b'J' + struct.pack('<i', size) for size in pixels.shape)
+    return (b'\x80\x02}(U\x06labels](' + b''.join(b'K' + bytes([label]) for label in labels) + b'e'
+            b'U\x04datacnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR'
+            b'(K\x01' + shape + b'\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R'
+            b'(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'
+            b'\x89T' + struct.pack('<i', pixels.size) + pixels.tobytes() + b'tbu.')
+
+
+def write_cifar(folder, n=20):
+    """Six batches of n images; image i of all shows its number in its first byte"""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for k, name in enumerate([*(f'data_batch_{k}' for k in range(1, 6)), 'test_batch']):
+        pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        pixels[:, 0] = np.arange(k * n, k * n + n)
+        (folder / name).write_bytes(python2_batch(pixels, [i % 10 for i in range(k * n, k * n + n)]))
+
+
 def noise_image(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
