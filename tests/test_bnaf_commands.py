@@ -266,7 +266,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
             words = [re.sub('results/RUN/', f'{newest.parent}/', word) for word in words]
         if '--train' in words and '--restore_file' not in line:
             words += ['--n_flows=1', '--hidden_dim=4', '--n_epochs=2']
-        if '--input' in line or '--vis_dims' in line or '--scores' in line:
+        if '--input' in line or '--scores' in line:
             bnaf.main(['--train', '--dataset=my.csv', '--n_epochs=5', '--n_flows=1', '--hidden_dim=4'])
         bnaf.main(words)
         newest = bnaf.newest_checkpoint('results')
