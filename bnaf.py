@@ -13,6 +13,7 @@ blocks of a units each, (B, d a), and carry j (B, d, a), the units' derivatives 
 """
 import argparse
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -402,6 +403,13 @@ def setup():
             dist.destroy_process_group()
 
 
+def distribute(objective):
+    """-> the objective, its gradients averaged over all processes; its buffers never change and are not sent"""
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'   # until torch 2.12
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, **{sync_buffers: False})
+
+
 def of_main_process(value, process):
     """-> the main process's value, on every process"""
     values = [value]
@@ -511,7 +519,7 @@ class Training:
                 getattr(self, name).load_state_dict(saved[name])
         self.objective = Objective(self.model, data)
         if process.world_size > 1:
-            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)   # they never change
+            self.objective = distribute(self.objective)
         self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
         self.steps_per_epoch = EPOCH_STEPS if data.draw else steps_per_epoch(
             len(data.train), config.batch_size, process.world_size)

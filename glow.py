@@ -12,6 +12,7 @@ of shape (B,) is the log |det| of the Jacobian of the direction that was called,
 import argparse
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -432,6 +433,13 @@ def setup():
             dist.destroy_process_group()
 
 
+def distribute(objective):
+    """-> the objective, its gradients averaged over all processes; its buffers never change and are not sent"""
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'   # until torch 2.12
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, **{sync_buffers: False})
+
+
 def of_main_process(value, process):
     """-> the main process's value, on every process"""
     values = [value]
@@ -573,7 +581,7 @@ class Training:
             if config.compile and isinstance(module, FlowStep):
                 module.compile()        # steps of one shape share what was compiled for the first
         if process.world_size > 1:
-            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)   # they never change
+            self.objective = distribute(self.objective)
         self.steps_per_epoch = steps_per_epoch(n, config.batch_size, process.world_size)
         self.n_steps = config.n_epochs * self.steps_per_epoch
 

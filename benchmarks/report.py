@@ -80,13 +80,33 @@ def memory_table(script, rows, peers):
             table(['shape', 'who', 'MiB', 'memory ratio', 'target', '', 'time over that without it', ''], lines))
 
 
+def targets_table(results):
+    """What was aimed at, and what came of it: one line for each figure that has a target"""
+    peer_of, lines = {'glow': 'normflows', 'bnaf': 'Pyro'}, []
+    for row in results['rows']:
+        against = 'bisection' if row['entries'][0]['name'] == 'bisection' else peer_of[row['script']]
+        lines += [[f'{TITLES[row["script"]]} {QUANTITIES[row["quantity"]]}, {row["config"]}: '
+                   f'{shape_text(row["script"], row["shape"])}', entry['name'], f'speed of {against}',
+                   f'{significant(entry["ratio"][1])}x', f'{significant(entry["target"])}x', verdict(entry['met'])]
+                  for entry in row['entries'] if entry['met'] is not None]
+    for row in results['memory']:
+        lines += [[f'{TITLES[row["script"]]} training, {row["config"]}', entry['name'],
+                   f'memory of {peer_of[row["script"]]}', f'{significant(entry["ratio"])}x',
+                   f'{significant(entry["target"])}x', verdict(entry['met'])]
+                  for entry in row['entries'] if entry['met'] is not None]
+    lines += [[f'`{c["script"]}.py --train {c["words"]}`', '', 'time outside of steps', f'{c["overhead"]:.1%}',
+               f'{c["target"]:.0%}', verdict(c['met'])] for c in results['commands']]
+    return table(['what', 'how', 'against', 'measured', 'target', ''], lines)
+
+
 def markdown(results):
     machine, peers = results['machine'], results['machine']['peers']
     versions = ', '.join(f'{name} {version}' for name, version in peers.items()) or 'no peers installed'
     parts = [f'## Speed and memory on {machine["device"]}\n\ntorch {machine["torch"]}, {versions}.' +
              (' **A quick run: its figures say little.**' if machine['quick'] else '') + '\n',
              table(['the machine itself', ''],
-                   [[PEAKS[key], significant(value)] for key, value in results['peaks'].items()])]
+                   [[PEAKS[key], significant(value)] for key, value in results['peaks'].items()]),
+             '### Targets\n\n' + targets_table(results)]
     for script in TITLES:
         for quantity in QUANTITIES:
             rows = [row for row in results['rows'] if (row['script'], row['quantity']) == (script, quantity)]

@@ -1,4 +1,6 @@
 """Figures of data sets and of rows of numbers. (Grids of images alone are drawn by images.py.)"""
+import textwrap
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -77,7 +79,7 @@ def draw_table(values, columns, title):
         column = column[np.isfinite(column)]
         if len(column):
             axes.hist(column, np.linspace(*np.quantile(column, [0.005, 0.995]), 41), color='0.6')
-        axes.set_xlabel(name, fontsize=7)
+        axes.set_xlabel(textwrap.shorten(str(name), 80 // n_across, placeholder='…'), fontsize=7)
     axes = right.subplots()
     whole = values[np.isfinite(values).all(1)]
     with np.errstate(invalid='ignore', divide='ignore'):

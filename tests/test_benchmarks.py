@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboardX import SummaryWriter
 
 import bnaf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
+import curves
 import processes
 import speed
 from contenders import bisect
-from report import significant
+from report import significant, targets_table
 from targets import CHECKPOINT_TIME, absolute_checks, target_of
 from timing import in_turn
 
@@ -130,3 +132,29 @@ def test_page_is_written_between_its_marks(tmp_path):
     for text in ('new', 'newer'):
         processes.insert(page, text)
     assert page.read_text() == f'above\n{processes.MARKS[0]}\n\nnewer\n{processes.MARKS[1]}\nbelow\n'
+
+
+def test_the_readme_shows_what_was_measured():
+    folder = Path(speed.__file__).parent
+    table = targets_table(json.loads((folder / 'speed.json').read_text()))
+    assert table in (folder / 'speed.md').read_text() and table in (folder.parent / 'README.md').read_text()
+
+
+def test_curves_of_a_run_that_was_resumed(tmp_path):
+    """Its second part begins again at step 2; a file that ends in the middle of a record loses that alone"""
+    for first, n in ((0, 4), (2, 5)):
+        writer = SummaryWriter(str(tmp_path), filename_suffix=f'.{first}')
+        for step in range(first, first + n):
+            writer.add_scalar('loss/train', 10. * first + step, step)
+        writer.add_scalar('loss/validation', -1. - first, first)
+        writer.close()
+    last = max(tmp_path.glob('events*'), key=lambda path: path.name[-1])
+    last.write_bytes(last.read_bytes() + b'\x18\0\0\0')
+    scalars = curves.read_scalars(tmp_path)
+    assert scalars['loss/train'][0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert scalars['loss/train'][2].tolist() == [0, 1, 22, 23, 24, 25, 26]
+    assert scalars['loss/validation'][2].tolist() == [-1, -3]
+    curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
+    assert (tmp_path / 'curves.png').stat().st_size > 5000
+    with pytest.raises(SystemExit, match='no events'):
+        curves.main([str(tmp_path / 'none')])

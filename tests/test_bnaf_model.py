@@ -262,7 +262,7 @@ def test_temperature_of_samples():
 
 
 def test_plumbing_is_the_same_text_in_both_scripts():
-    names = ('option', 'Sequence', 'log_normal', 'Process', 'setup', 'of_main_process', 'main_process_first',
+    names = ('option', 'Sequence', 'log_normal', 'Process', 'setup', 'distribute', 'of_main_process', 'main_process_first',
              'newest_checkpoint', 'load_checkpoint', 'restore_model', 'progress', 'require_finite', 'Parser', 'number', 'main')
     for name in names:
         assert inspect.getsource(getattr(glow, name)) == inspect.getsource(getattr(bnaf, name)), name
