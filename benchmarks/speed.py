@@ -50,7 +50,7 @@ VARIANTS = {'glow': {'cpu': ('float32', 'bf16', 'compile', 'checkpoint_grads'),
                               'bf16 checkpoint_grads')},
             'bnaf': {'cpu': ('float32', 'compile'), 'cuda': ('float32', 'compile')}}
 # Compiling takes longer than measuring, and memory a process each: not for every row
-COMPILED = {'cpu': {'glow': ('a',), 'bnaf': ('b', 'b2')},
+COMPILED = {'cpu': {'glow': ('a', 'b'), 'bnaf': ('b', 'b2')},
             'cuda': {'glow': ('a', 'b', 'c', 'A16'), 'bnaf': tuple(BNAF)}}
 MEASURED_MEMORY = {'glow': (*GLOW, *ON_GPU), 'bnaf': ('b2', 'c')}
 SMALLEST = {'glow': dict(image_size=8, n_levels=1, depth=1, width=8, batch_size=2),
