@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tensorboardX import SummaryWriter
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -133,6 +134,7 @@ class TanhFunction(torch.autograd.Function):
         return y, j
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y, grad_j):
         y, slope, j = ctx.saved_tensors
         grad_x = (grad_j * j).reshape(y.shape).mul_(y).mul_(-2).addcmul_(grad_y, slope.view(y.shape))
@@ -215,25 +217,29 @@ class BlockFlow(nn.Module):
         return z, j
 
     def inverse(self, z):
-        """-> x, logdet; x is NaN where inverse_tol is not reached, as beyond the range of a flow of tanhs. Gradients are
-        those of the implicit function theorem."""
+        """-> x, logdet; NaN where inverse_tol is not reached, as beyond the range of a flow of tanhs. It is solved for in
+        float64; gradients are those of the implicit function theorem."""
         tol = self.inverse_tol or (1e-5 if z.dtype == torch.float32 else 1e-10)
-        x = self.solve(z.detach(), tol)
+        x = self.solve(z.detach().double(), tol).to(z.dtype)
+        found = x.isfinite().all(1, keepdim=True)
+        x = torch.where(found, x, 0.)               # what was not found must not reach the gradients of the others
         if torch.is_grad_enabled():
-            x = self.attach(x, z)
-        return x, -self(x)[1]
+            x = self.attach(x, torch.where(found, z, 0.))
+        logdet = -self(x)[1]
+        return torch.where(found, x, math.nan), torch.where(found.squeeze(1), logdet, math.nan)
 
     @torch.no_grad()
     def solve(self, z, tol):
         """One variable after the other; of each layer only the rows that are the new variable's are computed."""
         weights = [linear.weights(z.dtype)[0] for linear in self.linears]
+        biases = [linear.bias.to(z.dtype) for linear in self.linears]
         inputs = [z.new_zeros(len(z), w.shape[1]) for w in weights]     # to each layer, as far as known
         for i in range(z.shape[1]):
             blocks = []
-            for linear, w, known in zip(self.linears, weights, inputs):
+            for linear, w, bias, known in zip(self.linears, weights, biases, inputs):
                 _, b, a = linear.log_diagonal.shape
                 rows, own = slice(i * b, (i + 1) * b), slice(i * a, (i + 1) * a)
-                blocks.append((F.linear(known[:, :i * a], w[rows, :i * a], linear.bias[rows]), w[rows, own]))
+                blocks.append((F.linear(known[:, :i * a], w[rows, :i * a], bias[rows]), w[rows, own]))
             u, units = find_root(partial(self.evaluate, blocks), z[:, i:i + 1], tol)
             for known, own in zip(inputs, [u, *units]):
                 known[:, i * own.shape[1]:(i + 1) * own.shape[1]] = own
@@ -251,8 +257,8 @@ class BlockFlow(nn.Module):
         if self.residual == 'normal':
             return y + u, slope + 1, units
         if self.residual == 'gated':
-            s = torch.sigmoid(self.gate)
-            return torch.lerp(u, y, s), 1 - s + s * slope, units
+            s, rest = torch.sigmoid(self.gate), torch.sigmoid(-self.gate)
+            return s * y + rest * u, s * slope + rest, units
         return y, slope, units
 
     def attach(self, x, z):
