@@ -17,7 +17,6 @@ import inspect
 import json
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -38,16 +37,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from datasets import UserError, write_atomically
+from datasets import UserError
 from datasets.figures import draw_pairs, draw_planes
+from datasets.files import new_folder, write_atomically
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.tabular import TABLES, Rows, load_rows, read_table, write_table
+from datasets.tabular import SUFFIXES, TABLES, Rows, load_rows, read_rows, write_table
 from datasets.toy import ENERGIES, SAMPLERS
 
 
 # ---------------------------------------------------------------------------------------------------- config
 
 NAME = 'bnaf'
+N_DIMS = 1                          # of an input: (D,)
 RESIDUALS = ('none', 'normal', 'gated')
 
 
@@ -62,9 +63,9 @@ class Config:
     data_dir: str = option('data', 'data', 'where the data lies')
     test_file: str = option('data', '', 'a table that is the test split of your own one (default: a tenth of its rows)')
     dequantize: bool = option('data', False, 'spread the discrete columns of your own table by uniform noise')
-    n_flows: int = option('model', 5, 'flows, the variables flipped between them', 1)
-    n_hidden: int = option('model', 1, 'inner layers of a flow, hidden to hidden')
-    hidden_dim: int = option('model', 10, 'hidden units a variable', 1)
+    n_flows: int = option('model', 5, 'flows, the variables flipped between them', 1, 2**8)
+    n_hidden: int = option('model', 1, 'inner layers of a flow, hidden to hidden', 0, 2**6)
+    hidden_dim: int = option('model', 10, 'hidden units a variable', 1, 2**12)
     residual: str = option('model', 'gated', ', '.join(RESIDUALS) + '; none on the last flow')
     checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
     n_epochs: int = option('optimisation', 1000, 'epochs, at most; of 100 steps where each draws new rows', 1)
@@ -77,15 +78,16 @@ class Config:
     early_stop: int = option('optimisation', 100, 'epochs without a better validation score that end the training', 1)
     grad_norm_clip: float = option('optimisation', 0.1, 'gradients are clipped at this norm')
     ema_decay: float = option('optimisation', 0.998, 'Polyak average, used for all but training; 0 turns it off', 0, 1)
-    seed: int = option('optimisation', 0, 'of initialisation, splits, shuffling, noise and samples')
+    seed: int = option('optimisation', 0, 'of initialisation, splits, shuffling, noise and samples', 0, 2**63 - 1)
 
 
 # The defaults are the official ones for tables; these for the two-dimensional problems.
 TOY = dict(n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1., lr=0.1, early_stop=200)
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed'}}                            # training goes on, and else
-CHECKPOINT = ('config', 'input_dims', 'units', 'step', 'loss', 'best', 'best_step', 'model', 'average', 'optimizer',
-              'scheduler')
+CHECKPOINT = {'config': dict, 'input_dims': list, 'units': dict, 'step': int, 'world_size': int, 'n_annealing': float,
+              'loss': float, 'best': float, 'best_step': int, 'model': dict, 'average': dict, 'optimizer': dict,
+              'scheduler': dict}
 EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
 REACH = 5.                          # of a flow without a residual at first, in standard deviations of the noise
 SMALLEST = 1e-25                    # terms that float32 loses are below 1e-37, so what is above this has lost nothing
@@ -335,7 +337,7 @@ def draw(push, n, data_dim, like, z_std=1., generator=None):
         found = x.isfinite().all(1) & logdet.isfinite()
         kept.append((x[found], (log_normal(z) - logdet)[found]))
         n_kept, n_drawn = n_kept + int(found.sum()), n_drawn + len(z)
-        if n_kept < 0.01 * n_drawn:
+        if n_drawn >= 1000 and n_kept < 0.01 * n_drawn:
             raise UserError(f'of {n_drawn:,} draws only {n_kept} could be inverted: the model is not trained, or '
                             '--inverse_tol is below its precision')
     x, log_p = (torch.cat(parts)[:n] for parts in zip(*kept))
@@ -416,26 +418,12 @@ def distribute(objective):
     return DistributedDataParallel(objective, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
-def of_main_process(value, process):
-    """-> the main process's value, on every process"""
-    values = [value]
+def of_main_process(function, process):
+    """-> what function() gives on the main process, on every process"""
+    values = [function() if process.is_main else None]
     if process.world_size > 1:
         dist.broadcast_object_list(values)
     return values[0]
-
-
-def main_process_first(process, function):
-    """-> function(), called by the main process before the others, so that they find its caches; it fails for all."""
-    result, error = None, None
-    if process.is_main:
-        try:
-            result = function()
-        except UserError as e:
-            error = str(e)
-    error = of_main_process(error, process)
-    if error:
-        raise UserError(error)
-    return result if process.is_main else function()
 
 
 def newest_checkpoint(output_dir):
@@ -460,22 +448,38 @@ def load_checkpoint(path):
                         f'and plain values ({type(error).__name__})') from None
     if not isinstance(saved, dict) or saved.get('script') != f'{NAME}.py':
         raise UserError(f'{path} is not a checkpoint of {NAME}.py')
+    config, known = saved.get('config'), {f.name: f for f in fields(Config)}
+    if (any(not isinstance(saved.get(key), kind) for key, kind in CHECKPOINT.items()) or config.keys() != known.keys()
+            or any(type(value) is not known[key].type or known[key].type is not str and not
+                   known[key].metadata['low'] <= value <= known[key].metadata['high'] for key, value in config.items())
+            or [type(n) for n in saved['input_dims']] != [int] * N_DIMS or not 0 < math.prod(saved['input_dims']) < 2**24):
+        raise UserError(f'{path} is a checkpoint of {NAME}.py, but of another version or damaged')
+    return {**saved, 'config': Config(**config), 'path': path}
+
+
+def load_state(into, saved, key):
     try:
-        saved['config'] = Config(**saved['config'])
-        return {key: saved[key] for key in CHECKPOINT}
-    except (KeyError, TypeError):
-        raise UserError(f'{path} is a checkpoint of {NAME}.py, but of another version') from None
+        into.load_state_dict(saved[key])
+    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f'{saved["path"]}: its {key} and its options do not fit ({str(error).splitlines()[0]})') from None
 
 
-def restore_model(saved, path, device):
+def restore_model(saved, device):
     """-> the model with the averaged weights of a checkpoint, ready to evaluate and to sample"""
-    model = build_model(saved['config'], saved['input_dims'])
-    try:
-        average = AveragedModel(model)
-        average.load_state_dict(saved['average'])
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f'{path}: its weights do not fit its own options ({str(error).splitlines()[0]})') from None
+    average = AveragedModel(build_model(saved['config'], saved['input_dims']))
+    load_state(average, saved, 'average')
     return average.module.to(device).eval()
+
+
+def check_resume(path, saved, process):
+    """Refuses what would overwrite a later state of the run; says what other processes change"""
+    newest = path.with_name('checkpoint.pt')
+    if path.name != newest.name and newest.exists() and load_checkpoint(newest)['step'] > saved['step']:
+        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
+                        f'{path.name} to a folder of its own')
+    if process.is_main and saved['world_size'] != process.world_size:
+        print(f'note: the run had {saved["world_size"]} processes and now has {process.world_size}: the batch of a step, '
+              'and how many steps make an epoch, change with them')
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -491,8 +495,10 @@ def training_batch(data, config, step, process):
 @torch.no_grad()
 def row_losses(objective, rows, device):
     """-> the objective of each row (N, D), in float64 (N,)"""
-    parts = [torch.from_numpy(np.array(rows[i:i + 10_000])).to(device) for i in range(0, len(rows), 10_000)]
-    return torch.cat([objective.per_row(part).double() for part in parts])
+    losses = [torch.zeros(0, dtype=torch.float64, device=device)]           # a process may have no rows at all
+    for i in range(0, len(rows), 10_000):
+        losses.append(objective.per_row(torch.from_numpy(np.array(rows[i:i + 10_000])).to(device)).double())
+    return torch.cat(losses)
 
 
 def mean_loss(objective, rows, process):
@@ -518,18 +524,19 @@ class Training:
         self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=config.lr_patience, cooldown=10,
                                            min_lr=config.min_lr, threshold=1e-4, threshold_mode='abs')
         self.step, self.loss, self.best, self.best_step = 0, math.nan, math.inf, 0
+        self.steps_per_epoch = EPOCH_STEPS if data.draw else steps_per_epoch(
+            len(data.train), config.batch_size, process.world_size)
+        self.n_steps = config.n_epochs * self.steps_per_epoch
+        self.n_annealing = config.annealing * self.n_steps          # as planned at first, however long it goes on
         if saved is not None:
-            for name in ('step', 'loss', 'best', 'best_step'):
+            for name in ('step', 'loss', 'best', 'best_step', 'n_annealing'):
                 setattr(self, name, saved[name])
             for name in ('model', 'average', 'optimizer', 'scheduler'):
-                getattr(self, name).load_state_dict(saved[name])
+                load_state(getattr(self, name), saved, name)
         self.objective = Objective(self.model, data)
         if process.world_size > 1:
             self.objective = distribute(self.objective)
         self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
-        self.steps_per_epoch = EPOCH_STEPS if data.draw else steps_per_epoch(
-            len(data.train), config.batch_size, process.world_size)
-        self.n_steps = config.n_epochs * self.steps_per_epoch
 
     @property
     def is_over(self):
@@ -543,7 +550,7 @@ class Training:
             self.optimizer.param_groups[0]['lr'] = self.config.lr * min(1., (self.step + 1) / n_warmup)
         batch = torch.from_numpy(training_batch(self.data, self.config, self.step, self.process)).to(self.process.device)
         # an energy is turned on little by little, lest the flow settles in one of its valleys
-        beta = min(1., 0.01 + self.step / max(1., self.config.annealing * self.n_steps))
+        beta = min(1., 0.01 + self.step / max(1., self.n_annealing))
         loss = self.objective(batch if self.rows is None else self.rows[batch], beta)
         self.optimizer.zero_grad()
         loss.backward()
@@ -554,9 +561,11 @@ class Training:
         return loss.detach(), norm
 
     def save(self, path):
-        units = {'columns': list(self.data.columns), 'mean': self.data.mean.tolist(), 'std': self.data.std.tolist()}
+        units = {'columns': list(self.data.columns), 'mean': self.data.mean.tolist(), 'std': self.data.std.tolist(),
+                 'steps': np.broadcast_to(self.data.steps, len(self.data.columns)).tolist()}
         state = {'script': f'{NAME}.py', 'config': asdict(self.config), 'input_dims': self.input_dims, 'units': units,
-                 'step': self.step, 'loss': self.loss, 'best': self.best, 'best_step': self.best_step}
+                 'world_size': self.process.world_size}
+        state.update({name: getattr(self, name) for name in ('step', 'n_annealing', 'loss', 'best', 'best_step')})
         state.update({name: getattr(self, name).state_dict() for name in ('model', 'average', 'optimizer', 'scheduler')})
         write_atomically(path, lambda temporary: torch.save(state, temporary))
 
@@ -583,14 +592,16 @@ def progress(*args, **options):
 
 def require_finite(value, run, run_dir):
     if not math.isfinite(value):
-        raise UserError(f'training diverged by step {run.step}: bits/dim or gradients are not finite; '
-                        f'lower --lr, or go on from the last checkpoint in {run_dir}')
+        raise UserError(f'training diverged by step {run.step}: the loss or gradients are not finite; lower --lr, or go on '
+                        f'from a checkpoint before it, if there is one in {run_dir}')
 
 
 def train(data, config, process, run_dir, saved=None):
     """Train until config.n_epochs or until the validation split gets no better; leaves checkpoint.pt and best.pt"""
     run = Training(config, data, process, saved)
-    writer = SummaryWriter(str(run_dir)) if process.is_main else None
+    if not (run_dir / 'best.pt').exists():
+        run.best = math.inf
+    writer = SummaryWriter(str(run_dir), write_to_disk=process.is_main)
     per_step = config.batch_size * process.world_size
     if process.is_main:
         print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
@@ -605,16 +616,15 @@ def train(data, config, process, run_dir, saved=None):
                 speed = (run.step - start_step) * per_step / (time.perf_counter() - start)
                 validation = f'validation {objective_text(data, run.loss)}, ' if math.isfinite(run.loss) else ''
                 bar.set_postfix_str(f'loss {loss:.3f}, {validation}{speed:.0f} rows/s', refresh=False)
-                if process.is_main:
-                    for name, value in (('loss/train', loss), ('gradient_norm', norm), ('rows_per_s', speed),
-                                        ('lr', run.optimizer.param_groups[0]['lr'])):
-                        writer.add_scalar(name, value, run.step)
+                for name, value in (('loss/train', loss), ('gradient_norm', norm), ('rows_per_s', speed),
+                                    ('lr', run.optimizer.param_groups[0]['lr'])):
+                    writer.add_scalar(name, value, run.step)
             if run.step % run.steps_per_epoch == 0:
                 validate(run, run_dir, writer)
             elif run.step % SAVE_STEPS == 0 and process.is_main:
                 run.save(run_dir / 'checkpoint.pt')
+    writer.close()
     if process.is_main:
-        writer.close()
         tqdm.write(f'step {run.step}: best validation {objective_text(data, run.best)} at step {run.best_step}')
     if process.world_size > 1:
         dist.barrier()          # the others read best.pt next
@@ -632,11 +642,11 @@ def evaluate(model, data, saved, path, config, process, scores, input_file):
     if data.energy and (scores or input_file):
         raise UserError('--scores and --input are for models of data; --generate gives the log-density of each sample')
     objective = Objective(model, data)
-    rows = standardise(read_table(input_file), data, input_file) if input_file else data.test
+    rows = read_rows(input_file, data) if input_file else data.test
     mean, error = mean_loss(objective, rows, process)
     if not process.is_main:
         return
-    name = str(input_file) if input_file else f'{config.dataset} test'
+    name = str(input_file) if input_file else f'{Path(config.dataset).name} test'
     about = {'dataset': name, 'n_rows': len(rows), 'two_standard_errors': error, 'step': saved['step'],
              'checkpoint': path.name}
     if data.energy is None:
@@ -654,15 +664,6 @@ def evaluate(model, data, saved, path, config, process, scores, input_file):
         log_p = -row_losses(objective, rows, process.device).cpu().numpy()
         index = np.arange(len(rows)) if input_file else data.test_index
         save_table(scores, np.stack([index, log_p], 1), ('row', 'log_likelihood'))
-
-
-def standardise(table, data, path):
-    """(values, columns) of a table of the user's -> float32 rows as the model was trained on"""
-    values, columns = table
-    if len(columns) != len(data.columns):
-        raise UserError(f'{path} has {len(columns)} columns, and the model was trained on {len(data.columns)}: '
-                        f'{", ".join(data.columns)}')
-    return ((values - data.mean) / data.std).astype(np.float32)
 
 
 def save_table(path, values, columns):
@@ -708,7 +709,7 @@ def density(model, data, points):
 
 def visualize(model, data, path, config, process, vis_dims):
     """Two variables: target, learned density and samples side by side; more: samples over data, in pairs."""
-    mean, _ = mean_loss(Objective(model, data), data.test, process)
+    mean, _ = mean_loss(Objective(model, data), data.test, Process(0, 1, process.device))     # this process alone draws
     title = f'{Path(config.dataset).stem}: {objective_text(data, mean)}'
     if len(data.columns) == 2:
         figure = planes(model, data, config, title)
@@ -767,10 +768,10 @@ def parse_args(argv):
                     allow_abbrev=False)
     group = parser.add_argument_group('mode, one of')
     mode = group.add_mutually_exclusive_group(required=True)
-    mode.add_argument('--train', action='store_true', help='train a new model, or go on with --restore_file')
-    mode.add_argument('--evaluate', action='store_true', help='log-likelihood of the test split, or KL to an energy')
-    mode.add_argument('--generate', action='store_true', help='draw samples')
-    mode.add_argument('--visualize', action='store_true', help='draw what was learned beside the data')
+    for name, text in (('train', 'train a new model, or go on with --restore_file'),
+                       ('evaluate', 'log-likelihood of the test split, or KL to an energy'),
+                       ('generate', 'draw samples'), ('visualize', 'draw what was learned beside the data')):
+        mode.add_argument(f'--{name}', action='store_true', help=text)
 
     groups = {f.metadata['group']: parser.add_argument_group(f'{f.metadata["group"]} (a checkpoint knows its own)')
               for f in fields(Config)}
@@ -779,11 +780,9 @@ def parse_args(argv):
             metavar='X', type=str if f.type is str else number(f.type, f.metadata['low'], f.metadata['high']))
         groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
 
-    group = parser.add_argument_group('distributed (torchrun or torch.distributed.launch start the processes)')
+    group = parser.add_argument_group('processes (torchrun or torch.distributed.launch start them), output')
     group.add_argument('--distributed', action='store_true', help='accepted, but the launcher decides')
     group.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-
-    group = parser.add_argument_group('output')
     group.add_argument('--output_dir', default='results', metavar='DIR', help='a run gets a folder of its own in it')
     group.add_argument('--restore_file', metavar='FILE', help='a checkpoint (default: of the newest run)')
     group.add_argument('--scores', metavar='FILE', help='write the log-likelihood of each row of the test split')
@@ -791,12 +790,12 @@ def parse_args(argv):
     group.add_argument('--z_std', type=number(float), default=1., metavar='T', help='temperature of samples')
     group.add_argument('--n_samples', type=number(int, 1), default=1000, metavar='N', help='how many')
     group.add_argument('--output', metavar='FILE', help='where to, .csv, .npy or .h5 (default: beside the checkpoint)')
-    group.add_argument('--inverse_tol', type=number(float), metavar='X', help='largest error of the inverse')
+    group.add_argument('--inverse_tol', type=number(float, 1e-14), metavar='X', help='largest error of the inverse')
     group.add_argument('--vis_dims', nargs='+', metavar='C', help='columns to draw, by index or name (default: first 8)')
 
     args = parser.parse_args(argv)
     if args.vis_dims:
-        args.vis_dims = [word for words in args.vis_dims for word in re.split(r'[,\s]+', words.strip()) if word]
+        args.vis_dims = [word.strip() for words in args.vis_dims for word in words.split(',') if word.strip()]
     for file in filter(None, (args.scores, args.output)):
         if Path(file).suffix not in ('.csv', '.npy', '.h5'):
             parser.error(f'{file} should end in .csv, .npy or .h5')
@@ -808,6 +807,9 @@ def parse_args(argv):
 def choose_config(args, saved, path):
     """The options that were given over those of the checkpoint or, without one, over the defaults."""
     given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
+    for name in ('dataset', 'test_file'):               # tables are found from wherever the model is used
+        if Path(given.get(name, '')).suffix in SUFFIXES:
+            given[name] = str(Path(given[name]).resolve())
     if saved is None:
         name = given.get('dataset', Config.dataset)
         config = Config(**{**(TOY if name in SAMPLERS or name in ENERGIES else {}), **given})
@@ -824,10 +826,11 @@ def choose_config(args, saved, path):
 def load_data(args, config, saved):
     """-> Rows; in a checkpoint's units, and without any rows where only those are needed"""
     units = saved and {'columns': tuple(saved['units']['columns']),
-                       **{key: np.array(saved['units'][key]) for key in ('mean', 'std')}}
-    if units and config.dataset not in (*SAMPLERS, *ENERGIES) and (args.generate or args.input):
+                       **{key: np.array(saved['units'][key]) for key in ('mean', 'std', 'steps')}}
+    if units and config.dataset not in (*SAMPLERS, *ENERGIES) and (args.generate or args.evaluate and args.input):
         return Rows(None, None, None, **units)
-    data = load_rows(config.dataset, config.data_dir, config.seed, config.test_file, config.dequantize)
+    seed = saved['config'].seed if saved else config.seed       # the splits are those of the training
+    data = load_rows(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
     if units and not (data.columns == units['columns'] and np.allclose(data.mean, units['mean'])
                       and np.allclose(data.std, units['std'])):
         raise UserError(f'{config.dataset} is not what it was when the model was trained: '
@@ -843,19 +846,20 @@ def start(args, process):
         if process.is_main:
             print(f'restored {path}: step {saved["step"]}, validation loss {saved["loss"]:.4f} nats')
     config = choose_config(args, saved, path)
-    data = main_process_first(process, lambda: load_data(args, config, saved))
+    data = load_data(args, config, saved)
     if args.train:
+        if path:
+            check_resume(path, saved, process)
         for note in data.notes if process.is_main else ():
             print(f'note: {note}')
         name = f'{NAME}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
-        run_dir = path.parent if path else Path(args.output_dir) / of_main_process(name, process)
+        run_dir = path.parent if path else of_main_process(lambda: new_folder(Path(args.output_dir) / name), process)
         if process.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
             print(f'{run_dir}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
         train(data, config, process, run_dir, saved)
         path = run_dir / 'best.pt'
         saved = load_checkpoint(path)
-    model = restore_model(saved, path, process.device)
+    model = restore_model(saved, process.device)
     for flow in model:
         flow.inverse_tol = args.inverse_tol
     if args.train or args.evaluate:

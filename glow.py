@@ -35,13 +35,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from datasets import IMAGE_DATASETS, UserError, draw_grid, load_images, load_photo, shift_randomly, write_atomically
+from datasets import IMAGE_DATASETS, UserError, draw_grid, load_images, load_photo, shift_randomly
+from datasets.files import new_folder, write_atomically
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
 
 
 # ---------------------------------------------------------------------------------------------------- config
 
 NAME = 'glow'
+N_DIMS = 3                          # of an input: (C, H, W)
 
 
 def option(group, default, text, low=0, high=math.inf):
@@ -55,9 +57,9 @@ class Config:
     data_dir: str = option('data', 'data', 'where the data lies, or is kept once drawn')
     image_size: int = option('data', 64, 'pixels a side, of faces, celeba and folder', 1)
     n_bits: int = option('model', 5, 'grey levels are reduced to 2^n_bits a channel', 1, 8)
-    n_levels: int = option('model', 3, "levels that end in a split; one more follows: L = n_levels + 1 in the paper", 1)
-    depth: int = option('model', 32, 'steps of flow a level, K in the paper', 1)
-    width: int = option('model', 512, "channels of the coupling networks' hidden layers", 1)
+    n_levels: int = option('model', 3, "levels that end in a split; one more follows: L = n_levels + 1 in the paper", 1, 9)
+    depth: int = option('model', 32, 'steps of flow a level, K in the paper', 1, 2**10)
+    width: int = option('model', 512, "channels of the coupling networks' hidden layers", 1, 2**14)
     plain_conv1x1: bool = option('model', False, 'learn the matrices of the 1x1 convolutions, not their PLU factors')
     checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
     bf16: bool = option('optimisation', False, 'networks in bfloat16; latents and densities stay float32')
@@ -70,7 +72,7 @@ class Config:
     lr_decay: float = option('optimisation', 0., 'last share of the training over which it falls linearly to 0', 0, 1)
     grad_norm_clip: float = option('optimisation', 50., 'gradients are clipped at this norm')
     ema_decay: float = option('optimisation', 0.999, 'Polyak average, used for all but training; 0 turns it off', 0, 1)
-    seed: int = option('optimisation', 0, 'of initialisation, shuffling, noise and samples')
+    seed: int = option('optimisation', 0, 'of initialisation, shuffling, noise and samples', 0, 2**63 - 1)
 
 
 # What a data set changes of the above. celeba and mnist: as the first PyTorch reimplementation trained them.
@@ -87,7 +89,8 @@ DEFAULTS = {
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'},    # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed', 'bf16'}}                        # training goes on, and else
 VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
-CHECKPOINT = ('config', 'input_dims', 'step', 'bits_per_dim', 'best', 'model', 'average', 'optimizer')
+CHECKPOINT = {'config': dict, 'input_dims': list, 'step': int, 'world_size': int, 'bits_per_dim': float, 'best': float,
+              'model': dict, 'average': dict, 'optimizer': dict}
 TEMPERATURES = (0., 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.)
 DZ_SCALE, DZ_IMAGES = 1.6, 30_000                       # attribute directions, as in the paper's demo
 S_MIN, LOG_STD_MAX = 0.5, 2.                            # bounds that keep the inverse of latents far out finite
@@ -440,26 +443,12 @@ def distribute(objective):
     return DistributedDataParallel(objective, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
-def of_main_process(value, process):
-    """-> the main process's value, on every process"""
-    values = [value]
+def of_main_process(function, process):
+    """-> what function() gives on the main process, on every process"""
+    values = [function() if process.is_main else None]
     if process.world_size > 1:
         dist.broadcast_object_list(values)
     return values[0]
-
-
-def main_process_first(process, function):
-    """-> function(), called by the main process before the others, so that they find its caches; it fails for all."""
-    result, error = None, None
-    if process.is_main:
-        try:
-            result = function()
-        except UserError as e:
-            error = str(e)
-    error = of_main_process(error, process)
-    if error:
-        raise UserError(error)
-    return result if process.is_main else function()
 
 
 def newest_checkpoint(output_dir):
@@ -484,22 +473,38 @@ def load_checkpoint(path):
                         f'and plain values ({type(error).__name__})') from None
     if not isinstance(saved, dict) or saved.get('script') != f'{NAME}.py':
         raise UserError(f'{path} is not a checkpoint of {NAME}.py')
+    config, known = saved.get('config'), {f.name: f for f in fields(Config)}
+    if (any(not isinstance(saved.get(key), kind) for key, kind in CHECKPOINT.items()) or config.keys() != known.keys()
+            or any(type(value) is not known[key].type or known[key].type is not str and not
+                   known[key].metadata['low'] <= value <= known[key].metadata['high'] for key, value in config.items())
+            or [type(n) for n in saved['input_dims']] != [int] * N_DIMS or not 0 < math.prod(saved['input_dims']) < 2**24):
+        raise UserError(f'{path} is a checkpoint of {NAME}.py, but of another version or damaged')
+    return {**saved, 'config': Config(**config), 'path': path}
+
+
+def load_state(into, saved, key):
     try:
-        saved['config'] = Config(**saved['config'])
-        return {key: saved[key] for key in CHECKPOINT}
-    except (KeyError, TypeError):
-        raise UserError(f'{path} is a checkpoint of {NAME}.py, but of another version') from None
+        into.load_state_dict(saved[key])
+    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f'{saved["path"]}: its {key} and its options do not fit ({str(error).splitlines()[0]})') from None
 
 
-def restore_model(saved, path, device):
+def restore_model(saved, device):
     """-> the model with the averaged weights of a checkpoint, ready to evaluate and to sample"""
-    model = build_model(saved['config'], saved['input_dims'])
-    try:
-        average = AveragedModel(model)
-        average.load_state_dict(saved['average'])
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f'{path}: its weights do not fit its own options ({str(error).splitlines()[0]})') from None
+    average = AveragedModel(build_model(saved['config'], saved['input_dims']))
+    load_state(average, saved, 'average')
     return average.module.to(device).eval()
+
+
+def check_resume(path, saved, process):
+    """Refuses what would overwrite a later state of the run; says what other processes change"""
+    newest = path.with_name('checkpoint.pt')
+    if path.name != newest.name and newest.exists() and load_checkpoint(newest)['step'] > saved['step']:
+        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
+                        f'{path.name} to a folder of its own')
+    if process.is_main and saved['world_size'] != process.world_size:
+        print(f'note: the run had {saved["world_size"]} processes and now has {process.world_size}: the batch of a step, '
+              'and how many steps make an epoch, change with them')
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -519,8 +524,9 @@ def bits_per_dim(model, images, n_values, batch_size, process):
     """-> mean bits/dim over all the images and two standard errors of it. Image i always gets the same noise, so that
     the number depends neither on batch_size nor on how many processes share the work."""
     sums = torch.zeros(2, dtype=torch.float64, device=process.device)
-    for index in torch.arange(process.rank, len(images), process.world_size).split(batch_size):
-        x = torch.from_numpy(images[index.numpy()]).to(process.device)
+    own = np.arange(len(images))[process.rank::process.world_size]
+    for index in (own[i:i + batch_size] for i in range(0, len(own), batch_size)):
+        x = torch.from_numpy(images[index]).to(process.device)
         u = torch.stack([torch.rand(x.shape[1:], generator=seeded_generator('cpu', int(i))) for i in index])
         bits = -model.log_prob(x, u.to(process.device)).double() / (math.log(2) * n_values)
         sums += torch.stack([bits.sum(), bits.square().sum()])
@@ -575,7 +581,7 @@ class Training:
         if saved is not None:
             self.step, self.best, self.bits_per_dim = saved['step'], saved['best'], saved['bits_per_dim']
             for name in ('model', 'average', 'optimizer'):
-                getattr(self, name).load_state_dict(saved[name])
+                load_state(getattr(self, name), saved, name)
         self.objective = BitsPerDim(self.model, data.n_values, config.bf16)
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
@@ -600,7 +606,7 @@ class Training:
 
     def save(self, path):
         state = {'script': f'{NAME}.py', 'config': asdict(self.config), 'input_dims': list(self.input_dims),
-                 'step': self.step, 'bits_per_dim': self.bits_per_dim, 'best': self.best}
+                 'step': self.step, 'world_size': self.process.world_size, 'bits_per_dim': self.bits_per_dim, 'best': self.best}
         state.update({name: getattr(self, name).state_dict() for name in ('model', 'average', 'optimizer')})
         write_atomically(path, lambda temporary: torch.save(state, temporary))
 
@@ -631,14 +637,16 @@ def progress(*args, **options):
 
 def require_finite(value, run, run_dir):
     if not math.isfinite(value):
-        raise UserError(f'training diverged by step {run.step}: bits/dim or gradients are not finite; '
-                        f'lower --lr, or go on from the last checkpoint in {run_dir}')
+        raise UserError(f'training diverged by step {run.step}: the loss or gradients are not finite; lower --lr, or go on '
+                        f'from a checkpoint before it, if there is one in {run_dir}')
 
 
 def train(data, config, process, run_dir, saved=None):
     """Train until config.n_epochs, from a checkpoint's dict if there is one; leaves checkpoint.pt and best.pt"""
     run = Training(config, data, process, saved)
-    writer = SummaryWriter(str(run_dir)) if process.is_main else None
+    if not (run_dir / 'best.pt').exists():
+        run.best = math.inf
+    writer = SummaryWriter(str(run_dir), write_to_disk=process.is_main)
     validate_every = run.steps_per_epoch * math.ceil(VALIDATE_STEPS / run.steps_per_epoch)
     per_step = config.batch_size * process.world_size
     if process.is_main:
@@ -653,29 +661,27 @@ def train(data, config, process, run_dir, saved=None):
                 require_finite(loss + norm, run, run_dir)
                 speed = (run.step - start_step) * per_step / (time.perf_counter() - start)
                 bar.set_postfix_str(f'{loss:.3f} bits/dim, {speed:.0f} images/s', refresh=False)
-                if process.is_main:
-                    for name, value in (('bits_per_dim/train', loss), ('gradient_norm', norm), ('images_per_s', speed),
-                                        ('lr', run.optimizer.param_groups[0]['lr'])):
-                        writer.add_scalar(name, value, run.step)
+                for name, value in (('bits_per_dim/train', loss), ('gradient_norm', norm), ('images_per_s', speed),
+                                    ('lr', run.optimizer.param_groups[0]['lr'])):
+                    writer.add_scalar(name, value, run.step)
             if run.step % validate_every == 0 or run.step == run.n_steps:
                 validate(run, run_dir, writer)
             elif run.step % SAVE_STEPS == 0 and process.is_main:
                 run.save(run_dir / 'checkpoint.pt')
-    if process.is_main:
-        writer.close()
+    writer.close()
     if process.world_size > 1:
         dist.barrier()          # the others read best.pt next
 
 
 # ----------------------------------------------------------------------------------------------------- modes
 
-def evaluate(model, data, saved, path, config, process):
+def evaluate(model, data, saved, path, config, process, bf16):
     """Bits/dim on the whole test split: printed, and kept as results.json beside the checkpoint."""
     mean, error = bits_per_dim(model, data.test.images, data.n_values, 4 * config.batch_size, process)
     if process.is_main:
         results = {'bits_per_dim': mean, 'two_standard_errors': error, 'n_images': len(data.test.images),
                    'values_per_image': data.n_values, 'n_bits': config.n_bits, 'dataset': config.dataset,
-                   'step': saved['step'], 'checkpoint': path.name}
+                   'step': saved['step'], 'checkpoint': path.name, 'bf16': bf16}
         write_atomically(path.with_name('results.json'), lambda f: f.write_text(json.dumps(results, indent=2) + '\n'))
         print(f'{config.dataset} test: {mean:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
               f'({len(data.test.images)} images, two standard errors)')
@@ -710,11 +716,11 @@ def attribute_directions(model, data, path, config, device):
 
     NaN where an attribute has no positives or no negatives. Kept beside the checkpoint under a key of its content.
     """
-    digest = hashlib.sha256(f'{data.fingerprint} {DZ_IMAGES} {DZ_SCALE}'.encode())
+    digest = hashlib.sha256(f'{data.fingerprint} {DZ_IMAGES} {DZ_SCALE} {config.bf16}'.encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
     cache = path.with_name(f'attribute_directions_{digest.hexdigest()[:16]}.pt')
-    if cache.exists():
+    with contextlib.suppress(Exception):        # none, or damaged: computed again
         return torch.load(cache, weights_only=True)
     images, attributes = data.train.images[:DZ_IMAGES], torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
     sums = torch.zeros(2, attributes.shape[1], math.prod(images.shape[1:]), dtype=torch.float64)
@@ -775,10 +781,9 @@ def parse_args(argv):
                     allow_abbrev=False)
     group = parser.add_argument_group('mode, one of')
     mode = group.add_mutually_exclusive_group(required=True)
-    mode.add_argument('--train', action='store_true', help='train a new model, or go on with --restore_file')
-    mode.add_argument('--evaluate', action='store_true', help='bits/dim on the test split')
-    mode.add_argument('--generate', action='store_true', help='draw samples')
-    mode.add_argument('--visualize', action='store_true', help='edit the attributes of an image')
+    for name, text in (('train', 'train a new model, or go on with --restore_file'), ('evaluate', 'bits/dim on the test split'),
+                       ('generate', 'draw samples'), ('visualize', 'edit the attributes of an image')):
+        mode.add_argument(f'--{name}', action='store_true', help=text)
 
     groups = {f.metadata['group']: parser.add_argument_group(f'{f.metadata["group"]} (a checkpoint knows its own)')
               for f in fields(Config)}
@@ -787,11 +792,9 @@ def parse_args(argv):
             metavar='X', type=str if f.type is str else number(f.type, f.metadata['low'], f.metadata['high']))
         groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
 
-    group = parser.add_argument_group('distributed (torchrun or torch.distributed.launch start the processes)')
+    group = parser.add_argument_group('processes (torchrun or torch.distributed.launch start them), output')
     group.add_argument('--distributed', action='store_true', help='accepted, but the launcher decides')
     group.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-
-    group = parser.add_argument_group('output')
     group.add_argument('--output_dir', default='results', metavar='DIR', help='a run gets a folder of its own in it')
     group.add_argument('--restore_file', metavar='FILE', help='a checkpoint (default: of the newest run)')
     group.add_argument('--z_std', type=number(float), metavar='T', help='temperature (default: a grid of them)')
@@ -802,12 +805,13 @@ def parse_args(argv):
 
     # a leading space keeps a list such as -2,-1,0 from being taken for an option
     args = parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv])
-    split = lambda words: [word for words_ in words for word in re.split(r'[,\s]+', words_.strip()) if word]
-    args.vis_attrs = args.vis_attrs and split(args.vis_attrs)
+    split = lambda words, at: [word.strip() for text in words for word in re.split(at, text.strip()) if word.strip()]
+    args.vis_attrs = args.vis_attrs and split(args.vis_attrs, ',')          # names may have spaces in them
+    words = split(args.vis_alphas, r'[,\s]+')
     try:
-        args.vis_alphas = [number(float, -1e3, 1e3)(word) for word in split(args.vis_alphas)]
+        args.vis_alphas = [number(float, -1e3, 1e3)(word) for word in words or ['none']]
     except (ValueError, argparse.ArgumentTypeError):
-        parser.error(f'--vis_alphas takes numbers, not {" ".join(args.vis_alphas)}')
+        parser.error(f'--vis_alphas takes numbers from -1000 to 1000, not {" ".join(words) or "none"}')
     return args
 
 
@@ -841,20 +845,22 @@ def start(args, process):
     if args.train and config.compile and not shutil.which(os.environ.get('CXX', 'g++')):
         raise UserError('--compile needs a C++ compiler: install g++, or name yours in the environment variable CXX')
     if not args.generate:
-        data = main_process_first(process, lambda: load_images(config.dataset, config.data_dir, config.image_size))
+        data = load_images(config.dataset, config.data_dir, config.image_size)
     if args.train:
-        name = of_main_process(f'glow_{config.dataset}_{time.strftime("%Y-%m-%d_%H-%M-%S")}', process)
-        run_dir = path.parent if path else Path(args.output_dir) / name
+        if path:
+            check_resume(path, saved, process)
+        name = f'{NAME}_{config.dataset}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
+        run_dir = path.parent if path else of_main_process(lambda: new_folder(Path(args.output_dir) / name), process)
         if process.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
             print(f'{run_dir}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
         train(data, config, process, run_dir, saved)
         path = run_dir / 'best.pt'
         saved = load_checkpoint(path)
-    model = restore_model(saved, path, process.device)
-    with torch.autocast(process.device.type, torch.bfloat16, enabled=bool(args.bf16) and not args.train):
+    model = restore_model(saved, process.device)
+    bf16 = bool(args.bf16) and not args.train           # what was trained in bf16 is evaluated in it only when asked
+    with torch.autocast(process.device.type, torch.bfloat16, enabled=bf16):
         if args.train or args.evaluate:
-            evaluate(model, data, saved, path, config, process)
+            evaluate(model, data, saved, path, config, process, bf16)
             if process.is_main and args.train:
                 print(f'the model is {path}; sample grids lie beside it')
         elif process.is_main and args.generate:

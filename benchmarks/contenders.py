@@ -2,6 +2,7 @@
 samples. A shape is a dict of numbers: of images, or of rows."""
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable
 
 import numpy as np
@@ -90,8 +91,9 @@ def ours(script, shape, variant, device):
     run = SCRIPTS[script].Training(config_of(script, shape, variant), data, process)
     x = torch.from_numpy(values[:n]).to(device)
     objective = glow.BitsPerDim(run.model, data.n_values) if script == 'glow' else bnaf.Objective(run.model, data)
-    return Contender(run.model, run.take_step, lambda: run.model.log_prob(x), lambda: run.model.sample(n),
-                     lambda: objective(x))
+    precision = partial(torch.autocast, device.type, torch.bfloat16, enabled='bf16' in variant.split())
+    return Contender(run.model, run.take_step, precision()(lambda: run.model.log_prob(x)),
+                     precision()(lambda: run.model.sample(n)), lambda: objective(x))
 
 
 def theirs(script, shape, peer, device):

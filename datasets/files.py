@@ -2,6 +2,7 @@
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -98,6 +99,15 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def new_folder(path):
+    """Makes a folder of that name or, where there is one, of the first free name-2, name-3 ..."""
+    for n in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            folder = path if n == 1 else path.with_name(f'{path.name}-{n}')
+            folder.mkdir(parents=True)
+            return folder
 
 
 def is_writable(folder):

@@ -3,14 +3,16 @@
 The tables are prepared as by their authors (Papamakarios et al., 2017, appendix D), whose files are at Zenodo, record
 1161203; all but BSDS300's also from the raw downloads of the UCI repository.
 """
+import csv
 import difflib
 import gzip
 import io
+import re
 import tarfile
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -54,6 +56,7 @@ class Rows:
     log_z: float = 0.
     test_index: np.ndarray = None   # which rows of the table are its test split
     notes: tuple = ()
+    steps: object = 0.              # (D,) over which discrete columns are spread; 0 where they are not
 
     def column_index(self, text):
         """'2' or a column's name -> 2; raises UserError with the nearest names"""
@@ -95,10 +98,10 @@ def load_own(path, seed, test_file, dequantize):
     rng = np.random.default_rng(seed)
     discrete = [k for k in range(len(columns)) if len(np.unique(values[:, k])) <= max(10, len(values) // 20)]
     notes = ()
+    steps = np.zeros(len(columns))
     if discrete and dequantize:
-        steps = np.array([np.diff(np.unique(values[:, k])).min() for k in discrete])
-        values = values.astype(np.float64)
-        values[:, discrete] += steps * rng.random((len(values), len(discrete)))
+        steps[discrete] = [np.diff(np.unique(values[:, k])).min() for k in discrete]
+        values = spread(values, steps)
     elif discrete:
         names = ', '.join(columns[k] for k in discrete[:8]) + ' ...' * (len(discrete) > 8)
         notes = (f'{names}: few distinct values. A density on them has no upper bound, and a log-likelihood no meaning: '
@@ -115,16 +118,42 @@ def load_own(path, seed, test_file, dequantize):
     if (std == 0).any():
         raise UserError(f'{path}: column {columns[int(np.argmin(std))]} is constant in the training split: leave it out')
     splits = [((values[np.sort(part)] - mean) / std).astype(np.float32) for part in (train, validation)]
+    rows = Rows(*splits, None, columns, mean, std, steps=steps, notes=notes)
     if test_file:
-        held_out, held_columns = read_table(Path(test_file))
-        if len(held_columns) != len(columns):
-            raise UserError(f'{test_file} has {len(held_columns)} columns and {path} has {len(columns)}')
-        test_index = np.arange(len(held_out))
-    else:
-        test_index = np.sort(test)
-        held_out = values[test_index]
-    test = ((held_out - mean) / std).astype(np.float32)
-    return Rows(*splits, test, columns, mean, std, test_index=test_index, notes=notes)
+        held_out = read_rows(test_file, rows)
+        return replace(rows, test=held_out, test_index=np.arange(len(held_out)))
+    test_index = np.sort(test)
+    return replace(rows, test=((values[test_index] - mean) / std).astype(np.float32), test_index=test_index)
+
+
+def spread(values, steps):
+    """Values of discrete columns, each spread evenly over its step; steps (D,) are 0 where a column is not discrete"""
+    return values + steps * np.random.default_rng(0).random(values.shape)
+
+
+def read_rows(path, like):
+    """A table of the user's own -> float32 (N, D) in the units of like, a Rows; columns that have names may come in any
+    order, and the last may be the log_likelihood of generated rows, which is left out. Raises UserError."""
+    values, names = read_table(path)
+    if names[-1] == 'log_likelihood' and len(names) == len(like.columns) + 1:
+        values, names = values[:, :-1], names[:-1]
+    if len(names) != len(like.columns):
+        raise UserError(f'{path} has {len(names)} columns, and the model was trained on {len(like.columns)}: '
+                        f'{", ".join(like.columns)}')
+    if names != like.columns and not (is_unnamed(names) or is_unnamed(like.columns)):
+        if set(names) != set(like.columns):
+            raise UserError(f'{path} has columns {", ".join(names)}, and the model was trained on '
+                            f'{", ".join(like.columns)}')
+        values = values[:, [names.index(name) for name in like.columns]]
+    with np.errstate(over='ignore'):
+        rows = ((spread(values, like.steps) - like.mean) / like.std).astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise UserError(f'{path} holds values that no float32 can: {np.abs(values).max():g}')
+    return rows
+
+
+def is_unnamed(columns):
+    return all(re.fullmatch(r'column \d+', name) for name in columns)
 
 
 def check(values, columns, path):
@@ -158,15 +187,18 @@ def read_numbers(path):
         raise UserError(f'{path} should end in {", ".join(readers)}')
     try:
         values, columns = readers[path.suffix](path)
-    except (OSError, ValueError, EOFError, UnicodeDecodeError, pd.errors.ParserError) as error:
+    except (OSError, ValueError, EOFError, UnicodeDecodeError, pd.errors.ParserError, csv.Error) as error:
         raise UserError(f'{path} cannot be read as a table: {str(error).splitlines()[0]}') from None
     return values, columns
 
 
 def read_csv(path):
-    with open(path, encoding='utf-8-sig') as file:
-        first = file.readline().strip().split(',')
-    header = None if all(is_number(cell) for cell in first) else 0
+    with open(path, newline='', encoding='utf-8-sig') as file:
+        first = next((row for row in csv.reader(file) if row), [''])
+    numbered = [cell.strip() for cell in first] == [str(k) for k in range(len(first))]      # by pandas, for want of names
+    header = None if all(is_number(cell) for cell in first) and not numbered else 0
+    if not first[0].strip() and header == 0:
+        raise UserError(f"{path}: the first column has no name. Is it pandas' index? Leave it out (index=False), or name it")
     table = pd.read_csv(path, header=header, skipinitialspace=True, encoding='utf-8-sig')
     columns = tuple(str(name) if header == 0 else f'column {name}' for name in table.columns)
     for name, column in zip(columns, table):
@@ -197,7 +229,9 @@ def read_h5(path):
             raise UserError(f'{path} has {len(tables)} two-dimensional data sets at its top, not one')
         if tables[0].nbytes > MAX_RATIO * path.stat().st_size:      # HDF5 need not store what it declares
             raise UserError(f'{path} claims to hold a table of shape {tables[0].shape}, but has not the size for it')
-        return require_table(tables[0][:], path)
+        values, columns = require_table(tables[0][:], path)
+        names = tuple(str(name) for name in np.atleast_1d(tables[0].attrs.get('columns', ())))
+        return values, names if len(names) == len(columns) else columns
 
 
 def require_table(values, path):

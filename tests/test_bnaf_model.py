@@ -204,6 +204,26 @@ def test_gradients_through_the_inverse():
                 assert (values[1] - values[0]) / (2 * h) == pytest.approx(gradient.reshape(-1)[k].item(), abs=1e-5, rel=1e-3)
 
 
+def test_a_latent_out_of_reach_leaves_the_gradients_of_others_alone():
+    torch.manual_seed(0)
+    flow = bnaf.BlockFlow(2, 1, 4).double()
+    z = flow(torch.randn(3, 2, dtype=torch.float64))[0].detach()
+    gradients = []
+    for rows in (z[:2], torch.cat([z[:2], torch.full((1, 2), 100., dtype=torch.float64)])):
+        x, logdet = flow.inverse(rows)
+        assert x[2:].isnan().all() and logdet[2:].isnan().all()
+        gradients.append(torch.autograd.grad(x[:2].sum() + logdet[:2].sum(), list(flow.parameters())))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    flow, x = bnaf.BlockFlow(2, 1, 4), torch.randn(3, 2, requires_grad=True)
+    gradient, = torch.autograd.grad(flow(x)[1].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.sum().backward()
+
+
 def test_checkpoint_grads_changes_no_gradient():
     x, gradients = torch.randn(5, 3, dtype=torch.float64), []
     for checkpoint_grads in (False, True):
@@ -262,7 +282,7 @@ def test_temperature_of_samples():
 
 
 def test_plumbing_is_the_same_text_in_both_scripts():
-    names = ('option', 'Sequence', 'log_normal', 'Process', 'setup', 'distribute', 'of_main_process', 'main_process_first',
-             'newest_checkpoint', 'load_checkpoint', 'restore_model', 'progress', 'require_finite', 'Parser', 'number', 'main')
+    names = ('option', 'Sequence', 'log_normal', 'Process', 'setup', 'distribute', 'of_main_process',
+             'newest_checkpoint', 'load_checkpoint', 'load_state', 'restore_model', 'check_resume', 'progress', 'require_finite', 'Parser', 'number', 'main')
     for name in names:
         assert inspect.getsource(getattr(glow, name)) == inspect.getsource(getattr(bnaf, name)), name

@@ -159,6 +159,32 @@ def test_resuming_is_as_if_it_had_never_stopped(tmp_path, monkeypatch):
     assert whole['bits_per_dim'] == resumed['bits_per_dim'] and whole['best'] == resumed['best']
 
 
+def test_a_later_state_is_not_overwritten(trained, tmp_path, capsys):
+    """best.pt goes on only in a folder of its own, or where it is the last state, and leaves a best.pt there"""
+    saved = torch.load(trained)
+    torch.save({**saved, 'step': saved['step'] + 7}, tmp_path / 'checkpoint.pt')
+    torch.save({**saved, 'best': 0.}, tmp_path / 'best.pt')
+    line = refused(capsys, '--train', f'--restore_file={tmp_path}/best.pt', '--n_epochs=2')
+    assert f'{tmp_path}/checkpoint.pt is at a later step' in line
+    (tmp_path / 'own').mkdir()
+    (tmp_path / 'best.pt').rename(tmp_path / 'own' / 'start.pt')
+    glow.main(['--train', f'--restore_file={tmp_path}/own/start.pt', '--n_epochs=2'])
+    assert glow.load_checkpoint(tmp_path / 'own' / 'best.pt')['step'] == 22
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
+    folders = [glow.new_folder(tmp_path / 'results' / 'run') for _ in range(3)]
+    assert [folder.name for folder in folders] == ['run', 'run-2', 'run-3'] and all(folder.is_dir() for folder in folders)
+
+
+def test_more_processes_than_images(trained):
+    model, images = glow.restore_model(glow.load_checkpoint(trained), torch.device('cpu')), load_images('digits').test.images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, 'all_reduce', lambda sums: None)
+        mean, error = glow.bits_per_dim(model, images[:1], 64, 10, glow.Process(3, 8, torch.device('cpu')))
+    assert mean == error == 0                                   # this process's share of the sum
+
+
 @pytest.mark.parametrize('precision', [(), ('--bf16',)])
 def test_training_learns_and_the_average_can_be_turned_off(precision, tmp_path):
     glow.main(['--train', '--dataset=digits', '--depth=2', '--width=16', '--n_epochs=6', '--lr=0.01', '--ema_decay=0',
@@ -227,7 +253,7 @@ def test_bf16_beyond_training_is_for_the_asking(trained):
 
 
 def test_samples_are_sorted_by_log_probability(trained):
-    model = glow.restore_model(glow.load_checkpoint(trained), trained, torch.device('cpu'))
+    model = glow.restore_model(glow.load_checkpoint(trained), torch.device('cpu'))
     images = torch.from_numpy(glow.sample_rows(model, [0.7], 16, 0, 'cpu')[0])
     with torch.no_grad():
         log_p = model.log_prob(images, torch.full(images.shape, 0.5))
@@ -258,7 +284,7 @@ def test_visualize_every_attribute_and_a_photo(trained, tmp_path):
 
 def test_attribute_directions_are_differences_of_means(trained):
     saved = glow.load_checkpoint(trained)
-    model, data = glow.restore_model(saved, trained, torch.device('cpu')), load_images('digits')
+    model, data = glow.restore_model(saved, torch.device('cpu')), load_images('digits')
     dz = glow.attribute_directions(model, data, trained, saved['config'], torch.device('cpu'))
     z = glow.encode(model, data.train.images, torch.device('cpu')).double()
     has = torch.from_numpy(data.train.attributes[:, 5])
@@ -266,7 +292,7 @@ def test_attribute_directions_are_differences_of_means(trained):
 
 
 def test_bits_per_dim_of_mnist_counts_784_values(trained):
-    model = glow.restore_model(glow.load_checkpoint(trained), trained, torch.device('cpu'))
+    model = glow.restore_model(glow.load_checkpoint(trained), torch.device('cpu'))
     images = load_images('digits').test.images
     by_64, _ = glow.bits_per_dim(model, images, 64, 50, ALONE)
     by_32, _ = glow.bits_per_dim(model, images, 32, 11, ALONE)
@@ -316,6 +342,8 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
     (['--train', '--lr=nan'], 'outside'),
     (['--train', '--depth=-3'], 'outside'),
     (['--train', '--depth=many'], 'invalid int value'),
+    (['--train', f'--seed={10**20}'], 'outside'),
+    (['--visualize', '--vis_alphas', ''], 'not none'),
     (['--train', '--dataset=digits', '--n_levels=3'], 'not divisible by 2^(n_levels + 1) = 16'),
     (['--train', '--dataset=digits', '--image_size=16'], '--image_size'),
     (['--train', '--no_such_option'], 'unrecognized arguments'),
@@ -365,8 +393,15 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
     assert 'not a checkpoint of glow.py' in refused(capsys, '--generate', f'--restore_file={file}')
     torch.save({**saved, 'config': {**saved['config'], 'colour': 'red'}}, file)
     assert 'another version' in refused(capsys, '--generate', f'--restore_file={file}')
+    for change in ({'config': {**saved['config'], 'depth': 'x'}}, {'config': {**saved['config'], 'n_bits': 9}},
+                   {'input_dims': [8]}, {'input_dims': [1, 8, 10**9]}, {'step': 'a'}, {'bits_per_dim': 'x'}, {'model': 3}):
+        torch.save({**saved, **change}, file)
+        assert 'another version' in refused(capsys, '--generate', f'--restore_file={file}'), change
     torch.save({**saved, 'config': {**saved['config'], 'width': 9}}, file)
     assert 'do not fit' in refused(capsys, '--generate', f'--restore_file={file}')
+    for key in ('model', 'optimizer'):
+        torch.save({**saved, key: {}}, file)
+        assert f'its {key} and its options do not fit' in refused(capsys, '--train', f'--restore_file={file}')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['bad.pt']
 
 

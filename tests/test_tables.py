@@ -399,3 +399,30 @@ def test_log_normaliser():
     assert toy.log_normaliser(lambda x: x.square().sum(1) / 2) == pytest.approx(np.log(2 * np.pi), abs=1e-9)
     root = np.sqrt(2 * np.pi)
     assert toy.log_normaliser(toy.u2) == pytest.approx(np.log(root * 0.4 * (8 + root * 0.2)), abs=1e-6)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_headers_of_csv(tmp_path):
+    """With names, without, numbered by pandas, quoted, after an empty line"""
+    for text, names in (('a,b\n1,2\n3,4\n', ('a', 'b')), ('1,2\n3,4\n', ('column 0', 'column 1')),
+                        ('0,1\n1,2\n3,4\n', ('0', '1')), ('"1","2"\n3,4\n', ('column 0', 'column 1')),
+                        ('\n"a b",c\n1,2\n3,4\n', ('a b', 'c'))):
+        values, columns = tabular.read_table(write(tmp_path / 'x.csv', text))
+        assert columns == names and values.tolist() == [[1, 2], [3, 4]], text
+    with pytest.raises(UserError, match='index=False'):
+        tabular.read_table(write(tmp_path / 'x.csv', ',a\n0,1\n1,2\n'))
+
+
+def test_discrete_columns_are_spread_in_the_test_file_too(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, n in (('train', 400), ('test', 100)):
+        np.save(tmp_path / f'{name}.npy', np.column_stack([rng.integers(8, size=n), rng.normal(size=n)]))
+    rows = tabular.load_rows(str(tmp_path / 'train.npy'), test_file=str(tmp_path / 'test.npy'), dequantize=True)
+    assert rows.steps.tolist() == [1, 0]
+    for part in (rows.train, rows.test):
+        assert len(np.unique(part[:, 0])) == len(part)
+    assert abs(rows.test[:, 0].mean()) < 0.3
