@@ -473,13 +473,19 @@ def load_checkpoint(path):
                         f'and plain values ({type(error).__name__})') from None
     if not isinstance(saved, dict) or saved.get('script') != f'{NAME}.py':
         raise UserError(f'{path} is not a checkpoint of {NAME}.py')
-    config, known = saved.get('config'), {f.name: f for f in fields(Config)}
-    if (any(not isinstance(saved.get(key), kind) for key, kind in CHECKPOINT.items()) or config.keys() != known.keys()
-            or any(type(value) is not known[key].type or known[key].type is not str and not
-                   known[key].metadata['low'] <= value <= known[key].metadata['high'] for key, value in config.items())
-            or [type(n) for n in saved['input_dims']] != [int] * N_DIMS or not 0 < math.prod(saved['input_dims']) < 2**24):
+    if not is_sound(saved):
         raise UserError(f'{path} is a checkpoint of {NAME}.py, but of another version or damaged')
-    return {**saved, 'config': Config(**config), 'path': path}
+    return {**saved, 'config': Config(**saved['config']), 'path': path}
+
+
+def is_sound(saved):
+    """Whether a checkpoint has all its parts, each of its kind, and options within their bounds"""
+    config, dims = saved.get('config'), saved.get('input_dims')
+    return (all(isinstance(saved.get(key), kind) for key, kind in CHECKPOINT.items())
+            and config.keys() == {f.name for f in fields(Config)}
+            and all(type(config[f.name]) is f.type for f in fields(Config))
+            and all(f.metadata['low'] <= config[f.name] <= f.metadata['high'] for f in fields(Config) if f.type is not str)
+            and len(dims) == N_DIMS and all(type(n) is int and 0 < n < 2**16 for n in dims) and math.prod(dims) < 2**24)
 
 
 def load_state(into, saved, key):
@@ -875,14 +881,14 @@ def main(argv=None):
         with setup() as process:
             start(args, process)
     except (UserError, OSError) as error:
-        message = str(error)
+        common, message = isinstance(error, UserError), str(error)      # common to all processes
     except torch.cuda.OutOfMemoryError:
-        message = 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
+        common, message = False, 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
     except KeyboardInterrupt:
-        message = 'interrupted; training goes on by --train --restore_file=RUN/checkpoint.pt'
+        common, message = True, 'interrupted; training goes on by --train --restore_file=RUN/checkpoint.pt'
     else:
         return
-    if int(os.environ.get('LOCAL_RANK', 0)) == 0:       # once a machine
+    if not common or int(os.environ.get('LOCAL_RANK', 0)) == 0:     # what is common is said once a machine
         print(f'{NAME}.py: error: {message}', file=sys.stderr)
     sys.exit(2)
 

@@ -177,6 +177,17 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     assert [folder.name for folder in folders] == ['run', 'run-2', 'run-3'] and all(folder.is_dir() for folder in folders)
 
 
+def test_an_error_of_one_process_is_said_by_it_and_a_common_one_once(monkeypatch, capsys):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    for error, said in ((glow.UserError('no data'), ''), (OSError('no space left'), 'glow.py: error: no space left\n')):
+        def start(args, process, error=error):
+            raise error
+        monkeypatch.setattr(glow, 'start', start)
+        with pytest.raises(SystemExit, match='2'):
+            glow.main(['--train'])
+        assert capsys.readouterr().err == said
+
+
 def test_more_processes_than_images(trained):
     model, images = glow.restore_model(glow.load_checkpoint(trained), torch.device('cpu')), load_images('digits').test.images
     with pytest.MonkeyPatch.context() as patch:
