@@ -1,6 +1,6 @@
 """Block Neural Autoregressive Flow (De Cao, Titov & Aziz, 2019, arXiv 1904.04676), with an exact numerical inverse.
 
-    python bnaf.py --train                                 8gaussians, about two minutes on two CPU cores
+    python bnaf.py --train                                 8gaussians, a minute or two on a CPU core
     python bnaf.py --evaluate                              log-likelihood of the newest model on the whole test split
     python bnaf.py --generate --n_samples=1000             samples, in the data's own units, to a .csv, .npy or .h5
     python bnaf.py --visualize                             what was learned beside the data
