@@ -81,7 +81,7 @@ class Config:
     seed: int = option('optimisation', 0, 'of initialisation, splits, shuffling, noise and samples', 0, 2**63 - 1)
 
 
-# The defaults are the official ones for tables; these for the two-dimensional problems.
+# The defaults are the official ones for tables, but for n_hidden (0 there); these for the two-dimensional problems.
 TOY = dict(n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1., lr=0.1, early_stop=200)
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed'}}                            # training goes on, and else

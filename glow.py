@@ -681,13 +681,14 @@ def train(data, config, process, run_dir, saved=None):
 
 # ----------------------------------------------------------------------------------------------------- modes
 
-def evaluate(model, data, saved, path, config, process, bf16):
+def evaluate(model, data, saved, path, config, process):
     """Bits/dim on the whole test split: printed, and kept as results.json beside the checkpoint."""
     mean, error = bits_per_dim(model, data.test.images, data.n_values, 4 * config.batch_size, process)
     if process.is_main:
         results = {'bits_per_dim': mean, 'two_standard_errors': error, 'n_images': len(data.test.images),
                    'values_per_image': data.n_values, 'n_bits': config.n_bits, 'dataset': config.dataset,
-                   'step': saved['step'], 'checkpoint': path.name, 'bf16': bf16}
+                   'step': saved['step'], 'checkpoint': path.name,
+                   'bf16': torch.is_autocast_enabled(process.device.type)}
         write_atomically(path.with_name('results.json'), lambda f: f.write_text(json.dumps(results, indent=2) + '\n'))
         print(f'{config.dataset} test: {mean:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
               f'({len(data.test.images)} images, two standard errors)')
@@ -722,7 +723,8 @@ def attribute_directions(model, data, path, config, device):
 
     NaN where an attribute has no positives or no negatives. Kept beside the checkpoint under a key of its content.
     """
-    digest = hashlib.sha256(f'{data.fingerprint} {DZ_IMAGES} {DZ_SCALE} {config.bf16}'.encode())
+    bf16 = torch.is_autocast_enabled(device.type)
+    digest = hashlib.sha256(f'{data.fingerprint} {DZ_IMAGES} {DZ_SCALE} {bf16}'.encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
     cache = path.with_name(f'attribute_directions_{digest.hexdigest()[:16]}.pt')
@@ -866,7 +868,7 @@ def start(args, process):
     bf16 = bool(args.bf16) and not args.train           # what was trained in bf16 is evaluated in it only when asked
     with torch.autocast(process.device.type, torch.bfloat16, enabled=bf16):
         if args.train or args.evaluate:
-            evaluate(model, data, saved, path, config, process, bf16)
+            evaluate(model, data, saved, path, config, process)
             if process.is_main and args.train:
                 print(f'the model is {path}; sample grids lie beside it')
         elif process.is_main and args.generate:

@@ -246,6 +246,7 @@ def test_one_sample(trained, tmp_path):
     for seed in range(20):          # among them draws that the flow does not reach
         bnaf.main(['--generate', f'--restore_file={trained}', '--n_samples=1', f'--seed={seed}',
                    f'--output={tmp_path}/{seed}.csv'])
+        assert pd.read_csv(tmp_path / f'{seed}.csv').shape == (1, 4)
 
 
 def test_another_seed_does_not_split_anew_and_names_with_spaces(trained, tmp_path, monkeypatch):

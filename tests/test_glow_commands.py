@@ -263,6 +263,15 @@ def test_bf16_beyond_training_is_for_the_asking(trained):
     assert figures[0] == figures[2] != figures[1] == pytest.approx(figures[0], abs=0.02)
 
 
+def test_directions_are_kept_apart_by_precision(trained, tmp_path):
+    """Also of a model that was trained in bf16, which is used in float32 unless asked otherwise"""
+    saved = torch.load(trained)
+    torch.save({**saved, 'config': {**saved['config'], 'bf16': True}}, tmp_path / 'best.pt')
+    for words, n in (([], 1), (['--bf16'], 2), ([], 2)):
+        glow.main(['--visualize', f'--restore_file={tmp_path}/best.pt', '--vis_attrs=3', *words])
+        assert len(list(tmp_path.glob('attribute_directions_*.pt'))) == n
+
+
 def test_samples_are_sorted_by_log_probability(trained):
     model = glow.restore_model(glow.load_checkpoint(trained), torch.device('cpu'))
     images = torch.from_numpy(glow.sample_rows(model, [0.7], 16, 0, 'cpu')[0])
