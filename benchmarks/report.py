@@ -82,16 +82,15 @@ def memory_table(script, rows, peers):
 
 def targets_table(results):
     """What was aimed at, and what came of it: one line for each figure that has a target"""
-    peer_of, lines = {'glow': 'normflows', 'bnaf': 'Pyro'}, []
+    lines = []                              # the first entry of a row is who the others are compared to
     for row in results['rows']:
-        against = 'bisection' if row['entries'][0]['name'] == 'bisection' else peer_of[row['script']]
         lines += [[f'{TITLES[row["script"]]} {QUANTITIES[row["quantity"]]}, {row["config"]}: '
-                   f'{shape_text(row["script"], row["shape"])}', entry['name'], f'speed of {against}',
+                   f'{shape_text(row["script"], row["shape"])}', entry['name'], f'speed of {row["entries"][0]["name"]}',
                    f'{significant(entry["ratio"][1])}x', f'{significant(entry["target"])}x', verdict(entry['met'])]
                   for entry in row['entries'] if entry['met'] is not None]
     for row in results['memory']:
         lines += [[f'{TITLES[row["script"]]} training, {row["config"]}', entry['name'],
-                   f'memory of {peer_of[row["script"]]}', f'{significant(entry["ratio"])}x',
+                   f'memory of {row["entries"][0]["name"]}', f'{significant(entry["ratio"])}x',
                    f'{significant(entry["target"])}x', verdict(entry['met'])]
                   for entry in row['entries'] if entry['met'] is not None]
     lines += [[f'`{c["script"]}.py --train {c["words"]}`', '', 'time outside of steps', f'{c["overhead"]:.1%}',
