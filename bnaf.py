@@ -13,16 +13,18 @@ blocks of a units each, (B, d a), and carry j (B, d, a), the units' derivatives 
 """
 import argparse
 import contextlib
-import inspect
 import json
 import math
 import os
+import re
+import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,12 +37,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from datasets import UserError
 from datasets.figures import draw_pairs, draw_planes
-from datasets.files import new_folder, write_atomically
+from datasets.files import digest, progress, write_atomically
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
+from datasets.runs import Options, claim, find_run, option, read_checkpoint, save_tensors, stop_signals
 from datasets.tabular import SUFFIXES, TABLES, Rows, load_rows, read_rows, write_table
 from datasets.toy import ENERGIES, SAMPLERS
 
@@ -50,14 +52,15 @@ from datasets.toy import ENERGIES, SAMPLERS
 NAME = 'bnaf'
 N_DIMS = 1                          # of an input: (D,)
 RESIDUALS = ('none', 'normal', 'gated')
-
-
-def option(group, default, text, low=0, high=math.inf):
-    return field(default=default, metadata=dict(group=group, help=text, low=low, high=high))
+SCORE, UNIT, ITEMS = 'loss', 'nats', 'rows'
+MODES = {'train': 'train a new model, or go on with --resume or --restore_file',
+         'evaluate': 'log-likelihood of the test split, or KL to an energy', 'generate': 'draw samples',
+         'visualize': 'draw what was learned beside the data',
+         'check': 'error of the inverse on the test split, and the flow it comes from'}
 
 
 @dataclass
-class Config:
+class Config(Options):
     """What a run is. The command line sets it; the checkpoint keeps it as a plain dict, to rebuild the model from."""
     dataset: str = option('data', '8gaussians', ', '.join([*SAMPLERS, *ENERGIES, *TABLES]) + ', or a .csv, .npy or .h5')
     data_dir: str = option('data', 'data', 'where the data lies')
@@ -71,7 +74,7 @@ class Config:
     n_epochs: int = option('optimisation', 1000, 'epochs, at most; of 100 steps where each draws new rows', 1)
     n_epochs_warmup: float = option('optimisation', 0., 'epochs over which the learning rate rises linearly from 0')
     batch_size: int = option('optimisation', 200, 'rows a process', 1)
-    lr: float = option('optimisation', 1e-2, "Adam's learning rate")
+    lr: float = option('optimisation', 1e-2, "Adam's learning rate", 0, 1e6)
     lr_patience: int = option('optimisation', 20, 'epochs without a better validation score until it is halved')
     min_lr: float = option('optimisation', 5e-4, 'but not below this')
     annealing: float = option('optimisation', 0.5, 'first share of the training over which an energy is turned on', 0, 1)
@@ -80,14 +83,51 @@ class Config:
     ema_decay: float = option('optimisation', 0.998, 'Polyak average, used for all but training; 0 turns it off', 0, 1)
     seed: int = option('optimisation', 0, 'of initialisation, splits, shuffling, noise and samples', 0, 2**63 - 1)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.residual not in RESIDUALS:
+            raise UserError(f'--residual={self.residual}: it is one of {", ".join(RESIDUALS)}')
+
+
+@dataclass
+class Request(Options):
+    """What else the command line asks for, of this run of the program only."""
+    output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
+    restore_file: str = option('run', '', 'a checkpoint (default: of the newest run)')
+    resume: bool = option('run', False, 'go on with the newest run in output_dir if there is one, else start one')
+    max_skips: int = option('run', 20, 'steps in a row that are skipped, their gradients not being finite, before it stops')
+    detect_anomaly: bool = option('run', False, 'slow: name the operation that gave the first gradient that is not finite')
+    distributed: bool = option('run', False, 'accepted, but the launcher decides')
+    scores: str = option('output', '', 'write the log-likelihood of each row of the test split, or of --input, to this file')
+    input: str = option('output', '', 'evaluate the rows of this table instead of the test split')
+    z_std: float = option('output', 1., 'temperature of samples')
+    n_samples: int = option('output', 1000, 'how many', 1)
+    output: str = option('output', '', 'where samples go, .csv, .npy or .h5 (default: beside the checkpoint)')
+    inverse_tol: float = option('output', None, 'largest error of the inverse', 1e-14)
+    vis_dims: list = option('output', None, 'columns to draw, by index or name (default: the first 8)')
+
+    def __post_init__(self):
+        super().__post_init__()
+        for file in filter(None, (self.scores, self.output)):
+            if Path(file).suffix not in ('.csv', '.npy', '.h5'):
+                raise UserError(f'{file} should end in .csv, .npy or .h5')
+            if Path(file).exists():
+                raise UserError(f'{file} is there already: move it away or give another name')
+
 
 # The defaults are the official ones for tables, but for n_hidden (0 there); these for the two-dimensional problems.
 TOY = dict(n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1., lr=0.1, early_stop=200)
+DEFAULTS = {name: dict(dataset=name, **TOY) for name in (*SAMPLERS, *ENERGIES)}
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed'}}                            # training goes on, and else
-CHECKPOINT = {'config': dict, 'input_dims': list, 'units': dict, 'step': int, 'world_size': int, 'n_annealing': float,
-              'loss': float, 'best': float, 'best_step': int, 'model': dict, 'average': dict, 'optimizer': dict,
-              'scheduler': dict}
+GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimisation': 'optimisation',
+          'run': 'runs and processes (torchrun or torch.distributed.launch start them)', 'output': 'output'}
+FIELDS = ('units', 'step', 'n_annealing', 'loss', 'best', 'best_step')              # of Training, in a checkpoint
+PARTS = ('model', 'average', 'optimizer', 'scheduler')
+CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int,
+              'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
+              'n_annealing': float, 'loss': float, 'best': float, 'best_step': int, 'model': dict, 'average': dict,
+              'optimizer': dict, 'scheduler': dict}
 EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
 REACH = 5.                          # of a flow without a residual at first, in standard deviations of the noise
 SMALLEST = 1e-25                    # terms that float32 loses are below 1e-37, so what is above this has lost nothing
@@ -210,44 +250,36 @@ class BlockFlow(nn.Module):
         z, j = self.linears[0](x, x.new_ones(*x.shape, 1))
         for linear in self.linears[1:]:
             z, j = linear(*self.tanh(z, j))
-        j = j.squeeze(2)
-        if self.residual == 'normal':
-            return z + x, j + 1
-        if self.residual == 'gated':
-            s, rest = torch.sigmoid(self.gate), torch.sigmoid(-self.gate)
-            return s * z + rest * x, s * j + rest
-        return z, j
+        return self.add_residual(z, j.squeeze(2), x)
+
+    def add_residual(self, y, slope, x):
+        """-> z and its derivative, from f(x) and its"""
+        if self.residual is None:
+            return y, slope
+        s, rest = (torch.sigmoid(self.gate), torch.sigmoid(-self.gate)) if self.residual == 'gated' else (1., 1.)
+        return s * y + rest * x, s * slope + rest
 
     def inverse(self, z):
         """-> x, logdet; NaN where inverse_tol is not reached, as beyond the range of a flow of tanhs. It is solved for in
         float64; gradients are those of the implicit function theorem."""
         tol = self.inverse_tol or (1e-5 if z.dtype == torch.float32 else 1e-10)
-        x = self.solve(z.detach().double(), tol).to(z.dtype)
+        x = solve(self, z.detach().double(), tol).to(z.dtype)
         found = x.isfinite().all(1, keepdim=True)
         x = torch.where(found, x, 0.)               # what was not found must not reach the gradients of the others
         if torch.is_grad_enabled():
-            x = self.attach(x, torch.where(found, z, 0.))
+            x = attach(self, x, torch.where(found, z, 0.))
         logdet = -self(x)[1]
         return torch.where(found, x, math.nan), torch.where(found.squeeze(1), logdet, math.nan)
 
-    @torch.no_grad()
-    def solve(self, z, tol):
-        """One variable after the other; of each layer only the rows that are the new variable's are computed."""
-        weights = [linear.weights(z.dtype)[0] for linear in self.linears]
-        biases = [linear.bias.to(z.dtype) for linear in self.linears]
-        inputs = [z.new_zeros(len(z), w.shape[1]) for w in weights]     # to each layer, as far as known
-        for i in range(z.shape[1]):
-            blocks = []
-            for linear, w, bias, known in zip(self.linears, weights, biases, inputs):
-                _, b, a = linear.log_diagonal.shape
-                rows, own = slice(i * b, (i + 1) * b), slice(i * a, (i + 1) * a)
-                blocks.append((F.linear(known[:, :i * a], w[rows, :i * a], bias[rows]), w[rows, own]))
-            u, units = find_root(partial(self.evaluate, blocks), z[:, i:i + 1], tol)
-            for known, own in zip(inputs, [u, *units]):
-                known[:, i * own.shape[1]:(i + 1) * own.shape[1]] = own
-        return inputs[0]
 
-    def evaluate(self, blocks, u, rows):
+@torch.no_grad()
+def solve(flow, z, tol):
+    """-> x (B, D) of z = flow(x), one variable after the other; of each layer only the rows of the new variable are computed"""
+    weights = [linear.weights(z.dtype)[0] for linear in flow.linears]
+    biases = [linear.bias.to(z.dtype) for linear in flow.linears]
+    inputs = [z.new_zeros(len(z), w.shape[1]) for w in weights]     # to each layer, as far as known
+
+    def function(blocks, u, rows):
         """f_i of the i-th variable u (B, 1), its slope, and its hidden units; blocks holds the rest of each layer"""
         y, slope, units = u, torch.ones_like(u), []
         for k, (known, w) in enumerate(blocks):
@@ -256,22 +288,29 @@ class BlockFlow(nn.Module):
                 slope = slope * (1 - y.square())
                 units.append(y)
             y, slope = known[rows] + y @ w.T, slope @ w.T
-        if self.residual == 'normal':
-            return y + u, slope + 1, units
-        if self.residual == 'gated':
-            s, rest = torch.sigmoid(self.gate), torch.sigmoid(-self.gate)
-            return s * y + rest * u, s * slope + rest, units
-        return y, slope, units
+        return *flow.add_residual(y, slope, u), units
 
-    def attach(self, x, z):
-        """x, with the gradients of the inverse: dx = (df/dx)^-1 (dz - df/dtheta dtheta)"""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            f = self(x)[0]
-            jacobian = torch.stack([torch.autograd.grad(f[:, i].sum(), x, retain_graph=True)[0]
-                                    for i in range(x.shape[1])], 1)
-        x = x.detach()
-        return x + torch.linalg.solve_triangular(jacobian, (z - self(x)[0])[..., None], upper=False).squeeze(2)
+    for i in range(z.shape[1]):
+        blocks = []
+        for linear, w, bias, known in zip(flow.linears, weights, biases, inputs):
+            _, b, a = linear.log_diagonal.shape
+            rows, own = slice(i * b, (i + 1) * b), slice(i * a, (i + 1) * a)
+            blocks.append((F.linear(known[:, :i * a], w[rows, :i * a], bias[rows]), w[rows, own]))
+        u, units = find_root(partial(function, blocks), z[:, i:i + 1], tol)
+        for known, own in zip(inputs, [u, *units]):
+            known[:, i * own.shape[1]:(i + 1) * own.shape[1]] = own
+    return inputs[0]
+
+
+def attach(flow, x, z):
+    """x, with the gradients of the inverse: dx = (df/dx)^-1 (dz - df/dtheta dtheta)"""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        f = flow(x)[0]
+        jacobian = torch.stack([torch.autograd.grad(f[:, i].sum(), x, retain_graph=True)[0]
+                                for i in range(x.shape[1])], 1)
+    x = x.detach()
+    return x + torch.linalg.solve_triangular(jacobian, (z - flow(x)[0])[..., None], upper=False).squeeze(2)
 
 
 class Flip(nn.Module):
@@ -376,16 +415,11 @@ def build_model(config, input_dims):
 
 # -------------------------------------------------------------------------------------- processes, checkpoints
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """This process among those of the launcher."""
     rank: int
     world_size: int
     device: torch.device
-
-    @property
-    def is_main(self):
-        return self.rank == 0
 
 
 @contextlib.contextmanager
@@ -402,90 +436,103 @@ def setup():
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=2))
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
     try:
         yield Process(rank, world_size, device)
+    except RuntimeError as error:       # Gloo's and NCCL's, when another process is gone
+        if world_size == 1 or not re.search('gloo|nccl|connection', str(error), re.IGNORECASE):
+            raise
+        raise ProcessLookupError(f'process {rank} on {socket.gethostname()} stops, having lost another one') from None
     finally:
         if world_size > 1:
             time.sleep(0.1)     # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
 
-def distribute(objective):
+def distribute(objective, process):
     """-> the objective, its gradients averaged over all processes; its buffers never change and are not sent"""
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'   # until torch 2.12
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True, **{sync_buffers: False})
+    if process.world_size == 1:
+        return objective
+    buffers = [name for name, _ in objective.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
-def of_main_process(function, process):
-    """-> what function() gives on the main process, on every process"""
-    values = [function() if process.is_main else None]
-    if process.world_size > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+def any_process(flag, process):
+    """Whether the flag is set on any of the processes"""
+    if process.world_size == 1:
+        return bool(flag)
+    flags = torch.tensor(float(bool(flag)), device=process.device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
 
 
-def newest_checkpoint(output_dir):
-    """-> path of the newest run's best.pt under output_dir, or of its checkpoint.pt where there is no best.pt yet"""
-    found = list(Path(output_dir).glob(f'{NAME}_*/checkpoint.pt'))
-    if not found:
-        raise UserError(f'no checkpoint of {NAME}.py under {output_dir}: train first (python {NAME}.py --train), '
-                        'or give --restore_file or --output_dir')
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    best = newest.with_name('best.pt')
-    return best if best.exists() else newest
+def require_agreement(run):
+    """Refuses to train processes together that start from different things, naming these"""
+    own = {'options': asdict(replace(run.config, data_dir='')), 'data': run.data.fingerprint,
+           'weights': digest('', (value.cpu() for value in run.model.state_dict().values())), 'step': run.step}
+    all_of_them = [own] * run.process.world_size
+    if run.process.world_size > 1:
+        dist.all_gather_object(all_of_them, own)
+    different = [name for name in own if any(other[name] != own[name] for other in all_of_them)]
+    if different:
+        raise UserError(f'the processes start from different {" and ".join(different)}')
+
+
+@contextlib.contextmanager
+def run_folder(config, request, process, saved):
+    """-> the folder of the run, a new one or its checkpoint's, the same for all processes"""
+    name = f'{NAME}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
+    folder = saved['path'].parent if saved else Path(request.output_dir) / name
+    main_only = claim(folder, saved is None) if process.rank == 0 else contextlib.nullcontext()
+    with main_only as folder:
+        folders = [folder]
+        if process.world_size > 1:
+            dist.broadcast_object_list(folders)
+        if process.rank == 0:
+            print(f'{folder}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
+        yield folders[0]
+
+
+def save(run, path):
+    """All that a run needs to go on and its model to be used, written by the main process"""
+    state = {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
+             'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
+             **{name: getattr(run, name).state_dict() for name in PARTS}}
+    if run.process.rank == 0:
+        save_tensors(path, state)
 
 
 def load_checkpoint(path):
-    """-> the checkpoint's dict, its config a Config. Only tensors and plain values are read, never a pickled object."""
-    if not Path(path).is_file():
-        raise UserError(f'{path}: no such checkpoint')
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:      # a damaged file fails in too many ways to list
-        raise UserError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
-                        f'and plain values ({type(error).__name__})') from None
-    if not isinstance(saved, dict) or saved.get('script') != f'{NAME}.py':
-        raise UserError(f'{path} is not a checkpoint of {NAME}.py')
-    if not is_sound(saved):
-        raise UserError(f'{path} is a checkpoint of {NAME}.py, but of another version or damaged')
-    return {**saved, 'config': Config(**saved['config']), 'path': path}
+    """-> the dict in a checkpoint, its config a Config, or UserError: nothing in the file is trusted"""
+    return read_checkpoint(path, f'{NAME}.py', CHECKPOINT, Config, N_DIMS, lambda *options: AveragedModel(build_model(*options)))
 
 
-def is_sound(saved):
-    """Whether a checkpoint has all its parts, each of its kind, and options within their bounds"""
-    config, dims = saved.get('config'), saved.get('input_dims')
-    return (all(isinstance(saved.get(key), kind) for key, kind in CHECKPOINT.items())
-            and config.keys() == {f.name for f in fields(Config)}
-            and all(type(config[f.name]) is f.type for f in fields(Config))
-            and all(f.metadata['low'] <= config[f.name] <= f.metadata['high'] for f in fields(Config) if f.type is not str)
-            and len(dims) == N_DIMS and all(type(n) is int and 0 < n < 2**16 for n in dims) and math.prod(dims) < 2**24)
-
-
-def load_state(into, saved, key):
-    try:
-        into.load_state_dict(saved[key])
-    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f'{saved["path"]}: its {key} and its options do not fit ({str(error).splitlines()[0]})') from None
+def find_checkpoint(mode, request, process):
+    """-> the checkpoint that --restore_file names, or the newest run's; None where training starts from nothing"""
+    goes_on = request.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    path = Path(request.restore_file) if request.restore_file else find_run(NAME, request.output_dir, mode == 'train', goes_on)
+    if path is None:
+        return None
+    saved, newest = load_checkpoint(path), path.with_name('checkpoint.pt')
+    if mode == 'train' and path != newest and newest.exists() and load_checkpoint(newest)['step'] > saved['step']:
+        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
+                        f'{path.name} to a folder of its own')
+    if process.rank == 0:
+        print(f'restored {path}: step {saved["step"]}, validation loss {saved[SCORE]:.4f} {UNIT}')
+        if mode == 'train' and saved['world_size'] != process.world_size:
+            print(f'note: the run had {saved["world_size"]} processes and now has {process.world_size}: the batch of a '
+                  'step, and how many steps make an epoch, change with them')
+    return saved
 
 
 def restore_model(saved, device):
     """-> the model with the averaged weights of a checkpoint, ready to evaluate and to sample"""
     average = AveragedModel(build_model(saved['config'], saved['input_dims']))
-    load_state(average, saved, 'average')
+    average.load_state_dict(saved['average'])
     return average.module.to(device).eval()
 
 
-def check_resume(path, saved, process):
-    """Refuses what would overwrite a later state of the run; says what other processes change"""
-    newest = path.with_name('checkpoint.pt')
-    if path.name != newest.name and newest.exists() and load_checkpoint(newest)['step'] > saved['step']:
-        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
-                        f'{path.name} to a folder of its own')
-    if process.is_main and saved['world_size'] != process.world_size:
-        print(f'note: the run had {saved["world_size"]} processes and now has {process.world_size}: the batch of a step, '
-              'and how many steps make an epoch, change with them')
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -524,30 +571,30 @@ class Training:
     def __init__(self, config, data, process, saved=None):
         self.config, self.data, self.process = config, data, process
         self.input_dims = [len(data.columns)]
+        self.units = {'columns': list(data.columns), 'mean': data.mean.tolist(), 'std': data.std.tolist(),
+                      'steps': np.broadcast_to(data.steps, len(data.columns)).tolist()}
         self.model = build_model(config, self.input_dims).to(process.device)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, amsgrad=True, fused=True)
         self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=config.lr_patience, cooldown=10,
                                            min_lr=config.min_lr, threshold=1e-4, threshold_mode='abs')
         self.step, self.loss, self.best, self.best_step = 0, math.nan, math.inf, 0
-        self.steps_per_epoch = EPOCH_STEPS if data.draw else steps_per_epoch(
+        self.n_skipped = self.skips_in_a_row = 0
+        self.steps_per_epoch = self.validate_every = EPOCH_STEPS if data.draw else steps_per_epoch(
             len(data.train), config.batch_size, process.world_size)
         self.n_steps = config.n_epochs * self.steps_per_epoch
         self.n_annealing = config.annealing * self.n_steps          # as planned at first, however long it goes on
         if saved is not None:
-            for name in ('step', 'loss', 'best', 'best_step', 'n_annealing'):
-                setattr(self, name, saved[name])
-            for name in ('model', 'average', 'optimizer', 'scheduler'):
-                load_state(getattr(self, name), saved, name)
-        self.objective = Objective(self.model, data)
-        if process.world_size > 1:
-            self.objective = distribute(self.objective)
+            fresh = self.scheduler.state_dict()
+            restore(self, saved)
+            if any(type(value) is not type(fresh.get(key)) for key, value in self.scheduler.state_dict().items()):
+                raise UserError(f'{saved["path"]} is damaged: its scheduler is none')
+        self.objective = distribute(Objective(self.model, data), process)
         self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
 
     @property
-    def is_over(self):
-        return (self.step >= self.n_steps or
-                self.step - self.best_step >= self.config.early_stop * self.steps_per_epoch)
+    def last_step(self):
+        return min(self.n_steps, self.best_step + self.config.early_stop * self.steps_per_epoch)
 
     def take_step(self):
         """-> loss and gradient norm of one step, as tensors"""
@@ -557,83 +604,96 @@ class Training:
         batch = torch.from_numpy(training_batch(self.data, self.config, self.step, self.process)).to(self.process.device)
         # an energy is turned on little by little, lest the flow settles in one of its valleys
         beta = min(1., 0.01 + self.step / max(1., self.n_annealing))
-        loss = self.objective(batch if self.rows is None else self.rows[batch], beta)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip)
-        self.optimizer.step()
-        self.average.update_parameters(self.model)
-        self.step += 1
-        return loss.detach(), norm
+        return update(self, self.objective(batch if self.rows is None else self.rows[batch], beta))
 
-    def save(self, path):
-        units = {'columns': list(self.data.columns), 'mean': self.data.mean.tolist(), 'std': self.data.std.tolist(),
-                 'steps': np.broadcast_to(self.data.steps, len(self.data.columns)).tolist()}
-        state = {'script': f'{NAME}.py', 'config': asdict(self.config), 'input_dims': self.input_dims, 'units': units,
-                 'world_size': self.process.world_size}
-        state.update({name: getattr(self, name) for name in ('step', 'n_annealing', 'loss', 'best', 'best_step')})
-        state.update({name: getattr(self, name).state_dict() for name in ('model', 'average', 'optimizer', 'scheduler')})
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    def validate(self, run_dir):
+        """The objective on the validation split with the averaged weights, the learning rate, and the checkpoints."""
+        self.loss, _ = mean_loss(Objective(self.average.module, self.data), self.data.validation, self.process)
+        self.scheduler.step(self.loss)
+        self.best_step = self.step if self.loss < self.best else self.best_step
+        keep(self, run_dir)
+
+    def report(self, loss):
+        return f'loss {loss:.3f}' + (f', validation {objective_text(self.data, self.loss)}' if math.isfinite(self.loss) else '')
 
 
-def validate(run, run_dir, writer):
-    """The objective on the validation split with the averaged weights, the learning rate, and the checkpoints."""
-    run.loss, _ = mean_loss(Objective(run.average.module, run.data), run.data.validation, run.process)
-    require_finite(run.loss, run, run_dir)
-    run.scheduler.step(run.loss)
-    is_best = run.loss < run.best
-    if is_best:
-        run.best, run.best_step = run.loss, run.step
-    if run.process.is_main:
-        writer.add_scalar('loss/validation', run.loss, run.step)
-        if is_best:
-            run.save(run_dir / 'best.pt')
-        run.save(run_dir / 'checkpoint.pt')
+def restore(run, saved):
+    """Sets a run to where it stood when it was saved"""
+    for name in FIELDS:
+        setattr(run, name, saved[name])
+    for name in PARTS:
+        getattr(run, name).load_state_dict(saved[name])
 
 
-def progress(*args, **options):
-    """tqdm, seldom updated where its output goes to a file"""
-    return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15, **options)
+def update(run, loss):
+    """One step of the optimizer -> loss, gradient norm. Where these are not finite, no process changes its weights."""
+    run.optimizer.zero_grad()
+    loss.backward(torch.where(loss.isfinite(), 1., math.nan))       # NaN is in the gradients then, and reaches the others
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_norm_clip)
+    run.skips_in_a_row = 0 if norm.isfinite() else run.skips_in_a_row + 1
+    run.n_skipped += run.skips_in_a_row > 0
+    if not run.skips_in_a_row:
+        run.optimizer.step()
+        run.average.update_parameters(run.model)
+    run.step += 1
+    return loss.detach(), norm
 
 
-def require_finite(value, run, run_dir):
-    if not math.isfinite(value):
-        raise UserError(f'training diverged by step {run.step}: the loss or gradients are not finite; lower --lr, or go on '
-                        f'from a checkpoint before it, if there is one in {run_dir}')
+def keep(run, run_dir):
+    """Writes best.pt if the validation score is the best so far, and checkpoint.pt after it: a run that is killed between
+    the two comes to the same best.pt again."""
+    score = getattr(run, SCORE)
+    if not math.isfinite(score):
+        raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
+    is_best, run.best = score < run.best, min(score, run.best)
+    for name in ('best.pt', 'checkpoint.pt') if is_best else ('checkpoint.pt',):
+        save(run, run_dir / name)
 
 
-def train(data, config, process, run_dir, saved=None):
-    """Train until config.n_epochs or until the validation split gets no better; leaves checkpoint.pt and best.pt"""
-    run = Training(config, data, process, saved)
-    if not (run_dir / 'best.pt').exists():
-        run.best = math.inf
-    writer = SummaryWriter(str(run_dir), write_to_disk=process.is_main)
-    per_step = config.batch_size * process.world_size
-    if process.is_main:
-        print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
-    with progress(total=run.n_steps, initial=run.step, disable=not process.is_main, unit='step') as bar:
-        start, start_step = time.perf_counter(), run.step
-        while not run.is_over:
-            loss, norm = run.take_step()
-            bar.update()
-            if run.step % LOG_STEPS == 0:
-                loss, norm = loss.item(), norm.item()
-                require_finite(loss + norm, run, run_dir)
-                speed = (run.step - start_step) * per_step / (time.perf_counter() - start)
-                validation = f'validation {objective_text(data, run.loss)}, ' if math.isfinite(run.loss) else ''
-                bar.set_postfix_str(f'loss {loss:.3f}, {validation}{speed:.0f} rows/s', refresh=False)
-                for name, value in (('loss/train', loss), ('gradient_norm', norm), ('rows_per_s', speed),
-                                    ('lr', run.optimizer.param_groups[0]['lr'])):
-                    writer.add_scalar(name, value, run.step)
-            if run.step % run.steps_per_epoch == 0:
-                validate(run, run_dir, writer)
-            elif run.step % SAVE_STEPS == 0 and process.is_main:
-                run.save(run_dir / 'checkpoint.pt')
-    writer.close()
-    if process.is_main:
-        tqdm.write(f'step {run.step}: best validation {objective_text(data, run.best)} at step {run.best_step}')
-    if process.world_size > 1:
-        dist.barrier()          # the others read best.pt next
+def train(data, config, request, process, saved=None):
+    """Train to the end, from a checkpoint's dict if there is one; leaves checkpoint.pt, the last state, and best.pt
+    -> the best one's dict, or None where a signal ended it before"""
+    torch.autograd.set_detect_anomaly(request.detect_anomaly)
+    with run_folder(config, request, process, saved) as run_dir, stop_signals() as signals:
+        run = Training(config, data, process, saved)
+        require_agreement(run)
+        if saved is None:
+            save(run, run_dir / 'checkpoint.pt')
+        if not (run_dir / 'best.pt').exists():
+            run.best = math.inf
+        writer = SummaryWriter(str(run_dir), purge_step=run.step + 1, write_to_disk=process.rank == 0)
+        if process.rank == 0:
+            print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
+        with progress(total=run.n_steps, initial=run.step, disable=process.rank > 0, unit='step') as bar:
+            begin, first = time.perf_counter(), run.step
+            while run.step < run.last_step and not any_process(signals, process):
+                loss, norm = run.take_step()
+                bar.update()
+                lr = run.optimizer.param_groups[0]['lr']
+                if run.skips_in_a_row > request.max_skips:
+                    raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss or its gradients '
+                                    f'had not been finite for {run.skips_in_a_row} steps; lower --lr; the last checkpoint is '
+                                    f'{run_dir / "checkpoint.pt"}')
+                if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
+                    speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
+                    bar.set_postfix_str(f'{run.report(loss)}, {speed:.0f} {ITEMS}/s', refresh=False)
+                    for name, value in ((f'{SCORE}/train', loss.item()), ('gradient_norm', norm.item()),
+                                        (f'{ITEMS}_per_s', speed), ('lr', lr), ('steps_skipped', run.n_skipped)):
+                        writer.add_scalar(name, value, run.step)
+                if run.step % run.validate_every == 0 or run.step == run.last_step:
+                    run.validate(run_dir)
+                    writer.add_scalar(f'{SCORE}/validation', getattr(run, SCORE), run.step)
+                elif run.step % SAVE_STEPS == 0:
+                    save(run, run_dir / 'checkpoint.pt')
+        writer.close()
+        if run.step < run.last_step:
+            save(run, run_dir / 'checkpoint.pt')
+            if process.rank == 0:
+                print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
+                      f'python {NAME}.py --train --restore_file={run_dir / "checkpoint.pt"}')
+            return None
+        any_process(False, process)         # the main process has written best.pt
+        return load_checkpoint(run_dir / 'best.pt')
 
 
 def objective_text(data, loss):
@@ -642,7 +702,7 @@ def objective_text(data, loss):
 
 # ----------------------------------------------------------------------------------------------------- modes
 
-def evaluate(model, data, saved, path, config, process, scores, input_file):
+def evaluate(model, data, saved, config, process, scores, input_file):
     """Log-likelihood of the test split, or the KL divergence to an energy: printed, and kept as results.json beside the
     checkpoint. scores: a file that gets the log-likelihood of every row of the test split or of input_file."""
     if data.energy and (scores or input_file):
@@ -650,11 +710,11 @@ def evaluate(model, data, saved, path, config, process, scores, input_file):
     objective = Objective(model, data)
     rows = read_rows(input_file, data) if input_file else data.test
     mean, error = mean_loss(objective, rows, process)
-    if not process.is_main:
+    if process.rank > 0:
         return
     name = str(input_file) if input_file else f'{Path(config.dataset).name} test'
     about = {'dataset': name, 'n_rows': len(rows), 'two_standard_errors': error, 'step': saved['step'],
-             'checkpoint': path.name}
+             'checkpoint': saved['path'].name}
     if data.energy is None:
         results = {'log_likelihood_nats': -mean, **about}
         print(f'{name}: {-mean:.4f} ± {error:.4f} nats ({len(rows):,} rows, two standard errors)')
@@ -665,7 +725,8 @@ def evaluate(model, data, saved, path, config, process, scores, input_file):
         print(f'{name}: KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {ess:.1%} '
               f'({len(rows):,} samples, two standard errors)')
     if not input_file:
-        write_atomically(path.with_name('results.json'), lambda f: f.write_text(json.dumps(results, indent=2) + '\n'))
+        path = saved['path'].with_name('results.json')
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(results, indent=2) + '\n'))
     if scores:
         log_p = -row_losses(objective, rows, process.device).cpu().numpy()
         index = np.arange(len(rows)) if input_file else data.test_index
@@ -751,6 +812,24 @@ def planes(model, data, config, title, n=300):
     return draw_planes(panels, data.columns, (low[0], high[0], low[1], high[1]))
 
 
+@torch.no_grad()
+def check(model, data, config):
+    """Largest error of inverse(forward(x)) on the test split, in standardised units and float64: of the whole model, and of
+    the flow with the most. Rows that the inverse does not reach are counted."""
+    model, device = model.double(), next(model.parameters()).device
+    errors, n_lost, worst = [0.] * len(model), 0, 0.
+    for i in progress(range(0, len(data.test), 10_000), 'inverting test rows'):
+        x = z = torch.from_numpy(np.array(data.test[i:i + 10_000])).double().to(device)
+        for k, flow in enumerate(model):
+            y, (z, _) = z, flow(z)
+            errors[k] = max(errors[k], (flow.inverse(z)[0] - y).abs().nan_to_num(0.).max().item())
+        error = (model.inverse(z)[0] - x).abs().amax(1)
+        n_lost, worst = n_lost + int(error.isnan().sum()), max(worst, error.nan_to_num(0.).max().item())
+    k = int(np.argmax(errors))
+    print(f'{Path(config.dataset).name} test: {len(data.test) - n_lost:,} of {len(data.test):,} rows come back within '
+          f'{worst:.2g}, the inverse does not reach {n_lost:,}; worst layer: {k} ({type(model[k]).__name__}), {errors[k]:.2g}')
+
+
 # ------------------------------------------------------------------------------------------------------ main
 
 class Parser(argparse.ArgumentParser):
@@ -758,82 +837,49 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (see python {NAME}.py --help)')
 
 
-def number(kind, low=0, high=math.inf):
-    """-> argparse type: a finite number of that kind between low and high"""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f'{text} is outside {low}..{high}')
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def parse_args(argv):
+    """-> the mode, the options of Config that were given, and a Request"""
     parser = Parser(prog=f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    group = parser.add_argument_group('mode, one of')
-    mode = group.add_mutually_exclusive_group(required=True)
-    for name, text in (('train', 'train a new model, or go on with --restore_file'),
-                       ('evaluate', 'log-likelihood of the test split, or KL to an energy'),
-                       ('generate', 'draw samples'), ('visualize', 'draw what was learned beside the data')):
-        mode.add_argument(f'--{name}', action='store_true', help=text)
-
-    groups = {f.metadata['group']: parser.add_argument_group(f'{f.metadata["group"]} (a checkpoint knows its own)')
-              for f in fields(Config)}
-    for f in fields(Config):
+    modes = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
+    for mode, text in MODES.items():
+        modes.add_argument(f'--{mode}', action='store_const', const=mode, dest='mode', help=text)
+    groups = {name: parser.add_argument_group(text) for name, text in GROUPS.items()}
+    for f in (*fields(Config), *fields(Request)):
         how = dict(action='store_true', default=None) if f.type is bool else dict(
-            metavar='X', type=str if f.type is str else number(f.type, f.metadata['low'], f.metadata['high']))
+            metavar='X', **(dict(nargs='+') if f.type is list else dict(type=f.type)))
         groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
-
-    group = parser.add_argument_group('processes (torchrun or torch.distributed.launch start them), output')
-    group.add_argument('--distributed', action='store_true', help='accepted, but the launcher decides')
-    group.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-    group.add_argument('--output_dir', default='results', metavar='DIR', help='a run gets a folder of its own in it')
-    group.add_argument('--restore_file', metavar='FILE', help='a checkpoint (default: of the newest run)')
-    group.add_argument('--scores', metavar='FILE', help='write the log-likelihood of each row of the test split')
-    group.add_argument('--input', metavar='FILE', help='evaluate the rows of this table instead of the test split')
-    group.add_argument('--z_std', type=number(float), default=1., metavar='T', help='temperature of samples')
-    group.add_argument('--n_samples', type=number(int, 1), default=1000, metavar='N', help='how many')
-    group.add_argument('--output', metavar='FILE', help='where to, .csv, .npy or .h5 (default: beside the checkpoint)')
-    group.add_argument('--inverse_tol', type=number(float, 1e-14), metavar='X', help='largest error of the inverse')
-    group.add_argument('--vis_dims', nargs='+', metavar='C', help='columns to draw, by index or name (default: first 8)')
-
-    args = parser.parse_args(argv)
-    if args.vis_dims:
-        args.vis_dims = [word.strip() for words in args.vis_dims for word in words.split(',') if word.strip()]
-    for file in filter(None, (args.scores, args.output)):
-        if Path(file).suffix not in ('.csv', '.npy', '.h5'):
-            parser.error(f'{file} should end in .csv, .npy or .h5')
-        if Path(file).exists():
-            parser.error(f'{file} is there already: move it away or give another name')
-    return args
+    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+    # a leading space keeps a list such as -2,-1,0 from being taken for an option
+    args = parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv])
+    given = {f.name: getattr(args, f.name) for f in (*fields(Config), *fields(Request)) if getattr(args, f.name) is not None}
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = [word.strip() for word in ','.join(value).split(',') if word.strip()]
+    request = Request(**{f.name: given.pop(f.name) for f in fields(Request) if f.name in given})
+    return args.mode, given, request
 
 
-def choose_config(args, saved, path):
-    """The options that were given over those of the checkpoint or, without one, over the defaults."""
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
-    for name in ('dataset', 'test_file'):               # tables are found from wherever the model is used
-        if Path(given.get(name, '')).suffix in SUFFIXES:
-            given[name] = str(Path(given[name]).resolve())
+def choose_config(mode, given, saved):
+    """The options that were given over those of the checkpoint or, without one, over the data set's defaults."""
     if saved is None:
-        name = given.get('dataset', Config.dataset)
-        config = Config(**{**(TOY if name in SAMPLERS or name in ENERGIES else {}), **given})
-        if config.residual not in RESIDUALS:
-            raise UserError(f'--residual={config.residual}: it is one of {", ".join(RESIDUALS)}')
-        return config
-    for name in given.keys() - MAY_CHANGE[args.train]:
+        return Config(**{**DEFAULTS.get(given.get('dataset', Config.dataset), {}), **given})
+    for name in given.keys() - MAY_CHANGE[mode == 'train']:
         if given[name] != getattr(saved['config'], name):
-            raise UserError(f'--{name}={given[name]} contradicts the checkpoint {path}, '
+            raise UserError(f'--{name}={given[name]} contradicts the checkpoint {saved["path"]}, '
                             f'which has {name}={getattr(saved["config"], name)}')
-    return Config(**{**asdict(saved['config']), **given})
+    return replace(saved['config'], **given)
 
 
-def load_data(args, config, saved):
+
+def load_data(mode, request, config, saved):
     """-> Rows; in a checkpoint's units, and without any rows where only those are needed"""
     units = saved and {'columns': tuple(saved['units']['columns']),
                        **{key: np.array(saved['units'][key]) for key in ('mean', 'std', 'steps')}}
-    if units and config.dataset not in (*SAMPLERS, *ENERGIES) and (args.generate or args.evaluate and args.input):
+    if units and not (all(len(values) == saved['input_dims'][0] for values in units.values())
+                      and ''.join(units['columns']).isprintable() and (units['std'] > 0).all()):
+        raise UserError(f'{saved["path"]} is damaged: its columns and its units do not fit')
+    if units and config.dataset not in DEFAULTS and (mode == 'generate' or mode == 'evaluate' and request.input):
         return Rows(None, None, None, **units)
     seed = saved['config'].seed if saved else config.seed       # the splits are those of the training
     data = load_rows(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
@@ -844,51 +890,45 @@ def load_data(args, config, saved):
     return data
 
 
-def start(args, process):
-    saved, path = None, None
-    if args.restore_file or not args.train:
-        path = Path(args.restore_file) if args.restore_file else newest_checkpoint(args.output_dir)
-        saved = load_checkpoint(path)
-        if process.is_main:
-            print(f'restored {path}: step {saved["step"]}, validation loss {saved["loss"]:.4f} nats')
-    config = choose_config(args, saved, path)
-    data = load_data(args, config, saved)
-    if args.train:
-        if path:
-            check_resume(path, saved, process)
-        for note in data.notes if process.is_main else ():
+def start(mode, given, request, process):
+    for name in ('dataset', 'test_file'):               # tables are found from wherever the model is used
+        if Path(given.get(name, '')).suffix in SUFFIXES:
+            given[name] = str(Path(given[name]).resolve())
+    saved = find_checkpoint(mode, request, process)
+    config = choose_config(mode, given, saved)
+    data = load_data(mode, request, config, saved)
+    if mode == 'train':
+        for note in data.notes * (process.rank == 0):
             print(f'note: {note}')
-        name = f'{NAME}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
-        run_dir = path.parent if path else of_main_process(lambda: new_folder(Path(args.output_dir) / name), process)
-        if process.is_main:
-            print(f'{run_dir}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
-        train(data, config, process, run_dir, saved)
-        path = run_dir / 'best.pt'
-        saved = load_checkpoint(path)
+        saved = train(data, config, request, process, saved)
+        if saved is None:
+            return
     model = restore_model(saved, process.device)
     for flow in model:
-        flow.inverse_tol = args.inverse_tol
-    if args.train or args.evaluate:
-        evaluate(model, data, saved, path, config, process, args.scores, args.input)
-        if process.is_main and args.train:
-            print(f'the model is {path}')
-    elif process.is_main and args.generate:
-        generate(model, data, path, config, args.z_std, args.n_samples, args.output)
-    elif process.is_main:
-        visualize(model, data, path, config, process, args.vis_dims)
+        flow.inverse_tol = request.inverse_tol
+    if mode in ('train', 'evaluate'):
+        evaluate(model, data, saved, config, process, request.scores, request.input)
+    elif process.rank == 0 and mode == 'generate':
+        generate(model, data, saved['path'], config, request.z_std, request.n_samples, request.output)
+    elif process.rank == 0 and mode == 'visualize':
+        visualize(model, data, saved['path'], config, process, request.vis_dims)
+    elif process.rank == 0:
+        check(model, data, config)
+    if process.rank == 0 and mode == 'train':
+        print(f'the model is {saved["path"]}: step {saved["step"]}, validation {objective_text(data, saved["loss"])}')
 
 
 def main(argv=None):
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        mode, given, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            start(args, process)
+            start(mode, given, request, process)
     except (UserError, OSError) as error:
         common, message = isinstance(error, UserError), str(error)      # common to all processes
     except torch.cuda.OutOfMemoryError:
         common, message = False, 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
     except KeyboardInterrupt:
-        common, message = True, 'interrupted; training goes on by --train --restore_file=RUN/checkpoint.pt'
+        common, message = True, 'interrupted'
     else:
         return
     if not common or int(os.environ.get('LOCAL_RANK', 0)) == 0:     # what is common is said once a machine

@@ -11,18 +11,19 @@ of shape (B,) is the log |det| of the Jacobian of the direction that was called,
 """
 import argparse
 import contextlib
-import hashlib
-import inspect
 import json
 import math
 import os
 import re
 import shutil
+import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,23 +36,24 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from datasets import IMAGE_DATASETS, UserError, draw_grid, load_images, load_photo, shift_randomly
-from datasets.files import new_folder, write_atomically
+from datasets import IMAGE_DATASETS, UserError, load_images, load_photo, save_grid, shift_randomly
+from datasets.files import digest, progress, write_atomically
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
+from datasets.runs import Options, claim, find_run, load_tensors, option, read_checkpoint, save_tensors, stop_signals
 
 
 # ---------------------------------------------------------------------------------------------------- config
 
 NAME = 'glow'
 N_DIMS = 3                          # of an input: (C, H, W)
-
-
-def option(group, default, text, low=0, high=math.inf):
-    return field(default=default, metadata=dict(group=group, help=text, low=low, high=high))
+SCORE, UNIT, ITEMS = 'bits_per_dim', 'bits/dim', 'images'
+MODES = {'train': 'train a new model, or go on with --resume or --restore_file', 'evaluate': 'bits/dim on the test split',
+         'generate': 'draw samples', 'visualize': 'edit the attributes of an image',
+         'check': 'error of the inverse on the test split, and the layer it comes from'}
 
 
 @dataclass
-class Config:
+class Config(Options):
     """What a run is. The command line sets it; the checkpoint keeps it as a plain dict, to rebuild the model from."""
     dataset: str = option('data', 'faces', ', '.join(IMAGE_DATASETS))
     data_dir: str = option('data', 'data', 'where the data lies, or is kept once drawn')
@@ -68,11 +70,33 @@ class Config:
     n_epochs_warmup: float = option('optimisation', 2., 'epochs over which the learning rate rises linearly from 0')
     batch_size: int = option('optimisation', 16, 'images a process', 1)
     batch_size_init: int = option('optimisation', 256, "images for actnorm's initialisation", 1)
-    lr: float = option('optimisation', 1e-3, "Adam's learning rate")
+    lr: float = option('optimisation', 1e-3, "Adam's learning rate", 0, 1e6)
     lr_decay: float = option('optimisation', 0., 'last share of the training over which it falls linearly to 0', 0, 1)
     grad_norm_clip: float = option('optimisation', 50., 'gradients are clipped at this norm')
     ema_decay: float = option('optimisation', 0.999, 'Polyak average, used for all but training; 0 turns it off', 0, 1)
     seed: int = option('optimisation', 0, 'of initialisation, shuffling, noise and samples', 0, 2**63 - 1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size % 2**(self.n_levels + 1):
+            raise UserError(f'image size {self.image_size} is not divisible by 2^(n_levels + 1) = {2**(self.n_levels + 1)}: '
+                            'lower --n_levels or change --image_size')
+
+
+@dataclass
+class Request(Options):
+    """What else the command line asks for, of this run of the program only."""
+    output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
+    restore_file: str = option('run', '', 'a checkpoint (default: of the newest run)')
+    resume: bool = option('run', False, 'go on with the newest run in output_dir if there is one, else start one')
+    max_skips: int = option('run', 20, 'steps in a row that are skipped, their gradients not being finite, before it stops')
+    detect_anomaly: bool = option('run', False, 'slow: name the operation that gave the first gradient that is not finite')
+    distributed: bool = option('run', False, 'accepted, but the launcher decides')
+    z_std: float = option('output', None, 'temperature (default: a grid of them)')
+    n_samples: int = option('output', 32, 'samples with --z_std', 1)
+    vis_attrs: list = option('output', None, 'attributes by index or name (default: all)')
+    vis_alphas: list = option('output', None, 'how far to go along them (default: -2,-1,0,1,2)')
+    vis_img: str = option('output', '', 'a photo of your own (default: the first test image)')
 
 
 # What a data set changes of the above. celeba and mnist: as the first PyTorch reimplementation trained them.
@@ -88,9 +112,12 @@ DEFAULTS = {
 }
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'},    # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed', 'bf16'}}                        # training goes on, and else
+GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimisation': 'optimisation',
+          'run': 'runs and processes (torchrun or torch.distributed.launch start them)', 'output': 'output'}
 VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
-CHECKPOINT = {'config': dict, 'input_dims': list, 'step': int, 'world_size': int, 'bits_per_dim': float, 'best': float,
-              'model': dict, 'average': dict, 'optimizer': dict}
+FIELDS, PARTS = ('step', 'bits_per_dim', 'best'), ('model', 'average', 'optimizer')       # of Training, in a checkpoint
+CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int, 'bits_per_dim': float,
+              'best': float, 'model': dict, 'average': dict, 'optimizer': dict}
 TEMPERATURES = (0., 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.)
 DZ_SCALE, DZ_IMAGES = 1.6, 30_000                       # attribute directions, as in the paper's demo
 S_MIN, LOG_STD_MAX = 0.5, 2.                            # bounds that keep the inverse of latents far out finite
@@ -360,20 +387,21 @@ class Glow(nn.Module):
         return log_normal(z) + logdet + logdet_bins
 
     @torch.no_grad()
-    def initialize(self, x, u=None):
-        """Data-dependent initialisation of every actnorm that has none yet, from uint8 images (sec. 3.1)"""
-        hooks = [module.register_forward_pre_hook(lambda module, inputs: module.initialize(inputs[0]))
-                 for module in self.modules() if hasattr(module, 'initialize') and module is not self]
-        self(self.dequantize(x, u)[0])
-        for hook in hooks:
-            hook.remove()
-
-    @torch.no_grad()
     def sample(self, n, z_std=1., generator=None):
         """-> n uint8 images (n, C, H, W), drawn at temperature z_std (sec. 6: the prior's deviation is scaled)"""
         device = self.levels[0][1][0].b.device
         z = z_std * torch.randn(n, math.prod(self.input_dims), generator=generator).to(device)
         return self.dequantize.inverse(self.inverse(z)[0])[0]
+
+
+@torch.no_grad()
+def initialize(model, x, u=None):
+    """Data-dependent initialisation of every actnorm that has none yet, from uint8 images (sec. 3.1)"""
+    hooks = [module.register_forward_pre_hook(lambda module, inputs: module.initialize(inputs[0]))
+             for module in model.modules() if hasattr(module, 'initialize')]
+    model(model.dequantize(x, u)[0])
+    for hook in hooks:
+        hook.remove()
 
 
 def log_normal(z):
@@ -401,16 +429,11 @@ def build_model(config, input_dims):
 
 # -------------------------------------------------------------------------------------- processes, checkpoints
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """This process among those of the launcher."""
     rank: int
     world_size: int
     device: torch.device
-
-    @property
-    def is_main(self):
-        return self.rank == 0
 
 
 @contextlib.contextmanager
@@ -427,90 +450,103 @@ def setup():
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=2))
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
     try:
         yield Process(rank, world_size, device)
+    except RuntimeError as error:       # Gloo's and NCCL's, when another process is gone
+        if world_size == 1 or not re.search('gloo|nccl|connection', str(error), re.IGNORECASE):
+            raise
+        raise ProcessLookupError(f'process {rank} on {socket.gethostname()} stops, having lost another one') from None
     finally:
         if world_size > 1:
             time.sleep(0.1)     # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
 
-def distribute(objective):
+def distribute(objective, process):
     """-> the objective, its gradients averaged over all processes; its buffers never change and are not sent"""
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'   # until torch 2.12
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True, **{sync_buffers: False})
+    if process.world_size == 1:
+        return objective
+    buffers = [name for name, _ in objective.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
-def of_main_process(function, process):
-    """-> what function() gives on the main process, on every process"""
-    values = [function() if process.is_main else None]
-    if process.world_size > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+def any_process(flag, process):
+    """Whether the flag is set on any of the processes"""
+    if process.world_size == 1:
+        return bool(flag)
+    flags = torch.tensor(float(bool(flag)), device=process.device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
 
 
-def newest_checkpoint(output_dir):
-    """-> path of the newest run's best.pt under output_dir, or of its checkpoint.pt where there is no best.pt yet"""
-    found = list(Path(output_dir).glob(f'{NAME}_*/checkpoint.pt'))
-    if not found:
-        raise UserError(f'no checkpoint of {NAME}.py under {output_dir}: train first (python {NAME}.py --train), '
-                        'or give --restore_file or --output_dir')
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    best = newest.with_name('best.pt')
-    return best if best.exists() else newest
+def require_agreement(run):
+    """Refuses to train processes together that start from different things, naming these"""
+    own = {'options': asdict(replace(run.config, data_dir='')), 'data': run.data.fingerprint,
+           'weights': digest('', (value.cpu() for value in run.model.state_dict().values())), 'step': run.step}
+    all_of_them = [own] * run.process.world_size
+    if run.process.world_size > 1:
+        dist.all_gather_object(all_of_them, own)
+    different = [name for name in own if any(other[name] != own[name] for other in all_of_them)]
+    if different:
+        raise UserError(f'the processes start from different {" and ".join(different)}')
+
+
+@contextlib.contextmanager
+def run_folder(config, request, process, saved):
+    """-> the folder of the run, a new one or its checkpoint's, the same for all processes"""
+    name = f'{NAME}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
+    folder = saved['path'].parent if saved else Path(request.output_dir) / name
+    main_only = claim(folder, saved is None) if process.rank == 0 else contextlib.nullcontext()
+    with main_only as folder:
+        folders = [folder]
+        if process.world_size > 1:
+            dist.broadcast_object_list(folders)
+        if process.rank == 0:
+            print(f'{folder}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
+        yield folders[0]
+
+
+def save(run, path):
+    """All that a run needs to go on and its model to be used, written by the main process"""
+    state = {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
+             'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
+             **{name: getattr(run, name).state_dict() for name in PARTS}}
+    if run.process.rank == 0:
+        save_tensors(path, state)
 
 
 def load_checkpoint(path):
-    """-> the checkpoint's dict, its config a Config. Only tensors and plain values are read, never a pickled object."""
-    if not Path(path).is_file():
-        raise UserError(f'{path}: no such checkpoint')
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:      # a damaged file fails in too many ways to list
-        raise UserError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
-                        f'and plain values ({type(error).__name__})') from None
-    if not isinstance(saved, dict) or saved.get('script') != f'{NAME}.py':
-        raise UserError(f'{path} is not a checkpoint of {NAME}.py')
-    if not is_sound(saved):
-        raise UserError(f'{path} is a checkpoint of {NAME}.py, but of another version or damaged')
-    return {**saved, 'config': Config(**saved['config']), 'path': path}
+    """-> the dict in a checkpoint, its config a Config, or UserError: nothing in the file is trusted"""
+    return read_checkpoint(path, f'{NAME}.py', CHECKPOINT, Config, N_DIMS, lambda *options: AveragedModel(build_model(*options)))
 
 
-def is_sound(saved):
-    """Whether a checkpoint has all its parts, each of its kind, and options within their bounds"""
-    config, dims = saved.get('config'), saved.get('input_dims')
-    return (all(isinstance(saved.get(key), kind) for key, kind in CHECKPOINT.items())
-            and config.keys() == {f.name for f in fields(Config)}
-            and all(type(config[f.name]) is f.type for f in fields(Config))
-            and all(f.metadata['low'] <= config[f.name] <= f.metadata['high'] for f in fields(Config) if f.type is not str)
-            and len(dims) == N_DIMS and all(type(n) is int and 0 < n < 2**16 for n in dims) and math.prod(dims) < 2**24)
-
-
-def load_state(into, saved, key):
-    try:
-        into.load_state_dict(saved[key])
-    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f'{saved["path"]}: its {key} and its options do not fit ({str(error).splitlines()[0]})') from None
+def find_checkpoint(mode, request, process):
+    """-> the checkpoint that --restore_file names, or the newest run's; None where training starts from nothing"""
+    goes_on = request.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    path = Path(request.restore_file) if request.restore_file else find_run(NAME, request.output_dir, mode == 'train', goes_on)
+    if path is None:
+        return None
+    saved, newest = load_checkpoint(path), path.with_name('checkpoint.pt')
+    if mode == 'train' and path != newest and newest.exists() and load_checkpoint(newest)['step'] > saved['step']:
+        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
+                        f'{path.name} to a folder of its own')
+    if process.rank == 0:
+        print(f'restored {path}: step {saved["step"]}, validation loss {saved[SCORE]:.4f} {UNIT}')
+        if mode == 'train' and saved['world_size'] != process.world_size:
+            print(f'note: the run had {saved["world_size"]} processes and now has {process.world_size}: the batch of a '
+                  'step, and how many steps make an epoch, change with them')
+    return saved
 
 
 def restore_model(saved, device):
     """-> the model with the averaged weights of a checkpoint, ready to evaluate and to sample"""
     average = AveragedModel(build_model(saved['config'], saved['input_dims']))
-    load_state(average, saved, 'average')
+    average.load_state_dict(saved['average'])
     return average.module.to(device).eval()
 
 
-def check_resume(path, saved, process):
-    """Refuses what would overwrite a later state of the run; says what other processes change"""
-    newest = path.with_name('checkpoint.pt')
-    if path.name != newest.name and newest.exists() and load_checkpoint(newest)['step'] > saved['step']:
-        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
-                        f'{path.name} to a folder of its own')
-    if process.is_main and saved['world_size'] != process.world_size:
-        print(f'note: the run had {saved["world_size"]} processes and now has {process.world_size}: the batch of a step, '
-              'and how many steps make an epoch, change with them')
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -551,13 +587,10 @@ def sample_rows(model, temperatures, n_columns, seed, device):
         z = z_std * eps.to(device)
         x, logdet = (torch.cat(parts) for parts in zip(*(model.inverse(z_some) for z_some in z.split(64))))
         order = (log_normal(z) - logdet).argsort(descending=True)
+        if not x.isfinite().all():
+            raise UserError(f'samples at temperature {z_std:g} are not finite: the model has diverged')
         rows.append(model.dequantize.inverse(x)[0][order].cpu().numpy())
     return rows
-
-
-def save_picture(picture, path):
-    write_atomically(path, lambda temporary: picture.save(temporary, format='png'))
-    tqdm.write(f'wrote {path}')
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -574,122 +607,142 @@ class Training:
     """What a run carries from step to step: weights, their average, the optimizer, and where it stands."""
     def __init__(self, config, data, process, saved=None):
         self.config, self.data, self.process = config, data, process
-        self.input_dims = data.train.images.shape[1:]
+        self.input_dims = list(data.train.images.shape[1:])
         self.model = build_model(config, self.input_dims).to(process.device)
         self.step, self.best, self.bits_per_dim = 0, math.inf, math.nan
+        self.n_skipped = self.skips_in_a_row = 0
         n = len(data.train.images)
+        self.steps_per_epoch = steps_per_epoch(n, config.batch_size, process.world_size)
+        self.validate_every = self.steps_per_epoch * math.ceil(VALIDATE_STEPS / self.steps_per_epoch)
+        self.n_steps = config.n_epochs * self.steps_per_epoch
         if saved is None:                                       # the same on every process, before the model is wrapped
             x = data.train.images[batch_index(n, min(n, config.batch_size_init), config.seed, step=0)]
             u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
-            self.model.initialize(torch.from_numpy(x).to(process.device), u.to(process.device))
+            initialize(self.model, torch.from_numpy(x).to(process.device), u.to(process.device))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         if saved is not None:
-            self.step, self.best, self.bits_per_dim = saved['step'], saved['best'], saved['bits_per_dim']
-            for name in ('model', 'average', 'optimizer'):
-                load_state(getattr(self, name), saved, name)
-        self.objective = BitsPerDim(self.model, data.n_values, config.bf16)
+            restore(self, saved)
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()        # steps of one shape share what was compiled for the first
-        if process.world_size > 1:
-            self.objective = distribute(self.objective)
-        self.steps_per_epoch = steps_per_epoch(n, config.batch_size, process.world_size)
-        self.n_steps = config.n_epochs * self.steps_per_epoch
+        self.objective = distribute(BitsPerDim(self.model, data.n_values, config.bf16), process)
+
+    @property
+    def last_step(self):
+        return self.n_steps
 
     def take_step(self):
         """-> bits/dim and gradient norm of one step, as tensors"""
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate(self.config, self.step, self.steps_per_epoch)
-        loss = self.objective(*training_batch(self.data, self.config, self.step, self.process))
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip)
-        self.optimizer.step()
-        self.average.update_parameters(self.model)
-        self.step += 1
-        return loss.detach(), norm
+        return update(self, self.objective(*training_batch(self.data, self.config, self.step, self.process)))
 
-    def save(self, path):
-        state = {'script': f'{NAME}.py', 'config': asdict(self.config), 'input_dims': list(self.input_dims),
-                 'step': self.step, 'world_size': self.process.world_size, 'bits_per_dim': self.bits_per_dim, 'best': self.best}
-        state.update({name: getattr(self, name).state_dict() for name in ('model', 'average', 'optimizer')})
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    def validate(self, run_dir):
+        """Bits/dim on the validation split with the averaged weights, the checkpoints, and a sample grid."""
+        model, images = self.average.module, self.data.validation.images
+        self.bits_per_dim, _ = bits_per_dim(model, images, self.data.n_values, 4 * self.config.batch_size, self.process)
+        keep(self, run_dir)
+        if self.process.rank == 0:
+            rows = sample_rows(model, (0., 0.25, 0.7, 1.), 8, self.config.seed, self.process.device)
+            save_grid(run_dir / f'samples_at_step_{self.step:06}.png', rows, ['T = 0', 'T = 0.25', 'T = 0.7', 'T = 1'])
+            tqdm.write(f'step {self.step}: validation {self.bits_per_dim:.4f} bits/dim')
 
-
-def validate(run, run_dir, writer):
-    """Bits/dim on the validation split with the averaged weights, a sample grid, and the checkpoints."""
-    model = run.average.module
-    run.bits_per_dim, _ = bits_per_dim(model, run.data.validation.images, run.data.n_values, 4 * run.config.batch_size,
-                                       run.process)
-    require_finite(run.bits_per_dim, run, run_dir)
-    is_best = run.bits_per_dim < run.best
-    run.best = min(run.best, run.bits_per_dim)
-    if run.process.is_main:
-        writer.add_scalar('bits_per_dim/validation', run.bits_per_dim, run.step)
-        rows = sample_rows(model, (0., 0.25, 0.7, 1.), 8, run.config.seed, run.process.device)
-        picture = draw_grid(rows, ['T = 0', 'T = 0.25', 'T = 0.7', 'T = 1'])
-        save_picture(picture, run_dir / f'samples_at_step_{run.step:06}.png')
-        run.save(run_dir / 'checkpoint.pt')
-        if is_best:
-            run.save(run_dir / 'best.pt')
-        tqdm.write(f'step {run.step}: validation {run.bits_per_dim:.4f} bits/dim')
+    def report(self, loss):
+        return f'{loss:.3f} bits/dim'
 
 
-def progress(*args, **options):
-    """tqdm, seldom updated where its output goes to a file"""
-    return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15, **options)
+def restore(run, saved):
+    """Sets a run to where it stood when it was saved"""
+    for name in FIELDS:
+        setattr(run, name, saved[name])
+    for name in PARTS:
+        getattr(run, name).load_state_dict(saved[name])
 
 
-def require_finite(value, run, run_dir):
-    if not math.isfinite(value):
-        raise UserError(f'training diverged by step {run.step}: the loss or gradients are not finite; lower --lr, or go on '
-                        f'from a checkpoint before it, if there is one in {run_dir}')
+def update(run, loss):
+    """One step of the optimizer -> loss, gradient norm. Where these are not finite, no process changes its weights."""
+    run.optimizer.zero_grad()
+    loss.backward(torch.where(loss.isfinite(), 1., math.nan))       # NaN is in the gradients then, and reaches the others
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_norm_clip)
+    run.skips_in_a_row = 0 if norm.isfinite() else run.skips_in_a_row + 1
+    run.n_skipped += run.skips_in_a_row > 0
+    if not run.skips_in_a_row:
+        run.optimizer.step()
+        run.average.update_parameters(run.model)
+    run.step += 1
+    return loss.detach(), norm
 
 
-def train(data, config, process, run_dir, saved=None):
-    """Train until config.n_epochs, from a checkpoint's dict if there is one; leaves checkpoint.pt and best.pt"""
-    run = Training(config, data, process, saved)
-    if not (run_dir / 'best.pt').exists():
-        run.best = math.inf
-    writer = SummaryWriter(str(run_dir), write_to_disk=process.is_main)
-    validate_every = run.steps_per_epoch * math.ceil(VALIDATE_STEPS / run.steps_per_epoch)
-    per_step = config.batch_size * process.world_size
-    if process.is_main:
-        print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.n_steps:,} steps')
-    with progress(total=run.n_steps, initial=run.step, disable=not process.is_main, unit='step') as bar:
-        start, start_step = time.perf_counter(), run.step
-        while run.step < run.n_steps:
-            loss, norm = run.take_step()
-            bar.update()
-            if run.step % LOG_STEPS == 0:
-                loss, norm = loss.item(), norm.item()
-                require_finite(loss + norm, run, run_dir)
-                speed = (run.step - start_step) * per_step / (time.perf_counter() - start)
-                bar.set_postfix_str(f'{loss:.3f} bits/dim, {speed:.0f} images/s', refresh=False)
-                for name, value in (('bits_per_dim/train', loss), ('gradient_norm', norm), ('images_per_s', speed),
-                                    ('lr', run.optimizer.param_groups[0]['lr'])):
-                    writer.add_scalar(name, value, run.step)
-            if run.step % validate_every == 0 or run.step == run.n_steps:
-                validate(run, run_dir, writer)
-            elif run.step % SAVE_STEPS == 0 and process.is_main:
-                run.save(run_dir / 'checkpoint.pt')
-    writer.close()
-    if process.world_size > 1:
-        dist.barrier()          # the others read best.pt next
+def keep(run, run_dir):
+    """Writes best.pt if the validation score is the best so far, and checkpoint.pt after it: a run that is killed between
+    the two comes to the same best.pt again."""
+    score = getattr(run, SCORE)
+    if not math.isfinite(score):
+        raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
+    is_best, run.best = score < run.best, min(score, run.best)
+    for name in ('best.pt', 'checkpoint.pt') if is_best else ('checkpoint.pt',):
+        save(run, run_dir / name)
+
+
+def train(data, config, request, process, saved=None):
+    """Train to the end, from a checkpoint's dict if there is one; leaves checkpoint.pt, the last state, and best.pt
+    -> the best one's dict, or None where a signal ended it before"""
+    torch.autograd.set_detect_anomaly(request.detect_anomaly)
+    with run_folder(config, request, process, saved) as run_dir, stop_signals() as signals:
+        run = Training(config, data, process, saved)
+        require_agreement(run)
+        if saved is None:
+            save(run, run_dir / 'checkpoint.pt')
+        if not (run_dir / 'best.pt').exists():
+            run.best = math.inf
+        writer = SummaryWriter(str(run_dir), purge_step=run.step + 1, write_to_disk=process.rank == 0)
+        if process.rank == 0:
+            print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
+        with progress(total=run.n_steps, initial=run.step, disable=process.rank > 0, unit='step') as bar:
+            begin, first = time.perf_counter(), run.step
+            while run.step < run.last_step and not any_process(signals, process):
+                loss, norm = run.take_step()
+                bar.update()
+                lr = run.optimizer.param_groups[0]['lr']
+                if run.skips_in_a_row > request.max_skips:
+                    raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss or its gradients '
+                                    f'had not been finite for {run.skips_in_a_row} steps; lower --lr; the last checkpoint is '
+                                    f'{run_dir / "checkpoint.pt"}')
+                if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
+                    speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
+                    bar.set_postfix_str(f'{run.report(loss)}, {speed:.0f} {ITEMS}/s', refresh=False)
+                    for name, value in ((f'{SCORE}/train', loss.item()), ('gradient_norm', norm.item()),
+                                        (f'{ITEMS}_per_s', speed), ('lr', lr), ('steps_skipped', run.n_skipped)):
+                        writer.add_scalar(name, value, run.step)
+                if run.step % run.validate_every == 0 or run.step == run.last_step:
+                    run.validate(run_dir)
+                    writer.add_scalar(f'{SCORE}/validation', getattr(run, SCORE), run.step)
+                elif run.step % SAVE_STEPS == 0:
+                    save(run, run_dir / 'checkpoint.pt')
+        writer.close()
+        if run.step < run.last_step:
+            save(run, run_dir / 'checkpoint.pt')
+            if process.rank == 0:
+                print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
+                      f'python {NAME}.py --train --restore_file={run_dir / "checkpoint.pt"}')
+            return None
+        any_process(False, process)         # the main process has written best.pt
+        return load_checkpoint(run_dir / 'best.pt')
 
 
 # ----------------------------------------------------------------------------------------------------- modes
 
-def evaluate(model, data, saved, path, config, process):
+def evaluate(model, data, saved, config, process):
     """Bits/dim on the whole test split: printed, and kept as results.json beside the checkpoint."""
     mean, error = bits_per_dim(model, data.test.images, data.n_values, 4 * config.batch_size, process)
-    if process.is_main:
+    if process.rank == 0:
         results = {'bits_per_dim': mean, 'two_standard_errors': error, 'n_images': len(data.test.images),
                    'values_per_image': data.n_values, 'n_bits': config.n_bits, 'dataset': config.dataset,
-                   'step': saved['step'], 'checkpoint': path.name,
+                   'step': saved['step'], 'checkpoint': saved['path'].name,
                    'bf16': torch.is_autocast_enabled(process.device.type)}
-        write_atomically(path.with_name('results.json'), lambda f: f.write_text(json.dumps(results, indent=2) + '\n'))
+        path = saved['path'].with_name('results.json')
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(results, indent=2) + '\n'))
         print(f'{config.dataset} test: {mean:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
               f'({len(data.test.images)} images, two standard errors)')
 
@@ -702,7 +755,7 @@ def generate(model, path, config, device, z_std, n_samples):
         samples = sample_rows(model, [z_std], n_samples, config.seed, device)[0]
         rows, labels = [samples[i:i + 8] for i in range(0, n_samples, 8)], ()
     name = 'range' if z_std is None else f'{z_std:g}'
-    save_picture(draw_grid(rows, labels), path.with_name(f'generated_samples_at_z_std_{name}.png'))
+    save_grid(path.with_name(f'generated_samples_at_z_std_{name}.png'), rows, labels)
 
 
 @torch.no_grad()
@@ -723,13 +776,11 @@ def attribute_directions(model, data, path, config, device):
 
     NaN where an attribute has no positives or no negatives. Kept beside the checkpoint under a key of its content.
     """
-    bf16 = torch.is_autocast_enabled(device.type)
-    digest = hashlib.sha256(f'{data.fingerprint} {DZ_IMAGES} {DZ_SCALE} {bf16}'.encode())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    cache = path.with_name(f'attribute_directions_{digest.hexdigest()[:16]}.pt')
-    with contextlib.suppress(Exception):        # none, or damaged: computed again
-        return torch.load(cache, weights_only=True)
+    key = digest([data.fingerprint, DZ_IMAGES, DZ_SCALE, torch.is_autocast_enabled(device.type)],
+                 (value.cpu() for value in model.state_dict().values()))
+    cache = path.with_name(f'attribute_directions_{key}.pt')
+    with contextlib.suppress(UserError):        # none, or damaged: computed again
+        return load_tensors(cache)
     images, attributes = data.train.images[:DZ_IMAGES], torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
     sums = torch.zeros(2, attributes.shape[1], math.prod(images.shape[1:]), dtype=torch.float64)
     for i in progress(range(0, len(images), 4 * config.batch_size), 'encoding training images'):
@@ -739,7 +790,7 @@ def attribute_directions(model, data, path, config, device):
     count = attributes.sum(0)
     means = sums / torch.stack([count, len(images) - count])[..., None]
     dz = DZ_SCALE * (means[0] - means[1]).float()
-    write_atomically(cache, lambda temporary: torch.save(dz, temporary))
+    save_tensors(cache, dz)
     return dz
 
 
@@ -754,16 +805,39 @@ def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img)
     for i in chosen:
         if not varies[i]:
             raise UserError(f'attribute {i} ({names[i]}) is the same in all training images: it cannot be edited')
+    try:
+        alphas = [float(word) for word in vis_alphas or ('-2', '-1', '0', '1', '2')]
+    except ValueError:
+        raise UserError(f'--vis_alphas takes numbers, not {" ".join(vis_alphas)}') from None
     image = load_photo(vis_img, config.dataset, config.image_size) if vis_img else data.test.images[0]
     dz = attribute_directions(model, data, path, config, device)
     z = encode(model, image[None], device)
-    alphas = torch.tensor(vis_alphas, device=device)[:, None]
-    rows = [decode(model, z + alphas * dz[i].to(device)) for i in chosen]
+    rows = [decode(model, z + torch.tensor(alphas, device=device)[:, None] * dz[i].to(device)) for i in chosen]
     labels = [names[i] if names[i] == str(i) else f'{i} {names[i]}' for i in chosen]
-    picture = draw_grid(rows, labels, [f'{alpha:+g}' if alpha else 'unchanged' for alpha in vis_alphas])
     attrs = ','.join(str(i) for i in chosen) if vis_attrs else 'all'
     source = f'img_{Path(vis_img).stem}' if vis_img else 'sample'
-    save_picture(picture, path.with_name(f'manipulated_{source}_attr_{attrs}.png'))
+    save_grid(path.with_name(f'manipulated_{source}_attr_{attrs}.png'), rows, labels,
+              [f'{alpha:+g}' if alpha else 'unchanged' for alpha in alphas])
+
+
+@torch.no_grad()
+def check(model, data, config, device):
+    """Largest error of inverse(forward(x)) on the test split: of the whole flow in bins, and of the layer with the most"""
+    errors = {}
+
+    def compare(name, layer, inputs, output):
+        error = (layer.inverse(output[0])[0] - inputs[0]).abs().max().nan_to_num(math.inf).item()
+        errors[name] = max(error, errors.get(name, 0.))
+
+    for name, layer in model.named_modules():
+        if hasattr(layer, 'inverse') and not isinstance(layer, (Sequence, Dequantize)):
+            layer.register_forward_hook(partial(compare, name))
+    for i in progress(range(0, len(data.test.images), 4 * config.batch_size), 'decoding test images'):
+        encode(model, data.test.images[i:i + 4 * config.batch_size], device)
+    bins = errors.pop('') * 2**config.n_bits
+    worst = max(errors, key=errors.get)
+    print(f'{config.dataset} test: all {len(data.test.images)} images come back within {bins:.2g} bins'
+          f'{"" if bins < 0.5 else ", which is NOT to the same bin"}; worst layer: {worst} ({type(model.get_submodule(worst)).__name__}), {errors[worst]:.2g}')
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -773,121 +847,77 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (see python {NAME}.py --help)')
 
 
-def number(kind, low=0, high=math.inf):
-    """-> argparse type: a finite number of that kind between low and high"""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f'{text} is outside {low}..{high}')
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def parse_args(argv):
+    """-> the mode, the options of Config that were given, and a Request"""
     parser = Parser(prog=f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    group = parser.add_argument_group('mode, one of')
-    mode = group.add_mutually_exclusive_group(required=True)
-    for name, text in (('train', 'train a new model, or go on with --restore_file'), ('evaluate', 'bits/dim on the test split'),
-                       ('generate', 'draw samples'), ('visualize', 'edit the attributes of an image')):
-        mode.add_argument(f'--{name}', action='store_true', help=text)
-
-    groups = {f.metadata['group']: parser.add_argument_group(f'{f.metadata["group"]} (a checkpoint knows its own)')
-              for f in fields(Config)}
-    for f in fields(Config):
+    modes = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
+    for mode, text in MODES.items():
+        modes.add_argument(f'--{mode}', action='store_const', const=mode, dest='mode', help=text)
+    groups = {name: parser.add_argument_group(text) for name, text in GROUPS.items()}
+    for f in (*fields(Config), *fields(Request)):
         how = dict(action='store_true', default=None) if f.type is bool else dict(
-            metavar='X', type=str if f.type is str else number(f.type, f.metadata['low'], f.metadata['high']))
+            metavar='X', **(dict(nargs='+') if f.type is list else dict(type=f.type)))
         groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
-
-    group = parser.add_argument_group('processes (torchrun or torch.distributed.launch start them), output')
-    group.add_argument('--distributed', action='store_true', help='accepted, but the launcher decides')
-    group.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-    group.add_argument('--output_dir', default='results', metavar='DIR', help='a run gets a folder of its own in it')
-    group.add_argument('--restore_file', metavar='FILE', help='a checkpoint (default: of the newest run)')
-    group.add_argument('--z_std', type=number(float), metavar='T', help='temperature (default: a grid of them)')
-    group.add_argument('--n_samples', type=number(int, 1), default=32, metavar='N', help='samples with --z_std')
-    group.add_argument('--vis_attrs', nargs='+', metavar='A', help='attributes by index or name (default: all)')
-    group.add_argument('--vis_alphas', nargs='+', default=['-2,-1,0,1,2'], metavar='X', help='how far to go along them')
-    group.add_argument('--vis_img', metavar='FILE', help='a photo of your own (default: the first test image)')
-
+    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
     # a leading space keeps a list such as -2,-1,0 from being taken for an option
     args = parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv])
-    split = lambda words, at: [word.strip() for text in words for word in re.split(at, text.strip()) if word.strip()]
-    args.vis_attrs = args.vis_attrs and split(args.vis_attrs, ',')          # names may have spaces in them
-    words = split(args.vis_alphas, r'[,\s]+')
-    try:
-        args.vis_alphas = [number(float, -1e3, 1e3)(word) for word in words or ['none']]
-    except (ValueError, argparse.ArgumentTypeError):
-        parser.error(f'--vis_alphas takes numbers from -1000 to 1000, not {" ".join(words) or "none"}')
-    return args
+    given = {f.name: getattr(args, f.name) for f in (*fields(Config), *fields(Request)) if getattr(args, f.name) is not None}
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = [word.strip() for word in ','.join(value).split(',') if word.strip()]
+    request = Request(**{f.name: given.pop(f.name) for f in fields(Request) if f.name in given})
+    return args.mode, given, request
 
 
-def choose_config(args, saved, path):
+def choose_config(mode, given, saved):
     """The options that were given over those of the checkpoint or, without one, over the data set's defaults."""
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
     if saved is None:
-        name = given.get('dataset', Config.dataset)
-        if name not in DEFAULTS:
-            raise UserError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
-        config = Config(**{**DEFAULTS[name], **given})
-        if config.image_size % 2**(config.n_levels + 1):
-            raise UserError(f'image size {config.image_size} is not divisible by 2^(n_levels + 1) = '
-                            f'{2**(config.n_levels + 1)}: lower --n_levels or change --image_size')
-        return config
-    for name in given.keys() - MAY_CHANGE[args.train]:
+        return Config(**{**DEFAULTS.get(given.get('dataset', Config.dataset), {}), **given})
+    for name in given.keys() - MAY_CHANGE[mode == 'train']:
         if given[name] != getattr(saved['config'], name):
-            raise UserError(f'--{name}={given[name]} contradicts the checkpoint {path}, '
+            raise UserError(f'--{name}={given[name]} contradicts the checkpoint {saved["path"]}, '
                             f'which has {name}={getattr(saved["config"], name)}')
-    return Config(**{**asdict(saved['config']), **given})
+    return replace(saved['config'], **given)
 
 
-def start(args, process):
-    saved, path = None, None
-    if args.restore_file or not args.train:
-        path = Path(args.restore_file) if args.restore_file else newest_checkpoint(args.output_dir)
-        saved = load_checkpoint(path)
-        if process.is_main:
-            print(f'restored {path}: step {saved["step"]}, validation {saved["bits_per_dim"]:.4f} bits/dim')
-    config = choose_config(args, saved, path)
-    if args.train and config.compile and not shutil.which(os.environ.get('CXX', 'g++')):
+
+def start(mode, given, request, process):
+    saved = find_checkpoint(mode, request, process)
+    config = choose_config(mode, given, saved)
+    if mode == 'train' and config.compile and not shutil.which(os.environ.get('CXX', 'g++')):
         raise UserError('--compile needs a C++ compiler: install g++, or name yours in the environment variable CXX')
-    if not args.generate:
-        data = load_images(config.dataset, config.data_dir, config.image_size)
-    if args.train:
-        if path:
-            check_resume(path, saved, process)
-        name = f'{NAME}_{config.dataset}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
-        run_dir = path.parent if path else of_main_process(lambda: new_folder(Path(args.output_dir) / name), process)
-        if process.is_main:
-            print(f'{run_dir}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
-        train(data, config, process, run_dir, saved)
-        path = run_dir / 'best.pt'
-        saved = load_checkpoint(path)
-    model = restore_model(saved, process.device)
-    bf16 = bool(args.bf16) and not args.train           # what was trained in bf16 is evaluated in it only when asked
-    with torch.autocast(process.device.type, torch.bfloat16, enabled=bf16):
-        if args.train or args.evaluate:
-            evaluate(model, data, saved, path, config, process)
-            if process.is_main and args.train:
-                print(f'the model is {path}; sample grids lie beside it')
-        elif process.is_main and args.generate:
-            generate(model, path, config, process.device, args.z_std, args.n_samples)
-        elif process.is_main:
-            visualize(model, data, path, config, process.device, args.vis_attrs, args.vis_alphas, args.vis_img)
+    data = None if mode == 'generate' else load_images(config.dataset, config.data_dir, config.image_size)
+    if mode == 'train':
+        saved = train(data, config, request, process, saved)
+        if saved is None:
+            return
+    model, path, device = restore_model(saved, process.device), saved['path'], process.device
+    bf16 = mode != 'train' and given.get('bf16', False)     # what was trained in bf16 is evaluated in it only when asked
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        if mode in ('train', 'evaluate'):
+            evaluate(model, data, saved, config, process)
+        elif process.rank == 0 and mode == 'generate':
+            generate(model, path, config, device, request.z_std, request.n_samples)
+        elif process.rank == 0 and mode == 'visualize':
+            visualize(model, data, path, config, device, request.vis_attrs, request.vis_alphas, request.vis_img)
+        elif process.rank == 0:
+            check(model, data, config, device)
+    if process.rank == 0 and mode == 'train':
+        print(f'the model is {path}; sample grids lie beside it')
 
 
 def main(argv=None):
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        mode, given, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            start(args, process)
+            start(mode, given, request, process)
     except (UserError, OSError) as error:
         common, message = isinstance(error, UserError), str(error)      # common to all processes
     except torch.cuda.OutOfMemoryError:
         common, message = False, 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
     except KeyboardInterrupt:
-        common, message = True, 'interrupted; training goes on by --train --restore_file=RUN/checkpoint.pt'
+        common, message = True, 'interrupted'
     else:
         return
     if not common or int(os.environ.get('LOCAL_RANK', 0)) == 0:     # what is common is said once a machine

@@ -47,7 +47,7 @@ def work(n_steps):
     with glow.setup() as process:
         run = glow.Training(config, ImageData(part, part, part, (), images[0].size, 0, ''), process)
         times = [seconds_of(run.take_step, process.device) for _ in range(n_steps + 2)][2:]
-        if process.is_main:
+        if process.rank == 0:
             print(json.dumps({'seconds': float(np.median(times)), 'batch': config.batch_size,
                               'parameters': sum(p.numel() for p in run.model.parameters())}))
 

@@ -2,9 +2,12 @@
 import textwrap
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from .images import draw_grid
+
+rcParams['text.parse_math'] = False         # a column's name is its name, with whatever dollars there are in it
 
 
 def draw_planes(panels, columns, extent):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -43,8 +44,12 @@ def stamp(path):
     return [f'{path.parent.name}/{path.name}', status.st_size, status.st_mtime_ns]
 
 
-def digest(source):
-    return hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
+def digest(source, arrays=()):
+    """-> hexadecimal digest of plain values and of arrays"""
+    content = hashlib.sha256(json.dumps(source).encode())
+    for array in arrays:
+        content.update(np.ascontiguousarray(array))
+    return content.hexdigest()[:16]
 
 
 def cached(data_dir, name, source, make):
@@ -77,12 +82,15 @@ def cached(data_dir, name, source, make):
 
 
 @contextlib.contextmanager
-def alone(path, other):
-    """Holds a lock file, for which it waits, saying what the other does; the system frees it when its holder dies"""
+def alone(path, other, wait=True):
+    """Holds a lock file, which the system frees when its holder dies. Where another holds it, says what that one does and
+    waits, or raises UserError."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not wait:
+            raise UserError(f'{other}: wait until it is done, or stop it') from None
         print(f'{other}: waiting until it is done', file=sys.stderr)
         lock.acquire()
     try:
@@ -92,13 +100,31 @@ def alone(path, other):
 
 
 def write_atomically(path, write):
-    """write(file name) to a temporary file that takes its final name only when it is whole"""
+    """write(file name) to a temporary file that takes its final name only when it is whole and on the disk"""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         write(temporary)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Waits until a file, or the names in a folder, are on the disk"""
+    if path.is_dir() and os.name != 'posix':
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def progress(*args, **options):
+    """tqdm, seldom updated where its output goes to a file"""
+    return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15, **options)
 
 
 def new_folder(path):

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from .faces import ATTRIBUTES, draw_faces, face_attributes
-from .files import UserError, cached, digest, find, index_of, stamp
+from .files import UserError, cached, digest, find, index_of, stamp, write_atomically
 from .pickles import read_pickle, value
 
 IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', 'celeba', 'folder')
@@ -109,6 +109,11 @@ def seeded_parts(n, where):
         raise UserError(f'{where} has {n} images: at least 10 are needed for a split into train, validation and test')
     order = np.random.default_rng(0).permutation(n)
     return [np.sort(part) for part in np.split(order, [n - 2 * (n // 10), n - n // 10])]
+
+
+def save_grid(path, *grid):
+    write_atomically(path, lambda temporary: draw_grid(*grid).save(temporary, format='png'))
+    tqdm.write(f'wrote {path}')
 
 
 def draw_grid(rows, row_labels=(), column_labels=()):

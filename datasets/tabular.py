@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from .files import UserError, cached, find, index_of, stamp
+from .files import UserError, cached, digest, find, index_of, stamp
 from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, log_normaliser
 
@@ -57,6 +57,11 @@ class Rows:
     test_index: np.ndarray = None   # which rows of the table are its test split
     notes: tuple = ()
     steps: object = 0.              # (D,) over which discrete columns are spread; 0 where they are not
+
+    @property
+    def fingerprint(self):
+        """Digest that differs where other rows were read, or in other units"""
+        return digest([self.columns, self.mean.tolist(), self.std.tolist()], [self.validation])
 
     def column_index(self, text):
         """'2' or a column's name -> 2; raises UserError with the nearest names"""
@@ -189,6 +194,9 @@ def read_numbers(path):
         values, columns = readers[path.suffix](path)
     except (OSError, ValueError, EOFError, UnicodeDecodeError, pd.errors.ParserError, csv.Error) as error:
         raise UserError(f'{path} cannot be read as a table: {str(error).splitlines()[0]}') from None
+    for name in columns:
+        if not name.isprintable():
+            raise UserError(f'{path}: the column name {name!r} is no printable text')
     return values, columns
 
 

@@ -282,7 +282,8 @@ def test_temperature_of_samples():
 
 
 def test_plumbing_is_the_same_text_in_both_scripts():
-    names = ('option', 'Sequence', 'log_normal', 'Process', 'setup', 'distribute', 'of_main_process',
-             'newest_checkpoint', 'load_checkpoint', 'is_sound', 'load_state', 'restore_model', 'check_resume', 'progress', 'require_finite', 'Parser', 'number', 'main')
+    names = ('Sequence', 'log_normal', 'Process', 'setup', 'distribute', 'any_process', 'require_agreement', 'run_folder', 'save',
+             'load_checkpoint', 'find_checkpoint', 'restore_model', 'restore', 'update', 'keep', 'train', 'Parser', 'parse_args',
+             'choose_config', 'main')
     for name in names:
         assert inspect.getsource(getattr(glow, name)) == inspect.getsource(getattr(bnaf, name)), name

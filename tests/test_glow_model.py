@@ -131,7 +131,7 @@ def test_probabilities_of_all_images_sum_to_at_most_one():
     model = tiny_glow(n_bits=1, width=4)
     images = torch.tensor(list(itertools.product((0, 255), repeat=16)), dtype=torch.uint8).reshape(-1, 1, 4, 4)
     generator = torch.Generator().manual_seed(0)
-    model.initialize(images[torch.randperm(len(images), generator=generator)[:512]])
+    glow.initialize(model, images[torch.randperm(len(images), generator=generator)[:512]])
     perturbed(model, 0.01)
     with torch.no_grad():
         u = torch.rand(images.shape, dtype=torch.float64, generator=generator)
@@ -158,7 +158,7 @@ def test_initialisation():
     seen = []
     u = torch.rand(x.shape)
     u[:, 0] = 0.5
-    model.initialize(x, u)
+    glow.initialize(model, x, u)
     for module in model.modules():
         if isinstance(module, glow.Actnorm):
             assert module.initialized
@@ -175,19 +175,19 @@ def test_initialisation():
 def test_initialised_once_and_never_after_a_reload():
     model = tiny_glow()
     assert not any(m.initialized for m in model.modules() if type(m) is glow.Actnorm)
-    model.initialize(random_images(16, 1, 4, 4))
+    glow.initialize(model, random_images(16, 1, 4, 4))
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     other = tiny_glow()
     other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    other.initialize(random_images(16, 1, 4, 4, seed=1))
+    glow.initialize(other, random_images(16, 1, 4, 4, seed=1))
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
 
 
 def test_the_last_prior_is_not_initialised_from_data():
     model = tiny_glow()
-    model.initialize(random_images(16, 1, 4, 4))
+    glow.initialize(model, random_images(16, 1, 4, 4))
     prior = model.levels[-1][-1]
     assert isinstance(prior, glow.Gaussianize) and not prior.b.any() and not prior.log_s.any()
 

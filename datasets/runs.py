@@ -1,0 +1,124 @@
+"""Runs as they lie on the disk: their options, folders and checkpoints, whole or not there, and none of them trusted."""
+import contextlib
+import math
+import signal
+import zipfile
+from dataclasses import field, fields
+from pathlib import Path
+
+import torch
+
+from .files import UserError, alone, new_folder, write_atomically
+
+
+def option(group, default, text, low=0, high=math.inf):
+    """-> a field of Options, its bounds included in what it may be"""
+    return field(default=default, metadata=dict(group=group, help=text, low=low, high=high))
+
+
+class Options:
+    """A dataclass whose values are of their fields' types and within their bounds, wherever they come from."""
+    def __post_init__(self):
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata['low'], f.metadata['high']
+            fits = type(value) is f.type and (value.isprintable() if f.type is str else
+                                              f.type is list or low <= value <= high and value < math.inf)
+            if not fits and value is not f.default:
+                raise UserError(f'--{f.name}={value!r} is outside {low}..{high}' if f.type in (int, float) else
+                                f'--{f.name}={value!r} is no printable text or of another type')
+
+
+@contextlib.contextmanager
+def claim(folder, is_new):
+    """-> the folder, or a new one of a name like it, held against other trainings until the end"""
+    folder = new_folder(folder) if is_new else folder
+    with alone(folder / '.lock', f'another process trains in {folder}', wait=False):
+        for stale in folder.glob('.*.pt.*'):        # of a process that was killed while it wrote
+            stale.unlink()
+        yield folder
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """-> list of the names of SIGTERM and SIGINT as they come: they end nothing, so that a step can be finished and saved"""
+    seen = []
+    before = {number: signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
+              for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def find_run(script, output_dir, is_to_train, goes_on):
+    """-> checkpoint.pt of the newest run, or its best.pt if it is to be used; None where a new run is to start"""
+    found = Path(output_dir).glob(f'{script}_*/checkpoint.pt')
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if is_to_train:
+        return newest if goes_on else None
+    if newest is None:
+        raise UserError(f'no checkpoint of {script}.py under {output_dir}: train first (python {script}.py --train), '
+                        'or give --restore_file or --output_dir')
+    best = newest.with_name('best.pt')
+    return best if best.exists() else newest
+
+
+def save_tensors(path, content):
+    """torch.save, atomically; UserError where it cannot write"""
+    try:
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+    except (OSError, RuntimeError) as error:        # torch says so when it cannot write
+        raise UserError(f'{path} cannot be written and is as it was: {str(error).splitlines()[0]}') from None
+
+
+def load_tensors(path):
+    """-> what save_tensors wrote: tensors and plain values, never a pickled object. UserError where it is damaged."""
+    if not Path(path).is_file():
+        raise UserError(f'{path}: no such checkpoint')
+    try:
+        with zipfile.ZipFile(path) as parts:        # stored as they are, so that nothing small unfolds to something huge
+            if parts.testzip() or any(part.compress_type for part in parts.infolist()):
+                raise zipfile.BadZipFile
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:      # a damaged file fails in too many ways to list
+        raise UserError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
+                        f'and plain values ({type(error).__name__})') from None
+
+
+def matches(value, form):
+    """Whether a value is of the type that form is or, form being a dict or a list of one, holds what matches that"""
+    if isinstance(form, dict):
+        return type(value) is dict and value.keys() == form.keys() and all(matches(value[key], form[key]) for key in form)
+    if isinstance(form, list):
+        return type(value) is list and all(matches(item, form[0]) for item in value)
+    return isinstance(value, form) if form is dict else type(value) is form
+
+
+def read_checkpoint(path, script, form, Config, n_dims, build):
+    """-> the dict in a script's checkpoint, its config a Config. UserError unless it has all its parts and no others, as
+    form has them, with an input of n_dims, finite weights, and the shapes of the model that build(config, input_dims)
+    makes of its options, which are found out without taking memory."""
+    saved = load_tensors(path)
+    if not isinstance(saved, dict) or saved.get('script') != script:
+        raise UserError(f'{path} is not a checkpoint of {script}')
+    try:
+        if not matches(saved, form):
+            raise ValueError('parts are missing, unknown or of another type')
+        config, dims = Config(**saved['config']), saved['input_dims']
+        if len(dims) != n_dims or not all(type(n) is int and 0 < n < 2**16 for n in dims) or math.prod(dims) >= 2**24:
+            raise ValueError(f'its input_dims are {dims}')
+        with torch.device('meta'):
+            average = build(config, dims)
+        average.module.load_state_dict(dict(saved['model']), assign=True)       # copies, as torch notes in what it is given
+        average.load_state_dict(dict(saved['average']), assign=True)            # that it is to be assigned ever after
+        optimizer = torch.optim.Adam(average.module.parameters())
+        optimizer.load_state_dict(saved['optimizer'])
+        if any(value.shape not in ((), p.shape) for p, state in optimizer.state.items() for value in state.values()):
+            raise ValueError("its optimizer's state has other shapes than its weights")
+        if not all(value.isfinite().all() for part in ('model', 'average') for value in saved[part].values()):
+            raise ValueError('its weights are not finite')
+        return {**saved, 'config': config, 'path': Path(path)}
+    except Exception as error:      # likewise
+        reason = ' '.join(str(error).split())
+        raise UserError(f'{path} is a checkpoint of another version of {script}, or damaged: {reason[:200]}') from None
