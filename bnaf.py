@@ -533,8 +533,6 @@ def restore_model(saved, device):
     return average.module.to(device).eval()
 
 
-
-
 # ------------------------------------------------------------------------------------------------------ data
 
 def training_batch(data, config, step, process):
@@ -606,15 +604,14 @@ class Training:
         beta = min(1., 0.01 + self.step / max(1., self.n_annealing))
         return update(self, self.objective(batch if self.rows is None else self.rows[batch], beta))
 
-    def validate(self, run_dir):
-        """The objective on the validation split with the averaged weights, the learning rate, and the checkpoints."""
+    def validate(self):
+        """The objective on the validation split with the averaged weights, and the learning rate that follows from it"""
         self.loss, _ = mean_loss(Objective(self.average.module, self.data), self.data.validation, self.process)
         self.scheduler.step(self.loss)
         self.best_step = self.step if self.loss < self.best else self.best_step
-        keep(self, run_dir)
 
-    def report(self, loss):
-        return f'loss {loss:.3f}' + (f', validation {objective_text(self.data, self.loss)}' if math.isfinite(self.loss) else '')
+    def show(self, run_dir):
+        """Nothing is drawn while it trains"""
 
 
 def restore(run, saved):
@@ -640,12 +637,9 @@ def update(run, loss):
 
 
 def keep(run, run_dir):
-    """Writes best.pt if the validation score is the best so far, and checkpoint.pt after it: a run that is killed between
+    """Writes best.pt if this is the best validation score so far, and checkpoint.pt after it: a run that is killed between
     the two comes to the same best.pt again."""
-    score = getattr(run, SCORE)
-    if not math.isfinite(score):
-        raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
-    is_best, run.best = score < run.best, min(score, run.best)
+    is_best, run.best = getattr(run, SCORE) < run.best, min(getattr(run, SCORE), run.best)
     for name in ('best.pt', 'checkpoint.pt') if is_best else ('checkpoint.pt',):
         save(run, run_dir / name)
 
@@ -676,14 +670,21 @@ def train(data, config, request, process, saved=None):
                                     f'{run_dir / "checkpoint.pt"}')
                 if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
                     speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
-                    bar.set_postfix_str(f'{run.report(loss)}, {speed:.0f} {ITEMS}/s', refresh=False)
+                    validation = f' (validation: {getattr(run, SCORE):.3f})' if run.best < math.inf else ''
+                    bar.set_postfix_str(f'{loss:.3f} {UNIT}{validation}, {speed:.0f} {ITEMS}/s', refresh=False)
                     for name, value in ((f'{SCORE}/train', loss.item()), ('gradient_norm', norm.item()),
                                         (f'{ITEMS}_per_s', speed), ('lr', lr), ('steps_skipped', run.n_skipped)):
                         writer.add_scalar(name, value, run.step)
                 if run.step % run.validate_every == 0 or run.step == run.last_step:
-                    run.validate(run_dir)
+                    run.validate()
+                    if not math.isfinite(getattr(run, SCORE)):
+                        raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
                     writer.add_scalar(f'{SCORE}/validation', getattr(run, SCORE), run.step)
+                    writer.flush()          # what is logged is on the disk before a checkpoint says that it is
+                    keep(run, run_dir)
+                    run.show(run_dir)
                 elif run.step % SAVE_STEPS == 0:
+                    writer.flush()
                     save(run, run_dir / 'checkpoint.pt')
         writer.close()
         if run.step < run.last_step:
@@ -869,7 +870,6 @@ def choose_config(mode, given, saved):
             raise UserError(f'--{name}={given[name]} contradicts the checkpoint {saved["path"]}, '
                             f'which has {name}={getattr(saved["config"], name)}')
     return replace(saved['config'], **given)
-
 
 
 def load_data(mode, request, config, saved):

@@ -547,8 +547,6 @@ def restore_model(saved, device):
     return average.module.to(device).eval()
 
 
-
-
 # ------------------------------------------------------------------------------------------------------ data
 
 def training_batch(data, config, step, process):
@@ -638,18 +636,17 @@ class Training:
             group['lr'] = learning_rate(self.config, self.step, self.steps_per_epoch)
         return update(self, self.objective(*training_batch(self.data, self.config, self.step, self.process)))
 
-    def validate(self, run_dir):
-        """Bits/dim on the validation split with the averaged weights, the checkpoints, and a sample grid."""
-        model, images = self.average.module, self.data.validation.images
-        self.bits_per_dim, _ = bits_per_dim(model, images, self.data.n_values, 4 * self.config.batch_size, self.process)
-        keep(self, run_dir)
+    def validate(self):
+        """Bits/dim on the validation split, with the averaged weights"""
+        self.bits_per_dim, _ = bits_per_dim(self.average.module, self.data.validation.images, self.data.n_values,
+                                            4 * self.config.batch_size, self.process)
+
+    def show(self, run_dir):
+        """Samples at some temperatures, as a picture"""
         if self.process.rank == 0:
-            rows = sample_rows(model, (0., 0.25, 0.7, 1.), 8, self.config.seed, self.process.device)
+            rows = sample_rows(self.average.module, (0., 0.25, 0.7, 1.), 8, self.config.seed, self.process.device)
             save_grid(run_dir / f'samples_at_step_{self.step:06}.png', rows, ['T = 0', 'T = 0.25', 'T = 0.7', 'T = 1'])
             tqdm.write(f'step {self.step}: validation {self.bits_per_dim:.4f} bits/dim')
-
-    def report(self, loss):
-        return f'{loss:.3f} bits/dim'
 
 
 def restore(run, saved):
@@ -675,12 +672,9 @@ def update(run, loss):
 
 
 def keep(run, run_dir):
-    """Writes best.pt if the validation score is the best so far, and checkpoint.pt after it: a run that is killed between
+    """Writes best.pt if this is the best validation score so far, and checkpoint.pt after it: a run that is killed between
     the two comes to the same best.pt again."""
-    score = getattr(run, SCORE)
-    if not math.isfinite(score):
-        raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
-    is_best, run.best = score < run.best, min(score, run.best)
+    is_best, run.best = getattr(run, SCORE) < run.best, min(getattr(run, SCORE), run.best)
     for name in ('best.pt', 'checkpoint.pt') if is_best else ('checkpoint.pt',):
         save(run, run_dir / name)
 
@@ -711,14 +705,21 @@ def train(data, config, request, process, saved=None):
                                     f'{run_dir / "checkpoint.pt"}')
                 if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
                     speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
-                    bar.set_postfix_str(f'{run.report(loss)}, {speed:.0f} {ITEMS}/s', refresh=False)
+                    validation = f' (validation: {getattr(run, SCORE):.3f})' if run.best < math.inf else ''
+                    bar.set_postfix_str(f'{loss:.3f} {UNIT}{validation}, {speed:.0f} {ITEMS}/s', refresh=False)
                     for name, value in ((f'{SCORE}/train', loss.item()), ('gradient_norm', norm.item()),
                                         (f'{ITEMS}_per_s', speed), ('lr', lr), ('steps_skipped', run.n_skipped)):
                         writer.add_scalar(name, value, run.step)
                 if run.step % run.validate_every == 0 or run.step == run.last_step:
-                    run.validate(run_dir)
+                    run.validate()
+                    if not math.isfinite(getattr(run, SCORE)):
+                        raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
                     writer.add_scalar(f'{SCORE}/validation', getattr(run, SCORE), run.step)
+                    writer.flush()          # what is logged is on the disk before a checkpoint says that it is
+                    keep(run, run_dir)
+                    run.show(run_dir)
                 elif run.step % SAVE_STEPS == 0:
+                    writer.flush()
                     save(run, run_dir / 'checkpoint.pt')
         writer.close()
         if run.step < run.last_step:
@@ -837,7 +838,8 @@ def check(model, data, config, device):
     bins = errors.pop('') * 2**config.n_bits
     worst = max(errors, key=errors.get)
     print(f'{config.dataset} test: all {len(data.test.images)} images come back within {bins:.2g} bins'
-          f'{"" if bins < 0.5 else ", which is NOT to the same bin"}; worst layer: {worst} ({type(model.get_submodule(worst)).__name__}), {errors[worst]:.2g}')
+          f'{"" if bins < 0.5 else ", which is NOT to the same bin"}; worst layer: {worst} '
+          f'({type(model.get_submodule(worst)).__name__}), {errors[worst]:.2g}')
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -879,7 +881,6 @@ def choose_config(mode, given, saved):
             raise UserError(f'--{name}={given[name]} contradicts the checkpoint {saved["path"]}, '
                             f'which has {name}={getattr(saved["config"], name)}')
     return replace(saved['config'], **given)
-
 
 
 def start(mode, given, request, process):
