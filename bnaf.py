@@ -13,7 +13,6 @@ blocks of a units each, (B, d a), and carry j (B, d, a), the units' derivatives 
 """
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
@@ -40,9 +39,10 @@ from torch.utils.checkpoint import checkpoint
 
 from datasets import UserError
 from datasets.figures import draw_pairs, draw_planes
-from datasets.files import digest, progress, write_atomically
+from datasets.files import digest, progress, write_atomically, write_json
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.runs import Options, claim, find_run, option, read_checkpoint, save_tensors, stop_signals
+from datasets.runs import (GROUPS, Options, RunRequest, claim, find_run, option, read_checkpoint, save_tensors,
+                           stop_signals)
 from datasets.tabular import SUFFIXES, TABLES, Rows, load_rows, read_rows, write_table
 from datasets.toy import ENERGIES, SAMPLERS
 
@@ -65,6 +65,7 @@ class Config(Options):
     dataset: str = option('data', '8gaussians', ', '.join([*SAMPLERS, *ENERGIES, *TABLES]) + ', or a .csv, .npy or .h5')
     data_dir: str = option('data', 'data', 'where the data lies')
     test_file: str = option('data', '', 'a table that is the test split of your own one (default: a tenth of its rows)')
+    max_rows: int = option('data', 0, 'train on the first so many rows of the training split only; 0: on all')
     dequantize: bool = option('data', False, 'spread the discrete columns of your own table by uniform noise')
     n_flows: int = option('model', 5, 'flows, the variables flipped between them', 1, 2**8)
     n_hidden: int = option('model', 1, 'inner layers of a flow, hidden to hidden', 0, 2**6)
@@ -90,14 +91,8 @@ class Config(Options):
 
 
 @dataclass
-class Request(Options):
-    """What else the command line asks for, of this run of the program only."""
-    output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
-    restore_file: str = option('run', '', 'a checkpoint (default: of the newest run)')
-    resume: bool = option('run', False, 'go on with the newest run in output_dir if there is one, else start one')
-    max_skips: int = option('run', 20, 'steps in a row that are skipped, their gradients not being finite, before it stops')
-    detect_anomaly: bool = option('run', False, 'slow: name the operation that gave the first gradient that is not finite')
-    distributed: bool = option('run', False, 'accepted, but the launcher decides')
+class Request(RunRequest):
+    """What the command line asks for beside it."""
     scores: str = option('output', '', 'write the log-likelihood of each row of the test split, or of --input, to this file')
     input: str = option('output', '', 'evaluate the rows of this table instead of the test split')
     z_std: float = option('output', 1., 'temperature of samples')
@@ -120,8 +115,6 @@ TOY = dict(n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1
 DEFAULTS = {name: dict(dataset=name, **TOY) for name in (*SAMPLERS, *ENERGIES)}
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed'}}                            # training goes on, and else
-GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimisation': 'optimisation',
-          'run': 'runs and processes (torchrun or torch.distributed.launch start them)', 'output': 'output'}
 FIELDS = ('units', 'step', 'n_annealing', 'loss', 'best', 'best_step')              # of Training, in a checkpoint
 PARTS = ('model', 'average', 'optimizer', 'scheduler')
 CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int,
@@ -544,22 +537,18 @@ def training_batch(data, config, step, process):
 
 
 @torch.no_grad()
-def row_losses(objective, rows, device):
-    """-> the objective of each row (N, D), in float64 (N,)"""
-    losses = [torch.zeros(0, dtype=torch.float64, device=device)]           # a process may have no rows at all
-    for i in range(0, len(rows), 10_000):
-        losses.append(objective.per_row(torch.from_numpy(np.array(rows[i:i + 10_000])).to(device)).double())
-    return torch.cat(losses)
-
-
-def mean_loss(objective, rows, process):
-    """-> mean of the objective over all the rows, and two standard errors, by all processes together"""
-    losses = row_losses(objective, rows[process.rank::process.world_size], process.device)
-    sums = torch.stack([losses.sum(), losses.square().sum()])
+def row_losses(objective, rows, process):
+    """-> the objective of each of the rows (N, D), by all processes together: (N,) in float64 on every one of them"""
+    own = rows[process.rank::process.world_size]
+    own = torch.cat([torch.zeros(0), *(objective.per_row(torch.from_numpy(np.array(own[i:i + 10_000])).to(process.device)).cpu()
+                                       for i in range(0, len(own), 10_000))]).double()
+    parts, losses = [own], torch.empty(len(rows), dtype=torch.float64)
     if process.world_size > 1:
-        dist.all_reduce(sums)
-    mean, mean_square = (sums / len(rows)).tolist()
-    return mean, 2 * math.sqrt(max(0, mean_square - mean**2) / len(rows))
+        parts = [None] * process.world_size
+        dist.all_gather_object(parts, own)
+    for rank, part in enumerate(parts):
+        losses[rank::process.world_size] = part
+    return losses
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -606,7 +595,7 @@ class Training:
 
     def validate(self):
         """The objective on the validation split with the averaged weights, and the learning rate that follows from it"""
-        self.loss, _ = mean_loss(Objective(self.average.module, self.data), self.data.validation, self.process)
+        self.loss = row_losses(Objective(self.average.module, self.data), self.data.validation, self.process).mean().item()
         self.scheduler.step(self.loss)
         self.best_step = self.step if self.loss < self.best else self.best_step
 
@@ -708,11 +697,11 @@ def evaluate(model, data, saved, config, process, scores, input_file):
     checkpoint. scores: a file that gets the log-likelihood of every row of the test split or of input_file."""
     if data.energy and (scores or input_file):
         raise UserError('--scores and --input are for models of data; --generate gives the log-density of each sample')
-    objective = Objective(model, data)
     rows = read_rows(input_file, data) if input_file else data.test
-    mean, error = mean_loss(objective, rows, process)
+    losses = row_losses(Objective(model, data), rows, process)
     if process.rank > 0:
         return
+    mean, error = losses.mean().item(), 2 * losses.std(correction=0).item() / math.sqrt(len(rows))
     name = str(input_file) if input_file else f'{Path(config.dataset).name} test'
     about = {'dataset': name, 'n_rows': len(rows), 'two_standard_errors': error, 'step': saved['step'],
              'checkpoint': saved['path'].name}
@@ -720,18 +709,15 @@ def evaluate(model, data, saved, config, process, scores, input_file):
         results = {'log_likelihood_nats': -mean, **about}
         print(f'{name}: {-mean:.4f} ± {error:.4f} nats ({len(rows):,} rows, two standard errors)')
     else:
-        log_w = -row_losses(objective, rows, process.device)
-        ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().item() / len(rows)
+        ess = ((-losses).softmax(0).square().sum() * len(rows)).reciprocal().item()
         results = {'kl_nats': mean, 'effective_sample_size': ess, **about}
         print(f'{name}: KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {ess:.1%} '
               f'({len(rows):,} samples, two standard errors)')
     if not input_file:
-        path = saved['path'].with_name('results.json')
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(results, indent=2) + '\n'))
+        write_json(saved['path'].with_name('results.json'), results)
     if scores:
-        log_p = -row_losses(objective, rows, process.device).cpu().numpy()
         index = np.arange(len(rows)) if input_file else data.test_index
-        save_table(scores, np.stack([index, log_p], 1), ('row', 'log_likelihood'))
+        save_table(scores, np.stack([index, -losses], 1), ('row', 'log_likelihood'))
 
 
 def save_table(path, values, columns):
@@ -777,7 +763,7 @@ def density(model, data, points):
 
 def visualize(model, data, path, config, process, vis_dims):
     """Two variables: target, learned density and samples side by side; more: samples over data, in pairs."""
-    mean, _ = mean_loss(Objective(model, data), data.test, Process(0, 1, process.device))     # this process alone draws
+    mean = row_losses(Objective(model, data), data.test, Process(0, 1, process.device)).mean().item()     # it draws alone
     title = f'{Path(config.dataset).stem}: {objective_text(data, mean)}'
     if len(data.columns) == 2:
         figure = planes(model, data, config, title)
@@ -887,7 +873,7 @@ def load_data(mode, request, config, saved):
                       and np.allclose(data.std, units['std'])):
         raise UserError(f'{config.dataset} is not what it was when the model was trained: '
                         'score new rows by --evaluate --input=FILE')
-    return data
+    return replace(data, train=data.train[:config.max_rows]) if config.max_rows and not data.draw else data
 
 
 def start(mode, given, request, process):

@@ -11,7 +11,6 @@ of shape (B,) is the log |det| of the Jacobian of the direction that was called,
 """
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
@@ -37,9 +36,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from datasets import IMAGE_DATASETS, UserError, load_images, load_photo, save_grid, shift_randomly
-from datasets.files import digest, progress, write_atomically
+from datasets.files import digest, progress, write_json
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.runs import Options, claim, find_run, load_tensors, option, read_checkpoint, save_tensors, stop_signals
+from datasets.runs import (GROUPS, Options, RunRequest, claim, find_run, load_tensors, option, read_checkpoint,
+                           save_tensors, stop_signals)
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -84,14 +84,8 @@ class Config(Options):
 
 
 @dataclass
-class Request(Options):
-    """What else the command line asks for, of this run of the program only."""
-    output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
-    restore_file: str = option('run', '', 'a checkpoint (default: of the newest run)')
-    resume: bool = option('run', False, 'go on with the newest run in output_dir if there is one, else start one')
-    max_skips: int = option('run', 20, 'steps in a row that are skipped, their gradients not being finite, before it stops')
-    detect_anomaly: bool = option('run', False, 'slow: name the operation that gave the first gradient that is not finite')
-    distributed: bool = option('run', False, 'accepted, but the launcher decides')
+class Request(RunRequest):
+    """What the command line asks for beside it."""
     z_std: float = option('output', None, 'temperature (default: a grid of them)')
     n_samples: int = option('output', 32, 'samples with --z_std', 1)
     vis_attrs: list = option('output', None, 'attributes by index or name (default: all)')
@@ -112,8 +106,6 @@ DEFAULTS = {
 }
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'},    # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed', 'bf16'}}                        # training goes on, and else
-GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimisation': 'optimisation',
-          'run': 'runs and processes (torchrun or torch.distributed.launch start them)', 'output': 'output'}
 VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
 FIELDS, PARTS = ('step', 'bits_per_dim', 'best'), ('model', 'average', 'optimizer')       # of Training, in a checkpoint
 CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int, 'bits_per_dim': float,
@@ -742,8 +734,7 @@ def evaluate(model, data, saved, config, process):
                    'values_per_image': data.n_values, 'n_bits': config.n_bits, 'dataset': config.dataset,
                    'step': saved['step'], 'checkpoint': saved['path'].name,
                    'bf16': torch.is_autocast_enabled(process.device.type)}
-        path = saved['path'].with_name('results.json')
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(results, indent=2) + '\n'))
+        write_json(saved['path'].with_name('results.json'), results)
         print(f'{config.dataset} test: {mean:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
               f'({len(data.test.images)} images, two standard errors)')
 

@@ -111,6 +111,10 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, content):
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + '\n'))
+
+
 def sync(path):
     """Waits until a file, or the names in a folder, are on the disk"""
     if path.is_dir() and os.name != 'posix':

@@ -3,12 +3,16 @@ import contextlib
 import math
 import signal
 import zipfile
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from .files import UserError, alone, new_folder, write_atomically
+
+
+GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimisation': 'optimisation',
+          'run': 'runs and processes (torchrun or torch.distributed.launch start them)', 'output': 'output'}
 
 
 def option(group, default, text, low=0, high=math.inf):
@@ -26,6 +30,17 @@ class Options:
             if not fits and value is not f.default:
                 raise UserError(f'--{f.name}={value!r} is outside {low}..{high}' if f.type in (int, float) else
                                 f'--{f.name}={value!r} is no printable text or of another type')
+
+
+@dataclass
+class RunRequest(Options):
+    """What the command line asks of any training, for this run of the program only"""
+    output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
+    restore_file: str = option('run', '', 'a checkpoint (default: of the newest run)')
+    resume: bool = option('run', False, 'go on with the newest run in output_dir if there is one, else start one')
+    max_skips: int = option('run', 20, 'steps in a row that are skipped, their gradients not being finite, before it stops')
+    detect_anomaly: bool = option('run', False, 'slow: name the operation that gave the first gradient that is not finite')
+    distributed: bool = option('run', False, 'accepted, but the launcher decides')
 
 
 @contextlib.contextmanager

@@ -161,6 +161,13 @@ def test_early_stopping_keeps_the_best(tmp_path):
     assert best['loss'] == last['best'] < last['loss']
 
 
+def test_fewer_rows_on_request(tmp_path):
+    np.save(tmp_path / 'my.npy', tiny_tables.columns_of(np.random.default_rng(0), 100, 4))
+    config = bnaf.Config(dataset=str(tmp_path / 'my.npy'), max_rows=30)
+    whole, fewer = (bnaf.load_data('train', bnaf.Request(), c, None) for c in (replace(config, max_rows=0), config))
+    assert len(whole.train) == 80 and (fewer.train == whole.train[:30]).all() and (fewer.test == whole.test).all()
+
+
 def test_scores_are_in_the_units_of_the_data(trained, tmp_path, capsys):
     """log p of centimetres and kilograms is that of the standardised row less the logs of the deviations"""
     scores = tmp_path / 'scores.csv'
