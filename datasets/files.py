@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """One clear line for the user: what is wrong and what to do."""
+    def __str__(self):      # what comes from a file or its name must not reach a terminal as it is
+        return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 def index_of(text, names, what):
