@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .files import UserError, alone, new_folder, write_atomically
+from .files import UserError, alone, new_folder, reason, write_atomically
 
 GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimisation': 'optimisation',
           'run': 'runs and processes (torchrun or torch.distributed.launch start them)', 'output': 'output'}
@@ -88,7 +88,7 @@ def save_tensors(path, content):
     try:
         write_atomically(path, lambda temporary: torch.save(content, temporary))
     except (OSError, RuntimeError) as error:        # torch says so when it cannot write
-        raise UserError(f'{path} cannot be written and is as it was: {str(error).splitlines()[0]}') from None
+        raise UserError(f'{path} cannot be written and is as it was: {reason(error)}') from None
 
 
 def load_tensors(path):
@@ -196,5 +196,4 @@ def read_checkpoint(path, script, form, Config, n_dims, build):
             raise ValueError('its weights are not finite')
         return {**saved, 'config': config, 'path': Path(path)}
     except Exception as error:      # likewise
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{path} is a checkpoint of another version of {script}, or damaged: {reason[:200]}') from None
+        raise UserError(f'{path} is a checkpoint of another version of {script}, or damaged: {reason(error)}') from None
