@@ -33,6 +33,7 @@ N_VALIDATION, N_TEST = 5_000, 50_000    # rows of the two-dimensional problems
 CHUNK = 50_000                          # rows of a text that are parsed at once; a multiple of 4, for GAS
 MAX_LINE, MAX_ROWS = 4_096, 20_000_000  # bytes and rows that no text of a published table reaches
 MAX_PIXELS = 2**20                      # of a Berkeley image; they have 481 x 321
+MAX_COLUMNS = 2**16 - 1                 # of a text of the user's own; a million take pandas minutes
 MAX_RATIO = 1_000                       # by how much compression may make a table of the user's own smaller
 
 # Rows of the three splits, columns, and where the files lie: the MAF authors' first, the raw ones after it
@@ -209,6 +210,8 @@ def read_numbers(path):
 def read_csv(path):
     with open(path, newline='', encoding='utf-8-sig') as file:
         first = next((row for row in csv.reader(file) if row), [''])
+    if len(first) > MAX_COLUMNS:
+        raise UserError(f'{path} has {len(first)} columns, {MAX_COLUMNS} are the most')
     numbered = [cell.strip() for cell in first] == [str(k) for k in range(len(first))]      # by pandas, for want of names
     header = None if all(is_number(cell) for cell in first) and not numbered else 0
     if not first[0].strip() and header == 0:

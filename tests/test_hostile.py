@@ -1,23 +1,29 @@
 """Files of strangers: each loads as what it is or is refused in one line, and none runs code or takes more than its size."""
+import gzip
 import io
 import math
 import os
 import pickle
 import shutil
+import struct
 import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import EpsImagePlugin, Image
 
 import bnaf
 import glow
-from datasets import UserError
-from datasets.runs import load_tensors
+from datasets import UserError, images, load_images, tabular
+from datasets.pickles import Named
 from test_glow_commands import only
+from tiny_data import attribute_rows, idx, noise_image, write_cifar, write_folder, write_mnist, write_table
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*deprecated|.*prototype|invalid escape')      # of what makes the files
 SCRIPTS = {'glow': glow, 'bnaf': bnaf}
@@ -323,3 +329,309 @@ def test_no_payload_runs(checkpoints, tmp_path, capsys):
         shutil.copy(file, tmp_path / 'runs' / 'glow_x' / 'checkpoint.pt')
         assert 'holds more than tensors' in refused('glow', capsys, *words)
     assert not canary.exists() and sorted(path.name for path in tmp_path.iterdir()) == ['bad.pt', 'other.pt', 'runs']
+
+
+@pytest.mark.parametrize('mode', ['--train', '--evaluate'])
+def test_what_only_training_reads_is_checked_before_it_writes(mode, checkpoints, tmp_path, capsys):
+    """The scheduler of bnaf.py and its units"""
+    saved, file = torch.load(checkpoints['bnaf']), tmp_path / 'checkpoint.pt'
+    scheduler, units = saved['scheduler'], saved['units']
+    changes = [*[{'scheduler': {**scheduler, **change}} for change in (
+        {'step': None}, {'optimizer': None}, {'min_lrs': []}, {'min_lrs': 'x'}, {'factor': 7.}, {'best': 'x'}, {'patience': 10**9}, {'more': 1},
+        {'num_bad_epochs': None}, {'mode': bomb()})] * (mode == '--train'), {'scheduler': 3},
+        *[{'units': {**units, **change}} for change in ({'mean': [math.nan] * 2}, {'std': [0., 1.]}, {'std': [math.inf] * 2}, {'steps': [-math.inf] * 2},
+          {'columns': ['\33[31m', 'b']}, {'columns': ['a']}, {'columns': ['c', 'd']}, {'mean': [1, 2]}, {'more': []}, {'mean': bomb()})]]
+    for change in changes:
+        torch.save({**saved, **change}, file)
+        content = file.read_bytes()
+        refused('bnaf', capsys, mode, f'--restore_file={file}', '--n_epochs=3')
+        assert file.read_bytes() == content and {path.name for path in tmp_path.iterdir()} <= {'checkpoint.pt', '.lock'}, change
+
+
+def test_weights_without_an_inverse(checkpoints, tmp_path, capsys):
+    saved = torch.load(checkpoints['glow'])
+    for key, value in saved['average'].items():
+        if key.endswith('.p'):
+            value.zero_()
+    torch.save(saved, tmp_path / 'bad.pt')
+    assert 'singular' in refused('glow', capsys, '--generate', f'--restore_file={tmp_path}/bad.pt')
+    assert [path.name for path in tmp_path.iterdir()] == ['bad.pt']
+
+
+@pytest.mark.parametrize('content', [torch.zeros(10, 63), torch.zeros(10, 64).double(), {'a': 1}, [torch.zeros(10, 64)], None, torch.zeros(0),
+                                     Call(bytearray, 10**11), Call(os.mkdir, 'canary')])
+def test_hostile_attribute_directions_are_made_again(content, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(checkpoints['glow'], tmp_path)
+    words = ['--visualize', '--restore_file=checkpoint.pt', '--vis_attrs=3']
+    glow.main(words)
+    cache, picture = only(tmp_path.glob('attribute_directions_*.pt')), only(tmp_path.glob('*.png'))
+    first, shown = torch.load(cache), picture.read_bytes()
+    torch.save(content, cache)
+    glow.main(words)
+    assert torch.equal(torch.load(cache), first) and picture.read_bytes() == shown and not Path('canary').exists()
+
+
+# --------------------------------------------------------------------------------------------------------- images
+
+def bytes_of(image, format, **options):
+    content = io.BytesIO()
+    image.save(content, format, **options)
+    return content.getvalue()
+
+
+def claims(width, height):
+    """A PNG whose header claims another size than it has"""
+    content = bytearray(bytes_of(noise_image(20, 20), 'PNG'))
+    content[16:24] = struct.pack('>2I', width, height)
+    content[29:33] = struct.pack('>I', zipfile.crc32(content[12:29]))
+    return bytes(content)
+
+
+BAD_IMAGES = {
+    'empty': b'', 'text': b'I am no picture', 'half': bytes_of(noise_image(40, 40), 'JPEG')[:700], 'bomb': claims(2**31 - 1, 2**31 - 1),
+    'warned_of': claims(10_000, 10_000), 'strip': bytes_of(Image.new('1', (100_000, 1)), 'PNG'), 'less': claims(40, 40), 'none': claims(0, 0),
+    'postscript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n', 'icon': bytes_of(noise_image(32, 32), 'ICO'),
+    'tiff_of_rubbish': b'II*\0' + bytes(range(256)), 'webp_of_nothing': b'RIFF\xff\xff\xff\x7fWEBPVP8 ', 'gif_of_nothing': b'GIF89a' + 7 * b'\xff',
+}
+
+
+@pytest.mark.parametrize('name', BAD_IMAGES)
+def test_bad_images_are_named(name, tmp_path, monkeypatch):
+    """None is handed to another program, such as Ghostscript, whatever it holds"""
+    (tmp_path / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/canary\n')
+    (tmp_path / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)
+    (tmp_path / '\33[31m.jpg').write_bytes(BAD_IMAGES[name])
+    assert '\\x1b[31m.jpg' in refusal(images.load_photo, tmp_path / '\33[31m.jpg', 'faces', 16)
+    assert not (tmp_path / 'canary').exists()
+
+
+def test_one_bad_image_among_good_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / 'photos')
+    (tmp_path / 'photos' / 'a' / 'bad.jpg').write_bytes(BAD_IMAGES['half'])
+    assert 'bad.jpg cannot be decoded' in refusal(load_images, 'folder', tmp_path / 'photos', 16)
+
+
+def test_odd_images_are_decoded(tmp_path):
+    """To the same pixels as the plain image: of 16 bits, a palette with transparency, many frames, with rubbish for EXIF"""
+    plain = Image.fromarray(np.kron([[0, 85], [170, 255]], np.ones((12, 12))).astype(np.uint8))
+    palette, exif = plain.quantize(4), Image.Exif()
+    exif[0x0112], exif[0x927c] = 77, bytes(1000)
+    odd = {'16.png': bytes_of(Image.fromarray(np.asarray(plain).astype(np.uint16) * 257), 'PNG'),
+           'palette.png': bytes_of(palette, 'PNG', transparency=b'\xff' * 4), 'cmyk.tif': bytes_of(plain.convert('RGB').convert('CMYK'), 'TIFF'),
+           'frames.gif': bytes_of(palette, 'GIF', save_all=True, append_images=[Image.new('L', (24, 24))]),
+           'frames.webp': bytes_of(plain.convert('RGB'), 'WEBP', lossless=True, save_all=True, append_images=[Image.new('RGB', (24, 24))]),
+           'exif.png': bytes_of(plain, 'PNG', exif=exif), 'exif.jpg': bytes_of(plain, 'JPEG', quality=100, exif=b'Exif\0\0rubbish'),
+           'two.jpg': bytes_of(plain.convert('RGB'), 'MPO', quality=100, save_all=True, append_images=[Image.new('RGB', (24, 24))])}
+    for name, content in odd.items():
+        (tmp_path / name).write_bytes(content)
+        assert np.abs(images.load_photo(tmp_path / name, 'faces', 24).astype(int) - np.asarray(plain)).max() <= 2, name
+
+
+def test_links_that_lead_in_circles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / 'photos')
+    first = load_images('folder', tmp_path / 'photos', 16).fingerprint
+    (tmp_path / 'photos' / 'a' / 'loop.png').symlink_to('loop.png')
+    (tmp_path / 'photos' / 'a' / 'up').symlink_to('..')
+    assert load_images('folder', tmp_path / 'photos', 16).fingerprint == first
+
+
+NAMES = ['../../x', '/etc/x', '=cmd|calc', '+1', '$\\frac{', '\N{GRINNING FACE}', 'n' * 10_000, "'); x", '%s{0}', 'CON']
+
+
+def test_odd_names_of_attributes(tmp_path, monkeypatch):
+    """They reach a picture, cut where they are long, and no file name"""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / 'photos')
+    write_table(tmp_path / 'photos', [('image', 'split', *NAMES), *[(*row[:2], *[row[2]] * len(NAMES)) for row in attribute_rows()[1:]]])
+    glow.main(['--train', '--dataset=folder', '--data_dir=photos', '--image_size=16', '--n_levels=1', '--depth=1', '--width=8', '--n_epochs=1'])
+    before = set(tmp_path.rglob('*'))
+    glow.main(['--visualize'])
+    new = [path.name for path in set(tmp_path.rglob('*')) - before]
+    assert sorted(name for name in new if not name.startswith('attribute_directions_')) == ['manipulated_sample_attr_all.png']
+    picture = Image.open(only(tmp_path.rglob('manipulated_*.png')))
+    assert picture.width < 2000 and picture.height == 34 + 136 * len(NAMES)
+
+
+@pytest.mark.parametrize('text', ['image,split\n00.png\n', 'image,' + 'n' * 200_000 + '\n', 'image,' + ','.join(map(str, range(5000))) + '\n',
+                                  'image,\33[31m\n', 'image,a\0\n', 'image,"a\n', 'image,a,a\n'])
+def test_bad_attribute_tables(text, tmp_path):
+    table = [f'{i:02}.png' for i in range(20)]
+    (tmp_path / 'attributes.csv').write_text(text + ''.join(f'{name}\n' for name in table[text.count('.png'):]))
+    refusal(images.read_attribute_table, tmp_path / 'attributes.csv', table)
+
+
+def test_mnist_that_unfolds_without_end(tmp_path):
+    write_mnist(tmp_path)
+    path = tmp_path / 'train-images-idx3-ubyte'
+    with gzip.open(f'{path}.gz', 'wb', 1) as file:
+        file.write(idx(np.zeros((40, 28, 28))))
+        for _ in range(2**9):
+            file.write(bytes(2**20))
+    path.unlink()
+    assert 'longer' in refusal(load_images, 'mnist', tmp_path)
+
+
+@pytest.mark.parametrize('data', [
+    Call(np.ndarray), Call(np.dtype, 'u1'), Call(np.zeros(0).__reduce__()[0], np.ndarray, (0,), b'b'), Call(bytearray, 10**11)])
+def test_cifar_of_things_that_are_no_arrays(data, tmp_path):
+    write_cifar(tmp_path)
+    (tmp_path / 'data_batch_2').write_bytes(pickle.dumps({'data': data, 'labels': [0]}))
+    assert 'data_batch_2' in refusal(load_images, 'cifar10', tmp_path)
+
+
+def test_cifar_of_arrays_without_a_type(tmp_path, monkeypatch):
+    """As read_pickle gives them"""
+    array = type('_reconstruct', (Named,), {})()
+    for state in (None, 3, (1, (2,), 5, False, b'ab'), (1, (2,), array, False, b'ab'), (1, 'a', None, None, None)):
+        array.state = state
+        monkeypatch.setattr(images, 'read_pickle', lambda path: {'data': array, 'labels': [0]})
+        refusal(images.read_cifar_batch, tmp_path / 'data_batch_1')
+
+
+# --------------------------------------------------------------------------------------------------------- caches
+
+def npy(array, header=None):
+    content = io.BytesIO()
+    if header:
+        content.write(b'\x93NUMPY\x01\x00' + struct.pack('<H', len(header)) + header.encode())
+    else:
+        np.save(content, array, allow_pickle=True)
+    return content.getvalue()
+
+
+def npz(array):
+    content = io.BytesIO()
+    np.savez(content, array)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize('change', [
+    lambda whole: npy(np.array([Call(os.mkdir, 'canary')])), lambda whole: npz(np.zeros((20, 3, 16, 16), np.uint8)), lambda whole: b'',
+    lambda whole: npy(np.zeros((20, 3, 16, 15), np.uint8)), lambda whole: npy(np.zeros((19, 3, 16, 16), np.uint8)), lambda whole: whole[:-1],
+    lambda whole: npy(np.zeros((20, 3, 16, 16), np.int8)), lambda whole: npy(np.zeros(())), lambda whole: pickle.dumps(Call(os.mkdir, 'canary')),
+    lambda whole: npy(None, '(' * 9000), lambda whole: npy(None, "{'descr': '<f8', 'fortran_order': False, 'shape': (-1, 2)}"),
+    lambda whole: npy(None, f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({10**30}, 2)}}"), lambda whole: b'\x93NUMPY\x01\x00\xff\xff{',
+])
+def test_a_cache_that_is_none_is_made_again(change, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / 'photos')
+    write_cifar(tmp_path / 'cifar')
+    for name, folder in (('folder', tmp_path / 'photos'), ('cifar10', tmp_path / 'cifar')):
+        first = load_images(name, folder, 16 if name == 'folder' else None).train.images.copy()
+        cache = only((folder / '.cache').glob('*.npy'))
+        cache.write_bytes(change(cache.read_bytes()))
+        again = load_images(name, folder, 16 if name == 'folder' else None).train.images
+        assert again.shape == first.shape and (again == first).all()
+    assert not Path('canary').exists()
+
+
+def test_a_cache_of_classes_that_there_are_not(tmp_path):
+    write_cifar(tmp_path)
+    first = load_images('cifar10', tmp_path).train.attributes.copy()
+    cache = only((tmp_path / '.cache').glob('*.npy'))
+    np.save(cache, np.full((120, 3073), 200, np.uint8))
+    assert (load_images('cifar10', tmp_path).train.attributes == first).all()
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+ROWS = np.random.default_rng(0).normal(size=(60, 2))
+
+
+def h5(path, write):
+    with h5py.File(path, 'w') as file:
+        write(file)
+
+
+def virtual(file):
+    layout = h5py.VirtualLayout((60, 2), 'f8')
+    layout[:] = h5py.VirtualSource('other.h5', 'x', (60, 2))
+    file.create_virtual_dataset('x', layout)
+
+
+BAD_H5 = {
+    'linked': lambda file: file.update({'x': h5py.ExternalLink('other.h5', 'x')}), 'virtual': virtual,
+    'dangling': lambda file: file.update({'x': h5py.SoftLink('/nowhere'), 'y': h5py.SoftLink('/y')}),
+    'elsewhere': lambda file: file.create_dataset('x', (60, 2), 'f8', external=[('other.h5', 0, h5py.h5f.UNLIMITED)]),
+    'references': lambda file: file.create_dataset('x', (60, 2), h5py.ref_dtype), 'text': lambda file: file.create_dataset('x', (60, 2), 'S4'),
+    'null': lambda file: file.update({'x': h5py.Empty('f8')}), 'complex': lambda file: file.update({'x': ROWS * 1j}),
+    'bomb': lambda file: file.create_dataset('x', (10**8, 20), 'f8', chunks=(1000, 20), compression='gzip'),
+    'large_chunks': lambda file: file.create_dataset('x', (60, 2), 'f8', maxshape=(None, None), chunks=(20_000, 10_000), compression='gzip'),
+    'twice': lambda file: file.create_dataset('x', data=ROWS).attrs.update({'columns': ['a', 'a']}),
+    'escapes': lambda file: file.create_dataset('x', data=ROWS).attrs.update({'columns': ['\33[31m', 'a']}),
+}
+
+
+@pytest.mark.parametrize('name', BAD_H5)
+def test_h5_that_is_no_table_or_leads_elsewhere(name, tmp_path):
+    h5(tmp_path / 'other.h5', lambda file: file.update({'x': ROWS}))
+    h5(tmp_path / 'bad.h5', BAD_H5[name])
+    assert 'bad.h5' in refusal(tabular.load_rows, str(tmp_path / 'bad.h5'))
+
+
+@pytest.mark.parametrize('content', [
+    npz(ROWS), b'PK\x03\x04rubbish', npy(np.array([[{}, 1]] * 60)), npy(ROWS.astype([('a', 'f8')])), npy(ROWS[None]), npy(ROWS * 1j), npy(ROWS > 0),
+    npy(None, '(' * 9000), npy(None, "{'descr': 'O', 'fortran_order': False, 'shape': (60, 2)}") + bytes(960), pickle.dumps(Call(os.mkdir, 'canary')),
+    npy(None, f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({2**62}, 4)}}")])
+def test_npy_that_is_no_table(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('bad.npy').write_bytes(content)
+    assert 'bad.npy' in refusal(tabular.load_rows, 'bad.npy') and not Path('canary').exists()
+
+
+def csv(header, rows=ROWS):
+    return f'{header}\n'.encode() + '\n'.join(','.join(map(str, row)) for row in rows).encode() + b'\n'
+
+
+@pytest.mark.parametrize('content', [
+    csv('\33[31ma,b'), csv('"a\nb",c'), csv('a\0,b'), csv(f'{"n" * 200_000},b'), csv('a,"b'), csv('a'.encode('utf-16').decode('latin1')), csv(',b'),
+    csv('a,b') + b'\xff\xfe,1\n', csv('a,b').replace(b',', b'\0,'), csv('a,b') + b'1,"2\n', csv('a,b') + b'1,2,3\n', csv('a,b') + b'9' * 400 + b',1\n',
+    csv('a,b', np.full((60, 2), '1e400')), csv('a,b', [(1, 2)] * 200_000 + [('x', 'y')]), b'a,b\n' + b'1' * 10**7, b','.join([b'1.5'] * 10**6) + b'\n'])
+def test_csv_that_is_no_table(content, tmp_path, recwarn):
+    (tmp_path / 'bad.csv').write_bytes(content)
+    assert 'bad.csv' in refusal(tabular.load_rows, str(tmp_path / 'bad.csv')) and not recwarn.list
+
+
+@pytest.fixture(scope='module')
+def odd_columns(tmp_path_factory):
+    """-> best.pt of a model of a table whose columns have odd names"""
+    folder = tmp_path_factory.mktemp('odd')
+    pd.DataFrame(np.random.default_rng(0).normal(size=(200, len(NAMES))), columns=NAMES).to_csv(folder / 'odd.csv', index=False)
+    bnaf.main(['--train', f'--dataset={folder}/odd.csv', '--n_flows=2', '--hidden_dim=2', '--n_epochs=1', f'--output_dir={folder}'])
+    return only(folder.rglob('best.pt'))
+
+
+def test_odd_names_of_columns(odd_columns, capsys):
+    before = set(odd_columns.parent.rglob('*'))
+    for mode in ('--generate', '--visualize', '--evaluate'):
+        bnaf.main([mode, f'--restore_file={odd_columns}'])
+    assert {path.name for path in set(odd_columns.parent.rglob('*')) - before} == {'generated_samples.csv', 'visualization.png'}
+    assert list(pd.read_csv(odd_columns.with_name('generated_samples.csv')).columns) == [*NAMES, 'log_likelihood']
+    assert Image.open(odd_columns.with_name('visualization.png')).width < 3000
+
+
+@pytest.mark.parametrize('option', ['scores', 'output'])
+def test_where_no_file_can_go(option, odd_columns, tmp_path, capsys):
+    """It is said before anything is computed"""
+    mode = {'scores': '--evaluate', 'output': '--generate'}[option]
+    (tmp_path / 'folder.csv').mkdir()
+    for file, part in ((tmp_path / 'folder.csv', 'is there already'), (tmp_path / 'none' / 'x.csv', 'there is no folder'),
+                       (odd_columns / 'x.csv', 'there is no folder')):
+        assert part in refused('bnaf', capsys, mode, f'--{option}={file}', f'--restore_file={odd_columns}')
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['folder.csv']
+
+
+# --------------------------------------------------------------------------------------------------- what nobody reads
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_results_and_events_are_never_read(script, checkpoints, tmp_path):
+    for name in ('results.json', 'events.out.tfevents.1.x', '.lock'):
+        (tmp_path / name).write_bytes(b'\xff' * 100)
+    shutil.copy(checkpoints[script], tmp_path)
+    for mode in MODES:
+        SCRIPTS[script].main([mode, f'--restore_file={tmp_path}/checkpoint.pt', *['--n_epochs=3'] * (mode == '--train')])
