@@ -217,6 +217,8 @@ def read_csv(path):
     if not first[0].strip() and header == 0:
         raise UserError(f"{path}: the first column has no name. Is it pandas' index? Leave it out (index=False), or name it")
     table = pd.read_csv(path, header=header, skipinitialspace=True, encoding='utf-8-sig')
+    if not isinstance(table.index, pd.RangeIndex):      # pandas takes the first cells for names of rows then
+        raise UserError(f'{path}: its rows have more cells than its header')
     columns = tuple(str(name) if header == 0 else f'column {name}' for name in table.columns)
     for name, column in zip(columns, table):
         if not pd.api.types.is_numeric_dtype(table[column]) or table[column].dtype == bool:

@@ -21,6 +21,7 @@ from PIL import EpsImagePlugin, Image
 import bnaf
 import glow
 from datasets import UserError, images, load_images, tabular
+from datasets.figures import draw_pairs
 from datasets.pickles import Named
 from test_glow_commands import only
 from tiny_data import attribute_rows, idx, noise_image, write_cifar, write_folder, write_mnist, write_table
@@ -166,22 +167,34 @@ def test_damaged_pickles_with_right_checksums(script, checkpoints, tmp_path):
     assert n_refused > n / 2
 
 
-@pytest.mark.parametrize('make', [
-    lambda saved, parts: archived({**parts, 'checkpoint/data/more': bytes(2**28)}, compression=zipfile.ZIP_DEFLATED),
-    lambda saved, parts: archived({name: part for name, part in parts.items()}, compression=zipfile.ZIP_DEFLATED),
-    lambda saved, parts: archived({**parts, **{name.upper(): part for name, part in parts.items()}}),
-    lambda saved, parts: archived({**parts, **{f'checkpoint/data/x{k}': b'' for k in range(20_000)}}),
-    lambda saved, parts: archived({**parts, 'checkpoint/constants.pkl': b'.'}),
-    lambda saved, parts: archived({}),
-    lambda saved, parts: b'PK\x05\x06' + bytes(18),
-    lambda saved, parts: pickle.dumps(Call(bytearray, 10**11)),
-    lambda saved, parts: old_format(saved),
-    lambda saved, parts: old_format(Call(bytearray, 10**11)) + archived(parts),
-    lambda saved, parts: overlapping(parts),
-], ids=['large', 'compressed', 'two_cases', 'many', 'torchscript', 'none', 'empty', 'pickle', 'old', 'old_before_zip', 'overlapping'])
-def test_archives_that_are_no_checkpoints(make, checkpoints, tmp_path, recwarn):
-    path = checkpoints['glow']
-    (tmp_path / 'bad.pt').write_bytes(make(torch.load(path), archive(path)))
+def test_a_checkpoint_is_not_looked_at_again(checkpoints, tmp_path):
+    file = shutil.copy(checkpoints['glow'], tmp_path)
+    whole, loaded = glow.load_checkpoint(checkpoints['glow']), glow.load_checkpoint(file)
+    with open(file, 'r+b') as content:
+        content.write(bytes(os.path.getsize(file)))
+    assert same({**loaded, 'path': None}, {**whole, 'path': None})
+
+
+ARCHIVES = {
+    'large': lambda parts, root: archived({**parts, f'{root}/more': bytes(2**28)}, compression=zipfile.ZIP_DEFLATED),
+    'compressed': lambda parts, root: archived(parts, compression=zipfile.ZIP_DEFLATED),
+    'two_cases': lambda parts, root: archived({**parts, f'{root}/DATA/0': bytes(len(parts[f'{root}/data/0']))}),
+    'two_pickles': lambda parts, root: archived({**parts, f'{root}/DATA.PKL': b'.'}),
+    'many': lambda parts, root: archived({**parts, **{f'{root}/data/x{k}': b'' for k in range(20_000)}}),
+    'torchscript': lambda parts, root: archived({**parts, f'{root}/constants.pkl': b'.'}),
+    'protocol': lambda parts, root: archived({**parts, f'{root}/data.pkl': b'\x80\x04' + parts[f'{root}/data.pkl'][2:]}),
+    'none': lambda parts, root: archived({}), 'empty': lambda parts, root: b'',
+    'pickle': lambda parts, root: pickle.dumps(Call(bytearray, 10**11)),
+    'old': lambda parts, root: old_format({'script': 'glow.py'}),
+    'old_before_zip': lambda parts, root: old_format(Call(bytearray, 10**11)) + archived(parts),
+    'overlapping': lambda parts, root: overlapping(parts, root),
+}
+
+
+@pytest.mark.parametrize('name', ARCHIVES)
+def test_archives_that_are_no_checkpoints(name, checkpoints, tmp_path, recwarn):
+    parts = archive(checkpoints['glow'])
+    (tmp_path / 'bad.pt').write_bytes(ARCHIVES[name](parts, only({part.split('/')[0] for part in parts})))
     assert 'cannot be read as a checkpoint' in refusal(glow.load_checkpoint, tmp_path / 'bad.pt')
     assert not recwarn.list
 
@@ -192,16 +205,16 @@ def old_format(content):
     return file.getvalue()
 
 
-def overlapping(parts):
-    """Ten thousand entries that are all the same bytes of the file"""
-    large = max(parts, key=lambda name: len(parts[name]))
-    content = archived({**parts, large: bytes(2**22)})
-    start = content.index(b'PK\x01\x02')
-    entry = content[content.rindex(b'PK\x01\x02', 0, content.rindex(large.encode())):]
-    entry = entry[:46 + len(large)]
-    directory, n = content[start:content.rindex(b'PK\x05\x06')] + 10_000 * entry, len(parts) + 10_000
-    end = b'PK\x05\x06' + bytes(4) + 2 * n.to_bytes(2, 'little') + len(directory).to_bytes(4, 'little') + start.to_bytes(4, 'little')
-    return content[:start] + directory + end + bytes(2)
+def overlapping(parts, root):
+    """A checkpoint with an entry more that lies within another one"""
+    inner = archived({f'{root}/inner': bytes(2**20)})
+    content = archived({**parts, f'{root}/outer': inner})
+    entry = bytearray(inner[inner.index(b'PK\x01\x02'):inner.rindex(b'PK\x05\x06')])
+    entry[42:46] = struct.pack('<I', content.index(inner))
+    end = bytearray(content[content.rindex(b'PK\x05\x06'):])
+    n, size = struct.unpack('<H', end[10:12])[0] + 1, struct.unpack('<I', end[12:16])[0] + len(entry)
+    end[8:16] = struct.pack('<2HI', n, n, size)
+    return content[:content.rindex(b'PK\x05\x06')] + bytes(entry) + bytes(end)
 
 
 # ------------------------------------------------------------------------------------------ checkpoints, as pickles
@@ -415,7 +428,7 @@ def test_one_bad_image_among_good_ones(tmp_path, monkeypatch):
     assert 'bad.jpg cannot be decoded' in refusal(load_images, 'folder', tmp_path / 'photos', 16)
 
 
-def test_odd_images_are_decoded(tmp_path):
+def test_odd_images_are_decoded(tmp_path, recwarn):
     """To the same pixels as the plain image: of 16 bits, a palette with transparency, many frames, with rubbish for EXIF"""
     plain = Image.fromarray(np.kron([[0, 85], [170, 255]], np.ones((12, 12))).astype(np.uint8))
     palette, exif = plain.quantize(4), Image.Exif()
@@ -424,11 +437,12 @@ def test_odd_images_are_decoded(tmp_path):
            'palette.png': bytes_of(palette, 'PNG', transparency=b'\xff' * 4), 'cmyk.tif': bytes_of(plain.convert('RGB').convert('CMYK'), 'TIFF'),
            'frames.gif': bytes_of(palette, 'GIF', save_all=True, append_images=[Image.new('L', (24, 24))]),
            'frames.webp': bytes_of(plain.convert('RGB'), 'WEBP', lossless=True, save_all=True, append_images=[Image.new('RGB', (24, 24))]),
-           'exif.png': bytes_of(plain, 'PNG', exif=exif), 'exif.jpg': bytes_of(plain, 'JPEG', quality=100, exif=b'Exif\0\0rubbish'),
+           'exif.png': bytes_of(plain, 'PNG', exif=exif), 'exif.jpg': bytes_of(plain, 'JPEG', quality=100, exif=b'Exif\0\0II*\0\x08\0\0\0\x10\0\x12\x01'),
            'two.jpg': bytes_of(plain.convert('RGB'), 'MPO', quality=100, save_all=True, append_images=[Image.new('RGB', (24, 24))])}
     for name, content in odd.items():
         (tmp_path / name).write_bytes(content)
         assert np.abs(images.load_photo(tmp_path / name, 'faces', 24).astype(int) - np.asarray(plain)).max() <= 2, name
+    assert not recwarn.list
 
 
 def test_links_that_lead_in_circles(tmp_path, monkeypatch):
@@ -457,12 +471,14 @@ def test_odd_names_of_attributes(tmp_path, monkeypatch):
     assert picture.width < 2000 and picture.height == 34 + 136 * len(NAMES)
 
 
-@pytest.mark.parametrize('text', ['image,split\n00.png\n', 'image,' + 'n' * 200_000 + '\n', 'image,' + ','.join(map(str, range(5000))) + '\n',
-                                  'image,\33[31m\n', 'image,a\0\n', 'image,"a\n', 'image,a,a\n'])
-def test_bad_attribute_tables(text, tmp_path):
-    table = [f'{i:02}.png' for i in range(20)]
-    (tmp_path / 'attributes.csv').write_text(text + ''.join(f'{name}\n' for name in table[text.count('.png'):]))
-    refusal(images.read_attribute_table, tmp_path / 'attributes.csv', table)
+@pytest.mark.parametrize('header, cells, part', [
+    ('image,split', '', 'a split is one of'), ('image,' + 'n' * 200_000, ',1', 'field larger'), ('image,\33[31m', ',1', 'printable'),
+    ('image,' + ','.join(map(str, range(5000))), ',1' * 5000, '1000 at most'), ('image,a\0', ',1', ''), ('image,"a', ',1', ''),
+    ('image,a,a', ',1,1', 'different')])
+def test_bad_attribute_tables(header, cells, part, tmp_path):
+    files = [f'{i:02}.png' for i in range(20)]
+    (tmp_path / 'attributes.csv').write_text('\n'.join([header, *[name + cells for name in files]]))
+    assert part in refusal(images.read_attribute_table, tmp_path / 'attributes.csv', files)
 
 
 def test_mnist_that_unfolds_without_end(tmp_path):
@@ -554,22 +570,34 @@ def virtual(file):
     file.create_virtual_dataset('x', layout)
 
 
+def chunked(file):
+    """60 rows in one chunk of a million, compressed twice"""
+    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    options.set_chunk((1000, 1000))
+    options.set_deflate(9)
+    options.set_deflate(9)
+    space = h5py.h5s.create_simple((60, 2), (h5py.h5s.UNLIMITED,) * 2)
+    h5py.h5d.create(file.id, b'x', h5py.h5t.NATIVE_DOUBLE, space, options).write(h5py.h5s.ALL, h5py.h5s.ALL, ROWS)
+
+
 BAD_H5 = {
     'linked': lambda file: file.update({'x': h5py.ExternalLink('other.h5', 'x')}), 'virtual': virtual,
     'dangling': lambda file: file.update({'x': h5py.SoftLink('/nowhere'), 'y': h5py.SoftLink('/y')}),
-    'elsewhere': lambda file: file.create_dataset('x', (60, 2), 'f8', external=[('other.h5', 0, h5py.h5f.UNLIMITED)]),
+    'elsewhere': lambda file: file.create_dataset('x', (60, 2), 'f8', external=[('rows.bin', 0, h5py.h5f.UNLIMITED)]),
     'references': lambda file: file.create_dataset('x', (60, 2), h5py.ref_dtype), 'text': lambda file: file.create_dataset('x', (60, 2), 'S4'),
     'null': lambda file: file.update({'x': h5py.Empty('f8')}), 'complex': lambda file: file.update({'x': ROWS * 1j}),
     'bomb': lambda file: file.create_dataset('x', (10**8, 20), 'f8', chunks=(1000, 20), compression='gzip'),
-    'large_chunks': lambda file: file.create_dataset('x', (60, 2), 'f8', maxshape=(None, None), chunks=(20_000, 10_000), compression='gzip'),
+    'large_chunks': chunked,
     'twice': lambda file: file.create_dataset('x', data=ROWS).attrs.update({'columns': ['a', 'a']}),
     'escapes': lambda file: file.create_dataset('x', data=ROWS).attrs.update({'columns': ['\33[31m', 'a']}),
 }
 
 
 @pytest.mark.parametrize('name', BAD_H5)
-def test_h5_that_is_no_table_or_leads_elsewhere(name, tmp_path):
+def test_h5_that_is_no_table_or_leads_elsewhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     h5(tmp_path / 'other.h5', lambda file: file.update({'x': ROWS}))
+    (tmp_path / 'rows.bin').write_bytes(ROWS.tobytes())
     h5(tmp_path / 'bad.h5', BAD_H5[name])
     assert 'bad.h5' in refusal(tabular.load_rows, str(tmp_path / 'bad.h5'))
 
@@ -584,14 +612,14 @@ def test_npy_that_is_no_table(content, tmp_path, monkeypatch):
     assert 'bad.npy' in refusal(tabular.load_rows, 'bad.npy') and not Path('canary').exists()
 
 
-def csv(header, rows=ROWS):
+def csv_of(header, rows=ROWS):
     return f'{header}\n'.encode() + '\n'.join(','.join(map(str, row)) for row in rows).encode() + b'\n'
 
 
 @pytest.mark.parametrize('content', [
-    csv('\33[31ma,b'), csv('"a\nb",c'), csv('a\0,b'), csv(f'{"n" * 200_000},b'), csv('a,"b'), csv('a'.encode('utf-16').decode('latin1')), csv(',b'),
-    csv('a,b') + b'\xff\xfe,1\n', csv('a,b').replace(b',', b'\0,'), csv('a,b') + b'1,"2\n', csv('a,b') + b'1,2,3\n', csv('a,b') + b'9' * 400 + b',1\n',
-    csv('a,b', np.full((60, 2), '1e400')), csv('a,b', [(1, 2)] * 200_000 + [('x', 'y')]), b'a,b\n' + b'1' * 10**7, b','.join([b'1.5'] * 10**6) + b'\n'])
+    csv_of('\33[31ma,b'), csv_of('"a\nb",c'), csv_of('a\0,b'), csv_of(f'{"n" * 200_000},b'), csv_of('a,"b'), csv_of('a'.encode('utf-16').decode('latin1')), csv_of(',b'),
+    csv_of('a,b') + b'\xff\xfe,1\n', csv_of('a,b').replace(b',', b'\0,'), csv_of('a,b') + b'1,"2\n', csv_of('a,b') + b'1,2,3\n', csv_of('a,b') + b'9' * 400 + b',1\n',
+    csv_of('a,b', np.full((60, 2), '1e400')), csv_of('a,b', [(1.5, 2)] * 300_000 + [('x', 'y')]), csv_of('a', ROWS), csv_of('a,b', ROWS[:, [0, 1, 1]]), b'a,b\n' + b'1' * 10**7, b','.join([b'1.5'] * 10**6) + b'\n'])
 def test_csv_that_is_no_table(content, tmp_path, recwarn):
     (tmp_path / 'bad.csv').write_bytes(content)
     assert 'bad.csv' in refusal(tabular.load_rows, str(tmp_path / 'bad.csv')) and not recwarn.list
@@ -612,7 +640,8 @@ def test_odd_names_of_columns(odd_columns, capsys):
         bnaf.main([mode, f'--restore_file={odd_columns}'])
     assert {path.name for path in set(odd_columns.parent.rglob('*')) - before} == {'generated_samples.csv', 'visualization.png'}
     assert list(pd.read_csv(odd_columns.with_name('generated_samples.csv')).columns) == [*NAMES, 'log_likelihood']
-    assert Image.open(odd_columns.with_name('visualization.png')).width < 3000
+    figure = draw_pairs(ROWS, ROWS, [NAMES[6], NAMES[4]], 'rows')
+    assert {len(label) for axes in figure.axes for label in (axes.get_xlabel(), axes.get_ylabel()) if label} == {24, len(NAMES[4])}
 
 
 @pytest.mark.parametrize('option', ['scores', 'output'])
