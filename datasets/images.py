@@ -239,8 +239,11 @@ def load_cifar10(data_dir, image_size):
                             'and should all hold the same number')
         create((len(paths) * len(batches[0]), 3073), np.uint8)[:] = np.concatenate(batches)
 
-    rows = cached(data_dir, 'cifar10', source, unpickle, lambda rows: rows.shape[1:] == (3073,) and rows.dtype == np.uint8 and
-                  len(rows) and len(rows) % len(paths) == 0 and rows[:, 0].max() < 10)
+    def fits(rows):
+        return (rows.shape[1:] == (3073,) and rows.dtype == np.uint8 and len(rows) and len(rows) % len(paths) == 0
+                and rows[:, 0].max() < 10)
+
+    rows = cached(data_dir, 'cifar10', source, unpickle, fits)
     n_test = len(rows) // len(paths)
     n_train, n_validation = len(rows) - n_test, n_test // 2
     parts = slice(0, n_train - n_validation), slice(n_train - n_validation, n_train), slice(n_train, None)
@@ -389,7 +392,8 @@ def decode_all(data_dir, name, files, size, crop=1.):
             finally:
                 pool.shutdown(cancel_futures=True)      # an error stops the others early
 
-    return cached(data_dir, f'{name}_{size}', source, decode_in_parallel, is_pixels(len(files), 3, size, size)), digest(source)
+    fits = is_pixels(len(files), 3, size, size)
+    return cached(data_dir, f'{name}_{size}', source, decode_in_parallel, fits), digest(source)
 
 
 def n_cores():

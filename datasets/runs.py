@@ -163,7 +163,8 @@ def load_adam(parameters, saved):
     fresh = dict(optimizer.param_groups[0])
     optimizer.load_state_dict(saved)
     group = optimizer.param_groups[0]
-    if (type(group['lr']) is not float or not 0 <= group['lr'] < math.inf or {type(group['amsgrad']), type(group['fused'])} != {bool}
+    if (type(group['lr']) is not float or not 0 <= group['lr'] < math.inf
+            or {type(group['amsgrad']), type(group['fused'])} != {bool}
             or any(group[key] != fresh[key] for key in fresh.keys() - {'params', 'lr', 'amsgrad', 'fused'})):
         raise ValueError("its optimizer's options are not those of a training")
     names = {'step', 'exp_avg', 'exp_avg_sq', *['max_exp_avg_sq'] * group['amsgrad']}

@@ -249,8 +249,8 @@ def read_h5(path):
             raise UserError(f'{path} has {len(tables)} two-dimensional data sets at its top, not one')
         if tables[0].external or tables[0].is_virtual:
             raise UserError(f'{path} takes its table from other files')
-        n_read = max(tables[0].size, math.prod(tables[0].chunks or ())) * tables[0].dtype.itemsize     # chunks are read whole
-        if n_read > MAX_RATIO * path.stat().st_size:                # HDF5 need not store what it declares
+        n_read = max(tables[0].size, math.prod(tables[0].chunks or ()))     # chunks are read whole
+        if n_read * tables[0].dtype.itemsize > MAX_RATIO * path.stat().st_size:    # HDF5 need not store what it declares
             raise UserError(f'{path} claims to hold a table of shape {tables[0].shape}, but has not the size for it')
         values, columns = require_table(tables[0][:], path)
         names = tuple(str(name) for name in np.atleast_1d(tables[0].attrs.get('columns', ())))

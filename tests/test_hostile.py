@@ -36,7 +36,8 @@ MUCH = 2**28        # bytes: what a small file may not take
 def checkpoints(tmp_path_factory):
     """-> path of a tiny checkpoint of each script, by its name"""
     folder = tmp_path_factory.mktemp('trained')
-    (folder / 'rows.csv').write_text('a,b\n' + ''.join(f'{x},{y}\n' for x, y in np.random.default_rng(0).normal(size=(90, 2))))
+    pd.DataFrame(np.random.default_rng(0).normal(size=(90, 2)), columns=['a', 'b']).to_csv(folder / 'rows.csv',
+    index=False)
     glow.main(['--train', '--dataset=digits', '--depth=1', '--width=8', '--n_epochs=1', '--batch_size=512',
                f'--output_dir={folder}', f'--data_dir={folder}'])
     bnaf.main(['--train', f'--dataset={folder}/rows.csv', '--n_flows=2', '--hidden_dim=3', '--n_epochs=2',
@@ -113,7 +114,8 @@ def flip(content, at, rng):
 def damaged(content, parts, rng):
     """A checkpoint's bytes, damaged in some way that its checksums may show"""
     n = len(content)
-    name, other = rng.choice([name for name in parts if len(set(map(len, parts.values()))) > 1], 2, replace=False)
+    name, other = rng.choice(list(parts), 2, replace=False)
+    swapped = {**parts, name: parts[other], other: parts[name]}         # of one size they would make a whole checkpoint
     return [
         lambda: flip(content, rng.integers(n), rng),
         lambda: flip(content, rng.integers(64), rng),                                       # in the first header
@@ -123,7 +125,7 @@ def damaged(content, parts, rng):
         lambda: content + rng.bytes(rng.integers(1, 100)),
         lambda: rng.bytes(rng.integers(1, 100)) + content,
         lambda: content[:(at := rng.integers(n))] + bytes(64) + content[at + 64:],
-        lambda: archived({**parts, name: parts[other], other: parts[name]} if len(parts[name]) != len(parts[other]) else {}),
+        lambda: archived(swapped if len(parts[name]) != len(parts[other]) else {}),
         lambda: archived({key: part for key, part in parts.items() if '/data/' not in key or rng.random() < 0.9}),
     ][rng.integers(10)]()
 
@@ -182,7 +184,8 @@ ARCHIVES = {
     'two_pickles': lambda parts, root: archived({**parts, f'{root}/DATA.PKL': b'.'}),
     'many': lambda parts, root: archived({**parts, **{f'{root}/data/x{k}': b'' for k in range(20_000)}}),
     'torchscript': lambda parts, root: archived({**parts, f'{root}/constants.pkl': b'.'}),
-    'protocol': lambda parts, root: archived({**parts, f'{root}/data.pkl': b'\x80\x04' + parts[f'{root}/data.pkl'][2:]}),
+    'protocol': lambda parts, root: archived({name: b'\x80\x04' + part[2:] if name.endswith('.pkl') else part
+                                              for name, part in parts.items()}),
     'none': lambda parts, root: archived({}), 'empty': lambda parts, root: b'',
     'pickle': lambda parts, root: pickle.dumps(Call(bytearray, 10**11)),
     'old': lambda parts, root: old_format({'script': 'glow.py'}),
@@ -243,7 +246,8 @@ class Shadowed:
 
 def strided(size, stride, offset=0, *more):
     """Pickled, a tensor of one number that seems to be more"""
-    return Call(torch._utils._rebuild_tensor_v2, torch.zeros(1).storage(), offset, size, stride, False, OrderedDict(), *more)
+    return Call(torch._utils._rebuild_tensor_v2, torch.zeros(1).storage(), offset, size, stride, False, OrderedDict(),
+        *more)
 
 
 def tensors(weight):
@@ -251,12 +255,17 @@ def tensors(weight):
     return {
         'sparse': weight.to_sparse(), 'complex': weight.cfloat(), 'float64': weight.double(), 'half': weight.half(),
         'meta': weight.to('meta'), 'nested': torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
-        'expanded': torch.zeros(()).expand(weight.shape), 'part': torch.zeros(10**6)[:weight.numel()].view(weight.shape),
-        'huge': strided((10**6, 10**6), (0, 0)), 'overflow': strided((2**32, 2**32), (0, 0)), 'outside': strided((10**9,), (1,)),
-        'before': strided((1,), (1,), -10**6), 'after': strided((1,), (1,), 10**6), 'backward': strided((2, 1), (-1, 1), 1),
+        'expanded': torch.zeros(()).expand(weight.shape),
+        'part': torch.zeros(10**6)[:weight.numel()].view(weight.shape),
+        'huge': strided((10**6, 10**6), (0, 0)), 'overflow': strided((2**32, 2**32), (0, 0)),
+        'outside': strided((10**9,), (1,)),
+        'before': strided((1,), (1,), -10**6), 'after': strided((1,), (1,), 10**6),
+        'backward': strided((2, 1), (-1, 1), 1),
         'many_dims': strided((1,) * 100, (0,) * 100), 'negative': strided((-1,), (1,)), 'uneven': strided((1,), ()),
-        'text_size': strided('a', 'b'), 'negated': strided((1,), (1,), 0, {'neg': True}), 'parameter': torch.nn.Parameter(weight),
-        'nan': weight * math.nan, 'inf': weight.abs() / 0, 'shape': weight[None], 'empty': weight[:0], 'list': weight.tolist(),
+        'text_size': strided('a', 'b'), 'negated': strided((1,), (1,), 0, {'neg': True}),
+        'parameter': torch.nn.Parameter(weight),
+        'nan': weight * math.nan, 'inf': weight.abs() / 0, 'shape': weight[None], 'empty': weight[:0],
+        'list': weight.tolist(),
         'none': None, 'text': 'x', 'bytes': bytearray(4), 'storage': weight.storage(),
     }
 
@@ -265,7 +274,9 @@ def tensors(weight):
 @pytest.mark.parametrize('part', ['model', 'average', 'optimizer'])
 def test_weights_that_are_none(part, script, checkpoints, tmp_path):
     saved, file = torch.load(checkpoints[script]), tmp_path / 'bad.pt'
-    values = saved[part] if part != 'optimizer' else max(saved[part]['state'].values(), key=lambda state: state['exp_avg'].numel())
+    values = saved[part]
+    if part == 'optimizer':
+        values = max(values['state'].values(), key=lambda state: state['exp_avg'].numel())
     key = max(values, key=lambda key: values[key].numel())
     for name, value in tensors(values[key]).items():
         values[key] = value
@@ -281,24 +292,34 @@ def test_other_parts_that_are_none(script, checkpoints, tmp_path):
     i = max(state, key=lambda i: state[i]['exp_avg'].numel())
     changes = [
         *[{'config': {**config, key: value}} for key, value in (
-            ('dataset', '\33[2J'), ('dataset', 'a\nb'), ('dataset', 3), ('data_dir', '\u202e'), ('data_dir', None), ('data_dir', '\udc80'),
-            ('seed', -1), ('seed', 2**63), ('seed', True), ('batch_size', 2**40), ('batch_size', 0), ('n_epochs', 10**400), ('lr', math.nan),
+            ('dataset', '\33[2J'), ('dataset', 'a\nb'), ('dataset', 3), ('data_dir', '\u202e'), ('data_dir', None),
+            ('data_dir', '\udc80'),
+            ('seed', -1), ('seed', 2**63), ('seed', True), ('batch_size', 2**40), ('batch_size', 0),
+            ('n_epochs', 10**400), ('lr', math.nan),
             ('lr', 1), ('ema_decay', torch.tensor(0.5)), ('checkpoint_grads', 'yes'), ('more', 1), (3, 4))],
         {'config': {}}, {'config': [1]}, {'config': bomb()}, {'config': Shadowed(config, keys=None, items=3)},
-        *[{'input_dims': value} for value in ([], [-1], [2**16], [2, 2], ['a'], [True], (2,), bomb(), 2, [1, 8, 16], [10**9] * 3)],
-        *[{key: value} for key in ('step', 'world_size') for value in (-1, 2**70, 10**400, 0.5, True, '1', None, [1], torch.tensor(1))],
+        *[{'input_dims': value} for value in ([], [-1], [2**16], [2, 2], ['a'], [True], (2,), bomb(), 2, [1, 8, 16],
+            [10**9] * 3)],
+        *[{key: value} for key in ('step', 'world_size') for value in (-1, 2**70, 10**400, 0.5, True, '1', None, [1],
+            torch.tensor(1))],
         *[{'best': value} for value in (1, None, '1', torch.tensor(1.))],
         *[{part: value} for part in ('model', 'average', 'optimizer', 'script') for value in (
-            None, 3, [], bomb(), circle(), {'x': 1}, {1: torch.zeros(1)}, {**saved[part], '\33[31m': torch.zeros(1)} if part != 'script' else {})],
+            None, 3, [], bomb(), circle(), {'x': 1}, {1: torch.zeros(1)},
+            {**saved[part], '\33[31m': torch.zeros(1)} if part != 'script' else {})],
         *[{'optimizer': {**adam, 'param_groups': [{**group, **change}]}} for change in (
-            {'lr': 'x'}, {'lr': math.nan}, {'lr': -1.}, {'lr': torch.ones(1)}, {'betas': (2, 3)}, {'betas': [0.9, 0.999]}, {'betas': 'x'},
-            {'eps': torch.ones(2)}, {'eps': math.inf}, {'weight_decay': '0'}, {'foreach': True}, {'capturable': True}, {'fused': None},
-            {'differentiable': True}, {'maximize': True}, {'params': [0]}, {'params': bomb()}, {'params': [10**6] * len(group['params'])})],
+            {'lr': 'x'}, {'lr': math.nan}, {'lr': -1.}, {'lr': torch.ones(1)}, {'betas': (2, 3)},
+            {'betas': [0.9, 0.999]}, {'betas': 'x'},
+            {'eps': torch.ones(2)}, {'eps': math.inf}, {'weight_decay': '0'}, {'foreach': True}, {'capturable': True},
+            {'fused': None},
+            {'differentiable': True}, {'maximize': True}, {'params': [0]}, {'params': bomb()},
+            {'params': [10**6] * len(group['params'])})],
         *[{'optimizer': {**adam, 'param_groups': value}} for value in ([], [group, group], [3], None, group, bomb())],
         *[{'optimizer': {**adam, 'state': {**state, **change}}} for change in (
             {i: {}}, {i: 3}, {-1: state[i]}, {'a': state[i]}, {i: {**state[i], 'more': torch.zeros(1)}},
-            {i: {**state[i], 'step': torch.zeros(2)}}, {i: {**state[i], 'exp_avg': torch.zeros(())}}, {i: {**state[i], 'exp_avg_sq': bomb()}})],
-        *[{'optimizer': {**adam, **change}} for change in ({'state': None}, {'state': []}, {'more': 1}, {'param_groups': (group,)})],
+            {i: {**state[i], 'step': torch.zeros(2)}}, {i: {**state[i], 'exp_avg': torch.zeros(())}},
+            {i: {**state[i], 'exp_avg_sq': bomb()}})],
+        *[{'optimizer': {**adam, **change}} for change in ({'state': None}, {'state': []}, {'more': 1},
+            {'param_groups': (group,)})],
     ]
     for change in changes:
         torch.save({**saved, **change}, file)
@@ -311,10 +332,10 @@ def test_other_parts_that_are_none(script, checkpoints, tmp_path):
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_models_too_large_for_their_weights(script, checkpoints, tmp_path):
     saved, file = torch.load(checkpoints[script]), tmp_path / 'bad.pt'
-    large = [(dict(n_levels=9, depth=2**10, width=2**14, image_size=2**10), [1, 2**10, 2**10]),
-             (dict(depth=2**10), saved['input_dims']), (dict(width=10**9), saved['input_dims'])] if script == 'glow' else [
-            (dict(n_flows=2**8, n_hidden=2**6, hidden_dim=2**12), dims) for dims in ([2], [200], [2**16 - 1])]
-    for change, dims in large:
+    large = {'glow': [(dict(n_levels=9, depth=2**10, width=2**14, image_size=2**10), [1, 2**10, 2**10]),
+                      (dict(depth=2**10), saved['input_dims']), (dict(width=10**9), saved['input_dims'])],
+             'bnaf': [(dict(n_flows=2**8, n_hidden=2**6, hidden_dim=2**12), [d]) for d in (2, 200, 2**16 - 1)]}
+    for change, dims in large[script]:
         torch.save({**saved, 'config': {**saved['config'], **change}, 'input_dims': dims}, file)
         assert 'damaged' in refusal(SCRIPTS[script].load_checkpoint, file)
 
@@ -324,19 +345,24 @@ def test_no_payload_runs(checkpoints, tmp_path, capsys):
     (tmp_path / 'other.pt').write_bytes(pickle.dumps(Call(os.mkdir, str(canary))))
     mkdir = Call(os.mkdir, str(canary))
     payloads = [
-        mkdir, Call(eval, f'__import__("os").mkdir({str(canary)!r})'), Call(torch.load, str(tmp_path / 'other.pt'), 'cpu'),
+        mkdir, Call(eval, f'__import__("os").mkdir({str(canary)!r})'),
+        Call(torch.load, str(tmp_path / 'other.pt'), 'cpu'),
         Call(torch._tensor._rebuild_from_type_v2, os.mkdir, str, (str(canary),), {}),
         Call(torch._utils._rebuild_parameter, mkdir, False, OrderedDict()), Call(torch.nn.Parameter, mkdir),
         Call(torch.Tensor, 10**5, 10**5), Call(bytearray, 10**11), Call(torch.UntypedStorage, 10**12),
-        Call(torch.empty, 10**11), Call(set, [1]), Call(complex, 1), Call(torch.device, 'cpu'), Call(torch.hub.load, str(tmp_path), 'x'),
-        Call(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (10**9, 10**9), (1, 1), False), np.zeros(3), torch.float32,
+        Call(torch.empty, 10**11), Call(set, [1]), Call(complex, 1), Call(torch.device, 'cpu'),
+        Call(torch.hub.load, str(tmp_path), 'x'),
+        Call(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (10**9, 10**9), (1, 1), False), np.zeros(3),
+        torch.float32,
         torch.Size([1]), torch.nn.Linear(1, 1), Path('/'),
     ]
     for payload in payloads:
         for change in ({'model': payload}, {'config': {**saved['config'], 'dataset': payload}}, {'more': payload}):
             torch.save({**saved, **change}, file)
             assert 'holds more than tensors' in refusal(glow.load_checkpoint, file), payload
-    for words in (*[[mode, f'--restore_file={file}'] for mode in MODES], ['--train', '--resume', f'--output_dir={tmp_path}/runs']):
+    commands = [*[[mode, f'--restore_file={file}'] for mode in MODES],
+        ['--train', '--resume', f'--output_dir={tmp_path}/runs']]
+    for words in commands:
         (tmp_path / 'runs' / 'glow_x').mkdir(parents=True, exist_ok=True)
         torch.save({**saved, 'more': mkdir}, file)
         shutil.copy(file, tmp_path / 'runs' / 'glow_x' / 'checkpoint.pt')
@@ -350,15 +376,19 @@ def test_what_only_training_reads_is_checked_before_it_writes(mode, checkpoints,
     saved, file = torch.load(checkpoints['bnaf']), tmp_path / 'checkpoint.pt'
     scheduler, units = saved['scheduler'], saved['units']
     changes = [*[{'scheduler': {**scheduler, **change}} for change in (
-        {'step': None}, {'optimizer': None}, {'min_lrs': []}, {'min_lrs': 'x'}, {'factor': 7.}, {'best': 'x'}, {'patience': 10**9}, {'more': 1},
+        {'step': None}, {'optimizer': None}, {'min_lrs': []}, {'min_lrs': 'x'}, {'factor': 7.}, {'best': 'x'},
+        {'patience': 10**9}, {'more': 1},
         {'num_bad_epochs': None}, {'mode': bomb()})] * (mode == '--train'), {'scheduler': 3},
-        *[{'units': {**units, **change}} for change in ({'mean': [math.nan] * 2}, {'std': [0., 1.]}, {'std': [math.inf] * 2}, {'steps': [-math.inf] * 2},
-          {'columns': ['\33[31m', 'b']}, {'columns': ['a']}, {'columns': ['c', 'd']}, {'mean': [1, 2]}, {'more': []}, {'mean': bomb()})]]
+        *[{'units': {**units, **change}} for change in ({'mean': [math.nan] * 2}, {'std': [0., 1.]},
+            {'std': [math.inf] * 2}, {'steps': [-math.inf] * 2},
+          {'columns': ['\33[31m', 'b']}, {'columns': ['a']}, {'columns': ['c', 'd']}, {'mean': [1, 2]}, {'more': []},
+          {'mean': bomb()})]]
     for change in changes:
         torch.save({**saved, **change}, file)
         content = file.read_bytes()
         refused('bnaf', capsys, mode, f'--restore_file={file}', '--n_epochs=3')
-        assert file.read_bytes() == content and {path.name for path in tmp_path.iterdir()} <= {'checkpoint.pt', '.lock'}, change
+        assert file.read_bytes() == content, change
+        assert {path.name for path in tmp_path.iterdir()} <= {'checkpoint.pt', '.lock'}, change
 
 
 def test_weights_without_an_inverse(checkpoints, tmp_path, capsys):
@@ -371,7 +401,8 @@ def test_weights_without_an_inverse(checkpoints, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ['bad.pt']
 
 
-@pytest.mark.parametrize('content', [torch.zeros(10, 63), torch.zeros(10, 64).double(), {'a': 1}, [torch.zeros(10, 64)], None, torch.zeros(0),
+@pytest.mark.parametrize('content', [torch.zeros(10, 63), torch.zeros(10, 64).double(), {'a': 1}, [torch.zeros(10, 64)],
+    None, torch.zeros(0),
                                      Call(bytearray, 10**11), Call(os.mkdir, 'canary')])
 def test_hostile_attribute_directions_are_made_again(content, checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -402,10 +433,14 @@ def claims(width, height):
 
 
 BAD_IMAGES = {
-    'empty': b'', 'text': b'I am no picture', 'half': bytes_of(noise_image(40, 40), 'JPEG')[:700], 'bomb': claims(2**31 - 1, 2**31 - 1),
-    'warned_of': claims(10_000, 10_000), 'strip': bytes_of(Image.new('1', (100_000, 1)), 'PNG'), 'less': claims(40, 40), 'none': claims(0, 0),
-    'postscript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n', 'icon': bytes_of(noise_image(32, 32), 'ICO'),
-    'tiff_of_rubbish': b'II*\0' + bytes(range(256)), 'webp_of_nothing': b'RIFF\xff\xff\xff\x7fWEBPVP8 ', 'gif_of_nothing': b'GIF89a' + 7 * b'\xff',
+    'empty': b'', 'text': b'I am no picture', 'half': bytes_of(noise_image(40, 40), 'JPEG')[:700],
+    'bomb': claims(2**31 - 1, 2**31 - 1),
+    'warned_of': claims(10_000, 10_000), 'strip': bytes_of(Image.new('1', (100_000, 1)), 'PNG'), 'less': claims(40, 40),
+    'none': claims(0, 0),
+    'postscript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n',
+    'icon': bytes_of(noise_image(32, 32), 'ICO'),
+    'tiff_of_rubbish': b'II*\0' + bytes(range(256)), 'webp_of_nothing': b'RIFF\xff\xff\xff\x7fWEBPVP8 ',
+    'gif_of_nothing': b'GIF89a' + 7 * b'\xff',
 }
 
 
@@ -434,11 +469,15 @@ def test_odd_images_are_decoded(tmp_path, recwarn):
     palette, exif = plain.quantize(4), Image.Exif()
     exif[0x0112], exif[0x927c] = 77, bytes(1000)
     odd = {'16.png': bytes_of(Image.fromarray(np.asarray(plain).astype(np.uint16) * 257), 'PNG'),
-           'palette.png': bytes_of(palette, 'PNG', transparency=b'\xff' * 4), 'cmyk.tif': bytes_of(plain.convert('RGB').convert('CMYK'), 'TIFF'),
+           'palette.png': bytes_of(palette, 'PNG', transparency=b'\xff' * 4),
+           'cmyk.tif': bytes_of(plain.convert('RGB').convert('CMYK'), 'TIFF'),
            'frames.gif': bytes_of(palette, 'GIF', save_all=True, append_images=[Image.new('L', (24, 24))]),
-           'frames.webp': bytes_of(plain.convert('RGB'), 'WEBP', lossless=True, save_all=True, append_images=[Image.new('RGB', (24, 24))]),
-           'exif.png': bytes_of(plain, 'PNG', exif=exif), 'exif.jpg': bytes_of(plain, 'JPEG', quality=100, exif=b'Exif\0\0II*\0\x08\0\0\0\x10\0\x12\x01'),
-           'two.jpg': bytes_of(plain.convert('RGB'), 'MPO', quality=100, save_all=True, append_images=[Image.new('RGB', (24, 24))])}
+           'frames.webp': bytes_of(plain.convert('RGB'), 'WEBP', lossless=True, save_all=True,
+           append_images=[Image.new('RGB', (24, 24))]),
+           'exif.png': bytes_of(plain, 'PNG', exif=exif), 'exif.jpg': bytes_of(plain, 'JPEG', quality=100,
+           exif=b'Exif\0\0II*\0\x08\0\0\0\x10\0\x12\x01'),
+           'two.jpg': bytes_of(plain.convert('RGB'), 'MPO', quality=100, save_all=True,
+           append_images=[Image.new('RGB', (24, 24))])}
     for name, content in odd.items():
         (tmp_path / name).write_bytes(content)
         assert np.abs(images.load_photo(tmp_path / name, 'faces', 24).astype(int) - np.asarray(plain)).max() <= 2, name
@@ -461,8 +500,10 @@ def test_odd_names_of_attributes(tmp_path, monkeypatch):
     """They reach a picture, cut where they are long, and no file name"""
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / 'photos')
-    write_table(tmp_path / 'photos', [('image', 'split', *NAMES), *[(*row[:2], *[row[2]] * len(NAMES)) for row in attribute_rows()[1:]]])
-    glow.main(['--train', '--dataset=folder', '--data_dir=photos', '--image_size=16', '--n_levels=1', '--depth=1', '--width=8', '--n_epochs=1'])
+    rows = [(*row[:2], *[row[2]] * len(NAMES)) for row in attribute_rows()[1:]]
+    write_table(tmp_path / 'photos', [('image', 'split', *NAMES), *rows])
+    glow.main(['--train', '--dataset=folder', '--data_dir=photos', '--image_size=16', '--n_levels=1', '--depth=1',
+               '--width=8', '--n_epochs=1'])
     before = set(tmp_path.rglob('*'))
     glow.main(['--visualize'])
     new = [path.name for path in set(tmp_path.rglob('*')) - before]
@@ -472,8 +513,10 @@ def test_odd_names_of_attributes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('header, cells, part', [
-    ('image,split', '', 'a split is one of'), ('image,' + 'n' * 200_000, ',1', 'field larger'), ('image,\33[31m', ',1', 'printable'),
-    ('image,' + ','.join(map(str, range(5000))), ',1' * 5000, '1000 at most'), ('image,a\0', ',1', ''), ('image,"a', ',1', ''),
+    ('image,split', '', 'a split is one of'), ('image,' + 'n' * 200_000, ',1', 'field larger'),
+    ('image,\33[31m', ',1', 'printable'),
+    ('image,' + ','.join(map(str, range(5000))), ',1' * 5000, '1000 at most'), ('image,a\0', ',1', ''),
+    ('image,"a', ',1', ''),
     ('image,a,a', ',1,1', 'different')])
 def test_bad_attribute_tables(header, cells, part, tmp_path):
     files = [f'{i:02}.png' for i in range(20)]
@@ -493,7 +536,8 @@ def test_mnist_that_unfolds_without_end(tmp_path):
 
 
 @pytest.mark.parametrize('data', [
-    Call(np.ndarray), Call(np.dtype, 'u1'), Call(np.zeros(0).__reduce__()[0], np.ndarray, (0,), b'b'), Call(bytearray, 10**11)])
+    Call(np.ndarray), Call(np.dtype, 'u1'), Call(np.zeros(0).__reduce__()[0], np.ndarray, (0,), b'b'),
+    Call(bytearray, 10**11)])
 def test_cifar_of_things_that_are_no_arrays(data, tmp_path):
     write_cifar(tmp_path)
     (tmp_path / 'data_batch_2').write_bytes(pickle.dumps({'data': data, 'labels': [0]}))
@@ -527,11 +571,16 @@ def npz(array):
 
 
 @pytest.mark.parametrize('change', [
-    lambda whole: npy(np.array([Call(os.mkdir, 'canary')])), lambda whole: npz(np.zeros((20, 3, 16, 16), np.uint8)), lambda whole: b'',
-    lambda whole: npy(np.zeros((20, 3, 16, 15), np.uint8)), lambda whole: npy(np.zeros((19, 3, 16, 16), np.uint8)), lambda whole: whole[:-1],
-    lambda whole: npy(np.zeros((20, 3, 16, 16), np.int8)), lambda whole: npy(np.zeros(())), lambda whole: pickle.dumps(Call(os.mkdir, 'canary')),
-    lambda whole: npy(None, '(' * 9000), lambda whole: npy(None, "{'descr': '<f8', 'fortran_order': False, 'shape': (-1, 2)}"),
-    lambda whole: npy(None, f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({10**30}, 2)}}"), lambda whole: b'\x93NUMPY\x01\x00\xff\xff{',
+    lambda whole: npy(np.array([Call(os.mkdir, 'canary')])), lambda whole: npz(np.zeros((20, 3, 16, 16), np.uint8)),
+    lambda whole: b'',
+    lambda whole: npy(np.zeros((20, 3, 16, 15), np.uint8)), lambda whole: npy(np.zeros((19, 3, 16, 16), np.uint8)),
+    lambda whole: whole[:-1],
+    lambda whole: npy(np.zeros((20, 3, 16, 16), np.int8)), lambda whole: npy(np.zeros(())),
+    lambda whole: pickle.dumps(Call(os.mkdir, 'canary')),
+    lambda whole: npy(None, '(' * 9000), lambda whole: npy(None,
+    "{'descr': '<f8', 'fortran_order': False, 'shape': (-1, 2)}"),
+    lambda whole: npy(None, f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({10**30}, 2)}}"),
+    lambda whole: b'\x93NUMPY\x01\x00\xff\xff{',
 ])
 def test_a_cache_that_is_none_is_made_again(change, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -584,7 +633,8 @@ BAD_H5 = {
     'linked': lambda file: file.update({'x': h5py.ExternalLink('other.h5', 'x')}), 'virtual': virtual,
     'dangling': lambda file: file.update({'x': h5py.SoftLink('/nowhere'), 'y': h5py.SoftLink('/y')}),
     'elsewhere': lambda file: file.create_dataset('x', (60, 2), 'f8', external=[('rows.bin', 0, h5py.h5f.UNLIMITED)]),
-    'references': lambda file: file.create_dataset('x', (60, 2), h5py.ref_dtype), 'text': lambda file: file.create_dataset('x', (60, 2), 'S4'),
+    'references': lambda file: file.create_dataset('x', (60, 2), h5py.ref_dtype),
+    'text': lambda file: file.create_dataset('x', (60, 2), 'S4'),
     'null': lambda file: file.update({'x': h5py.Empty('f8')}), 'complex': lambda file: file.update({'x': ROWS * 1j}),
     'bomb': lambda file: file.create_dataset('x', (10**8, 20), 'f8', chunks=(1000, 20), compression='gzip'),
     'large_chunks': chunked,
@@ -603,8 +653,10 @@ def test_h5_that_is_no_table_or_leads_elsewhere(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('content', [
-    npz(ROWS), b'PK\x03\x04rubbish', npy(np.array([[{}, 1]] * 60)), npy(ROWS.astype([('a', 'f8')])), npy(ROWS[None]), npy(ROWS * 1j), npy(ROWS > 0),
-    npy(None, '(' * 9000), npy(None, "{'descr': 'O', 'fortran_order': False, 'shape': (60, 2)}") + bytes(960), pickle.dumps(Call(os.mkdir, 'canary')),
+    npz(ROWS), b'PK\x03\x04rubbish', npy(np.array([[{}, 1]] * 60)), npy(ROWS.astype([('a', 'f8')])), npy(ROWS[None]),
+    npy(ROWS * 1j), npy(ROWS > 0),
+    npy(None, '(' * 9000), npy(None, "{'descr': 'O', 'fortran_order': False, 'shape': (60, 2)}") + bytes(960),
+    pickle.dumps(Call(os.mkdir, 'canary')),
     npy(None, f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({2**62}, 4)}}")])
 def test_npy_that_is_no_table(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -617,9 +669,12 @@ def csv_of(header, rows=ROWS):
 
 
 @pytest.mark.parametrize('content', [
-    csv_of('\33[31ma,b'), csv_of('"a\nb",c'), csv_of('a\0,b'), csv_of(f'{"n" * 200_000},b'), csv_of('a,"b'), csv_of('a'.encode('utf-16').decode('latin1')), csv_of(',b'),
-    csv_of('a,b') + b'\xff\xfe,1\n', csv_of('a,b').replace(b',', b'\0,'), csv_of('a,b') + b'1,"2\n', csv_of('a,b') + b'1,2,3\n', csv_of('a,b') + b'9' * 400 + b',1\n',
-    csv_of('a,b', np.full((60, 2), '1e400')), csv_of('a,b', [(1.5, 2)] * 300_000 + [('x', 'y')]), csv_of('a', ROWS), csv_of('a,b', ROWS[:, [0, 1, 1]]), b'a,b\n' + b'1' * 10**7, b','.join([b'1.5'] * 10**6) + b'\n'])
+    csv_of('\33[31ma,b'), csv_of('"a\nb",c'), csv_of('a\0,b'), csv_of(f'{"n" * 200_000},b'), csv_of('a,"b'),
+    csv_of('a'.encode('utf-16').decode('latin1')), csv_of(',b'),
+    csv_of('a,b') + b'\xff\xfe,1\n', csv_of('a,b').replace(b',', b'\0,'), csv_of('a,b') + b'1,"2\n',
+    csv_of('a,b') + b'1,2,3\n', csv_of('a,b') + b'9' * 400 + b',1\n',
+    csv_of('a,b', np.full((60, 2), '1e400')), csv_of('a,b', [(1.5, 2)] * 300_000 + [('x', 'y')]), csv_of('a', ROWS),
+    csv_of('a,b', ROWS[:, [0, 1, 1]]), b'a,b\n' + b'1' * 10**7, b','.join([b'1.5'] * 10**6) + b'\n'])
 def test_csv_that_is_no_table(content, tmp_path, recwarn):
     (tmp_path / 'bad.csv').write_bytes(content)
     assert 'bad.csv' in refusal(tabular.load_rows, str(tmp_path / 'bad.csv')) and not recwarn.list
@@ -629,8 +684,10 @@ def test_csv_that_is_no_table(content, tmp_path, recwarn):
 def odd_columns(tmp_path_factory):
     """-> best.pt of a model of a table whose columns have odd names"""
     folder = tmp_path_factory.mktemp('odd')
-    pd.DataFrame(np.random.default_rng(0).normal(size=(200, len(NAMES))), columns=NAMES).to_csv(folder / 'odd.csv', index=False)
-    bnaf.main(['--train', f'--dataset={folder}/odd.csv', '--n_flows=2', '--hidden_dim=2', '--n_epochs=1', f'--output_dir={folder}'])
+    rows = np.random.default_rng(0).normal(size=(200, len(NAMES)))
+    pd.DataFrame(rows, columns=NAMES).to_csv(folder / 'odd.csv', index=False)
+    bnaf.main(['--train', f'--dataset={folder}/odd.csv', '--n_flows=2', '--hidden_dim=2', '--n_epochs=1',
+               f'--output_dir={folder}'])
     return only(folder.rglob('best.pt'))
 
 
@@ -638,10 +695,12 @@ def test_odd_names_of_columns(odd_columns, capsys):
     before = set(odd_columns.parent.rglob('*'))
     for mode in ('--generate', '--visualize', '--evaluate'):
         bnaf.main([mode, f'--restore_file={odd_columns}'])
-    assert {path.name for path in set(odd_columns.parent.rglob('*')) - before} == {'generated_samples.csv', 'visualization.png'}
+    new = {path.name for path in set(odd_columns.parent.rglob('*')) - before}
+    assert new == {'generated_samples.csv', 'visualization.png'}
     assert list(pd.read_csv(odd_columns.with_name('generated_samples.csv')).columns) == [*NAMES, 'log_likelihood']
     figure = draw_pairs(ROWS, ROWS, [NAMES[6], NAMES[4]], 'rows')
-    assert {len(label) for axes in figure.axes for label in (axes.get_xlabel(), axes.get_ylabel()) if label} == {24, len(NAMES[4])}
+    labels = {label for axes in figure.axes for label in (axes.get_xlabel(), axes.get_ylabel()) if label}
+    assert {len(label) for label in labels} == {24, len(NAMES[4])}
 
 
 @pytest.mark.parametrize('option', ['scores', 'output'])
@@ -649,7 +708,8 @@ def test_where_no_file_can_go(option, odd_columns, tmp_path, capsys):
     """It is said before anything is computed"""
     mode = {'scores': '--evaluate', 'output': '--generate'}[option]
     (tmp_path / 'folder.csv').mkdir()
-    for file, part in ((tmp_path / 'folder.csv', 'is there already'), (tmp_path / 'none' / 'x.csv', 'there is no folder'),
+    for file, part in ((tmp_path / 'folder.csv', 'is there already'),
+        (tmp_path / 'none' / 'x.csv', 'there is no folder'),
                        (odd_columns / 'x.csv', 'there is no folder')):
         assert part in refused('bnaf', capsys, mode, f'--{option}={file}', f'--restore_file={odd_columns}')
     assert sorted(path.name for path in tmp_path.rglob('*')) == ['folder.csv']
@@ -663,4 +723,5 @@ def test_results_and_events_are_never_read(script, checkpoints, tmp_path):
         (tmp_path / name).write_bytes(b'\xff' * 100)
     shutil.copy(checkpoints[script], tmp_path)
     for mode in MODES:
-        SCRIPTS[script].main([mode, f'--restore_file={tmp_path}/checkpoint.pt', *['--n_epochs=3'] * (mode == '--train')])
+        words = [mode, f'--restore_file={tmp_path}/checkpoint.pt', *['--n_epochs=3'] * (mode == '--train')]
+        SCRIPTS[script].main(words)
