@@ -74,7 +74,7 @@ class Config(Options):
     checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
     n_epochs: int = option('optimisation', 1000, 'epochs, at most; of 100 steps where each draws new rows', 1)
     n_epochs_warmup: float = option('optimisation', 0., 'epochs over which the learning rate rises linearly from 0')
-    batch_size: int = option('optimisation', 200, 'rows a process', 1)
+    batch_size: int = option('optimisation', 200, 'rows a process', 1, 2**20)
     lr: float = option('optimisation', 1e-2, "Adam's learning rate", 0, 1e6)
     lr_patience: int = option('optimisation', 20, 'epochs without a better validation score until it is halved')
     min_lr: float = option('optimisation', 5e-4, 'but not below this')
@@ -108,6 +108,8 @@ class Request(RunRequest):
                 raise UserError(f'{file} should end in .csv, .npy or .h5')
             if Path(file).exists():
                 raise UserError(f'{file} is there already: move it away or give another name')
+            if not Path(file).parent.is_dir():
+                raise UserError(f'{file}: there is no folder {Path(file).parent}')
 
 
 # The defaults are the official ones for tables, but for n_hidden (0 there); these for the two-dimensional problems.
@@ -120,7 +122,7 @@ PARTS = ('model', 'average', 'optimizer', 'scheduler')
 CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int,
               'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
               'n_annealing': float, 'loss': float, 'best': float, 'best_step': int, 'model': dict, 'average': dict,
-              'optimizer': dict, 'scheduler': dict}
+              'optimizer': {'state': dict, 'param_groups': [dict]}, 'scheduler': dict}
 EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
 REACH = 5.                          # of a flow without a residual at first, in standard deviations of the noise
 SMALLEST = 1e-25                    # terms that float32 loses are below 1e-37, so what is above this has lost nothing
@@ -572,10 +574,12 @@ class Training:
         self.n_steps = config.n_epochs * self.steps_per_epoch
         self.n_annealing = config.annealing * self.n_steps          # as planned at first, however long it goes on
         if saved is not None:
-            fresh = self.scheduler.state_dict()
-            restore(self, saved)
-            if any(type(value) is not type(fresh.get(key)) for key, value in self.scheduler.state_dict().items()):
+            fresh, kept = self.scheduler.state_dict(), saved['scheduler']
+            moved = {'best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch', '_last_lr'}
+            if kept.keys() != fresh.keys() or any(type(kept[key]) is not type(value) or key not in moved and kept[key] != value
+                                                  for key, value in fresh.items()):
                 raise UserError(f'{saved["path"]} is damaged: its scheduler is none')
+            restore(self, saved)
         self.objective = distribute(Objective(self.model, data), process)
         self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
 
@@ -863,7 +867,8 @@ def load_data(mode, request, config, saved):
     units = saved and {'columns': tuple(saved['units']['columns']),
                        **{key: np.array(saved['units'][key]) for key in ('mean', 'std', 'steps')}}
     if units and not (all(len(values) == saved['input_dims'][0] for values in units.values())
-                      and ''.join(units['columns']).isprintable() and (units['std'] > 0).all()):
+                      and ''.join(units['columns']).isprintable() and (units['std'] > 0).all()
+                      and np.isfinite([units[key] for key in ('mean', 'std', 'steps')]).all()):
         raise UserError(f'{saved["path"]} is damaged: its columns and its units do not fit')
     if units and config.dataset not in DEFAULTS and (mode == 'generate' or mode == 'evaluate' and request.input):
         return Rows(None, None, None, **units)
@@ -909,7 +914,7 @@ def main(argv=None):
         mode, given, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
             start(mode, given, request, process)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.linalg.LinAlgError) as error:
         common, message = isinstance(error, UserError), str(error)      # common to all processes
     except torch.cuda.OutOfMemoryError:
         common, message = False, 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'

@@ -68,7 +68,7 @@ class Config(Options):
     compile: bool = option('optimisation', False, 'compile the step of flow: a minute or two at the start, faster steps')
     n_epochs: int = option('optimisation', 100, 'epochs', 1)
     n_epochs_warmup: float = option('optimisation', 2., 'epochs over which the learning rate rises linearly from 0')
-    batch_size: int = option('optimisation', 16, 'images a process', 1)
+    batch_size: int = option('optimisation', 16, 'images a process', 1, 2**20)
     batch_size_init: int = option('optimisation', 256, "images for actnorm's initialisation", 1)
     lr: float = option('optimisation', 1e-3, "Adam's learning rate", 0, 1e6)
     lr_decay: float = option('optimisation', 0., 'last share of the training over which it falls linearly to 0', 0, 1)
@@ -109,7 +109,7 @@ MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epoch
 VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
 FIELDS, PARTS = ('step', 'bits_per_dim', 'best'), ('model', 'average', 'optimizer')       # of Training, in a checkpoint
 CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int, 'bits_per_dim': float,
-              'best': float, 'model': dict, 'average': dict, 'optimizer': dict}
+              'best': float, 'model': dict, 'average': dict, 'optimizer': {'state': dict, 'param_groups': [dict]}}
 TEMPERATURES = (0., 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.)
 DZ_SCALE, DZ_IMAGES = 1.6, 30_000                       # attribute directions, as in the paper's demo
 S_MIN, LOG_STD_MAX = 0.5, 2.                            # bounds that keep the inverse of latents far out finite
@@ -413,6 +413,8 @@ class BitsPerDim(nn.Module):
 
 
 def build_model(config, input_dims):
+    if input_dims[1:] != [config.image_size] * 2:
+        raise UserError(f'a model of images of {config.image_size}x{config.image_size} has no input of {input_dims}')
     torch.manual_seed(config.seed)
     model = Glow(input_dims, config.n_levels, config.depth, config.width, config.n_bits, config.checkpoint_grads,
                  not config.plain_conv1x1)
@@ -771,10 +773,12 @@ def attribute_directions(model, data, path, config, device):
     key = digest([data.fingerprint, DZ_IMAGES, DZ_SCALE, torch.is_autocast_enabled(device.type)],
                  (value.cpu() for value in model.state_dict().values()))
     cache = path.with_name(f'attribute_directions_{key}.pt')
-    with contextlib.suppress(UserError):        # none, or damaged: computed again
-        return load_tensors(cache)
     images, attributes = data.train.images[:DZ_IMAGES], torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
     sums = torch.zeros(2, attributes.shape[1], math.prod(images.shape[1:]), dtype=torch.float64)
+    with contextlib.suppress(UserError):        # none, or damaged: computed again
+        dz = load_tensors(cache)
+        if isinstance(dz, torch.Tensor) and (dz.shape, dz.dtype) == (sums.shape[1:], torch.float32):
+            return dz
     for i in progress(range(0, len(images), 4 * config.batch_size), 'encoding training images'):
         z = encode(model, images[i:i + 4 * config.batch_size], device).double().cpu()
         has = attributes[i:i + len(z)].T
@@ -904,7 +908,7 @@ def main(argv=None):
         mode, given, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
             start(mode, given, request, process)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.linalg.LinAlgError) as error:
         common, message = isinstance(error, UserError), str(error)      # common to all processes
     except torch.cuda.OutOfMemoryError:
         common, message = False, 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
@@ -21,7 +22,10 @@ def read_events(path):
         length, = struct.unpack_from('<Q', content, start)
         if start + length + 16 > len(content):
             return
-        yield Event.FromString(content[start + 12:start + 12 + length])
+        try:
+            yield Event.FromString(content[start + 12:start + 12 + length])
+        except DecodeError:
+            sys.exit(f'{path} is damaged: it holds no events at byte {start}')
         start += length + 16
 
 
@@ -45,7 +49,9 @@ def draw(folders):
     for axes, x in zip(figure.subplots(1, 2, sharey=True), (0, 1)):
         for k, folder in enumerate(folders):
             scalars = read_scalars(folder)
-            objective, = {tag.split('/')[0] for tag in scalars if tag.split('/')[0] in OBJECTIVES}
+            objective = next((name for name in OBJECTIVES if f'{name}/train' in scalars), None)
+            if objective is None:
+                sys.exit(f'{folder} holds no events of a training')
             label, sign = OBJECTIVES[objective]
             train = scalars[f'{objective}/train']
             parts = [part for part in np.array_split(train, min(60, train.shape[1]), axis=1)]
@@ -53,8 +59,10 @@ def draw(folders):
             axes.plot(medians[x], sign * medians[2], f'C{k}', label=f'{folder.name}: training')
             validation = scalars.get(f'{objective}/validation', np.zeros((3, 0)))
             axes.plot(validation[x], sign * validation[2], f'C{k}o', label=f'{folder.name}: validation')
-            low, high = np.quantile(np.concatenate([sign * medians[2, 3:], sign * validation[2]]), (0, 1))
-            axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+            shown = sign * np.concatenate([medians[2, 3:], validation[2]])
+            if np.isfinite(shown).any():
+                low, high = np.quantile(shown[np.isfinite(shown)], (0, 1))
+                axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         axes.set(xlabel=('step', 'minutes')[x], ylabel=(label, None)[x])
         axes.grid(alpha=0.3)
     axes.legend()

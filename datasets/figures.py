@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from .images import draw_grid
+from .images import draw_grid, short
 
 rcParams['text.parse_math'] = False         # a column's name is its name, with whatever dollars there are in it
 
@@ -20,7 +20,7 @@ def draw_planes(panels, columns, extent):
     for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         axes.imshow(values, cmap='inferno', origin='lower', extent=extent, aspect='equal' if square else 'auto',
                     interpolation='nearest', vmin=0, vmax=np.quantile(values, 0.998))
-        axes.set(title=title, xlabel=columns[0], ylabel=columns[1])
+        axes.set(title=short(title), xlabel=short(columns[0]), ylabel=short(columns[1]))
     return figure
 
 
@@ -42,9 +42,9 @@ def draw_pairs(real, drawn, columns, title):
             axes.scatter(rows[:, j], rows[:, i], 4, colour, alpha=0.6, linewidths=0)
             axes.set_ylim(low[i], high[i])
         if i == k - 1:
-            axes.set_xlabel(columns[j], fontsize=8)
+            axes.set_xlabel(short(columns[j], 24), fontsize=8)
         if j == 0:
-            axes.set_ylabel(columns[i], fontsize=8)
+            axes.set_ylabel(short(columns[i], 24), fontsize=8)
     figure.suptitle(title)
     return figure
 
@@ -63,7 +63,7 @@ def draw_images(images, attributes, names, title):
     left.imshow(grid)
     left.axis('off')
     for axes in right:
-        axes.barh(names, attributes.mean(0), color='0.6')
+        axes.barh(range(len(names)), attributes.mean(0), color='0.6', tick_label=[short(name) for name in names])
         axes.set(xlabel='frequency', ylim=(len(names) - 0.5, -0.5))
         axes.tick_params(labelsize=9 if len(names) <= 20 else 6)
     figure.suptitle(title)

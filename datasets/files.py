@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """One clear line for the user: what is wrong and what to do."""
+    def __str__(self):      # what comes from a file or its name must not reach a terminal as it is
+        return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 def index_of(text, names, what):
@@ -52,14 +54,21 @@ def digest(source, arrays=()):
     return content.hexdigest()[:16]
 
 
-def cached(data_dir, name, source, make):
+def cached(data_dir, name, source, make, fits):
     """-> the array on disk, memory-mapped, that make(create) filled, create(shape, dtype) being what gives it the array;
-    made anew when its source is another"""
+    made anew when its source is another, or what lies there does not fit"""
     file = f'{name}_{digest(source)}.npy'
     folders = [data_dir / '.cache', Path('data') / '.cache']
+
+    def load(folder):
+        """-> the array, None where there is none, or a damaged or another one: it is made again"""
+        with contextlib.suppress(ValueError):
+            array = map_array(folder / file)
+            return array if fits(array) else None
+
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError):      # none, or damaged: it is made again
-            return np.load(folder / file, mmap_mode='r')
+        if (array := load(folder)) is not None:
+            return array
     folder = next((folder for folder in folders if is_writable(folder)), None)
     if folder is None:
         raise UserError(f'neither {folders[0]} nor {folders[1]} can be written to')
@@ -73,12 +82,25 @@ def cached(data_dir, name, source, make):
         make(create)
 
     with alone(folder / f'.{name}.lock', f'another process prepares {name}'):
-        with contextlib.suppress(OSError, ValueError):      # made while this process waited
-            return np.load(folder / file, mmap_mode='r')
+        if (array := load(folder)) is not None:             # made while this process waited
+            return array
         for stale in (*folder.glob(f'{name}_*.npy'), *folder.glob(f'.{name}_*.npy.*')):     # of before, of the killed
             stale.unlink()
         write_atomically(folder / file, write)
-        return np.load(folder / file, mmap_mode='r')
+        return map_array(folder / file)
+
+
+def map_array(path):
+    """-> the array in a .npy file, memory-mapped. Raises ValueError, also where np.load would read archives or pickles."""
+    try:
+        return np.lib.format.open_memmap(path, mode='r')
+    except Exception as error:      # a damaged header fails in too many ways to list
+        raise ValueError(reason(error)) from None
+
+
+def reason(error):
+    """What an error says, in one line and not too long"""
+    return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 @contextlib.contextmanager

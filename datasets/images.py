@@ -22,10 +22,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from .faces import ATTRIBUTES, draw_faces, face_attributes
-from .files import UserError, cached, digest, find, index_of, stamp, write_atomically
+from .files import UserError, cached, digest, find, index_of, reason, stamp, write_atomically
 from .pickles import read_pickle, value
 
 IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', 'celeba', 'folder')
+FORMATS = 'JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM'     # whatever a file is named; Pillow gives others to programs
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
 SPLITS = {'train': 0, 'validation': 1, 'val': 1, 'valid': 1, 'test': 2}
 TEN_CLASSES = tuple('0123456789')
@@ -38,6 +39,7 @@ FACES_SEED = 842
 FACES_FIRST = 4         # of the test split, so that what is edited by default is a plain face with nothing covered
 CELEBA_CROP = 148 / 178     # share of an image's shorter side that is kept
 DECODED_AT_ONCE = 64        # images a process takes at a time
+MAX_ATTRIBUTES = 1000
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,24 @@ def seeded_parts(n, where):
     return [np.sort(part) for part in np.split(order, [n - 2 * (n // 10), n - n // 10])]
 
 
+def is_pixels(*shape):
+    return lambda array: (array.shape, array.dtype) == (shape, np.uint8)
+
+
 def save_grid(path, *grid):
     write_atomically(path, lambda temporary: draw_grid(*grid).save(temporary, format='png'))
     tqdm.write(f'wrote {path}')
 
 
+def short(name, n=40):
+    """A name as there is room for in a picture"""
+    return name if len(name) <= n else f'{name[:n - 1]}…'
+
+
 def draw_grid(rows, row_labels=(), column_labels=()):
     """Rows of uint8 images (n, C, H, W) -> PIL image: whole-number enlargement, margins, labels left and above"""
     c, h, w = rows[0].shape[1:]
+    row_labels = [short(label) for label in row_labels]
     zoom = max(1, 128 // max(h, w))
     h, w, gap, font = h * zoom, w * zoom, 8, ImageFont.load_default(18)
     left = gap + max([int(font.getlength(label)) + 2 * gap for label in row_labels], default=0)
@@ -142,7 +154,7 @@ def load_faces(data_dir, image_size):
     n = n_train + 2 * n_held_out
     source = ['faces', CACHE_VERSION, size, n, FACES_SEED]
     images = cached(data_dir, f'faces_{size}', source, lambda create: np.copyto(
-        create((n, 3, size, size), np.uint8), draw_faces(n, size, FACES_SEED)))
+        create((n, 3, size, size), np.uint8), draw_faces(n, size, FACES_SEED)), is_pixels(n, 3, size, size))
     test = np.roll(np.arange(n_train + n_held_out, n), -FACES_FIRST)
     parts = slice(0, n_train), slice(n_train, n_train + n_held_out), test
     return pack(images, face_attributes(n, FACES_SEED), ATTRIBUTES, parts, source)
@@ -227,7 +239,11 @@ def load_cifar10(data_dir, image_size):
                             'and should all hold the same number')
         create((len(paths) * len(batches[0]), 3073), np.uint8)[:] = np.concatenate(batches)
 
-    rows = cached(data_dir, 'cifar10', source, unpickle)
+    def fits(rows):
+        return (rows.shape[1:] == (3073,) and rows.dtype == np.uint8 and len(rows) and len(rows) % len(paths) == 0
+                and rows[:, 0].max() < 10)
+
+    rows = cached(data_dir, 'cifar10', source, unpickle, fits)
     n_test = len(rows) // len(paths)
     n_train, n_validation = len(rows) - n_test, n_test // 2
     parts = slice(0, n_train - n_validation), slice(n_train - n_validation, n_train), slice(n_train, None)
@@ -240,8 +256,8 @@ def read_cifar_batch(path):
     try:
         batch = read_pickle(path)
         pixels, labels = value(batch['data']), np.array(batch['labels'])
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f'{path} cannot be read as a batch of cifar10: {str(error)[:200]}; fetch it again') from None
+    except Exception as error:      # of what stands for an array anything may be missing
+        raise UserError(f'{path} cannot be read as a batch of cifar10: {reason(error)}; fetch it again') from None
     if (getattr(pixels, 'dtype', None) != np.uint8 or pixels.shape != (len(pixels), 3072) or not len(pixels) or
             labels.shape != (len(pixels),) or not np.isin(labels, np.arange(10)).all()):
         raise UserError(f'{path} holds no bytes of 3x32x32 images with a label from 0 to 9 each; fetch it again')
@@ -296,7 +312,10 @@ def read_attribute_table(path, files):
 
     A row's image is a path relative to the table or, where that is unique, a file's bare name.
     """
-    header, *rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path)) if row] or [[]]
+    try:
+        header, *rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path)) if row] or [[]]
+    except csv.Error as error:
+        raise UserError(f'{path} cannot be read as a table: {error}') from None
     if not header or header[0] != 'image':
         raise UserError(f'{path}: the first column must be named image, then split (optional) and the attributes')
     bare = {}
@@ -313,7 +332,8 @@ def read_attribute_table(path, files):
     rows = [table[file] for file in files]
     n_before = 2 if header[1:2] == ['split'] else 1
     attributes = parse_attributes(path, header[n_before:], [row[n_before:] for row in rows])
-    return header[n_before:], attributes, split_parts(path, [row[1] for row in rows], SPLITS) if n_before == 2 else None
+    parts = split_parts(path, [(*row, '')[1] for row in rows], SPLITS) if n_before == 2 else None
+    return header[n_before:], attributes, parts
 
 
 def read_lines(path):
@@ -332,8 +352,8 @@ def require_same_names(names, where, others, elsewhere):
 
 def parse_attributes(path, names, rows):
     """Cells '1' and '-1' -> (N, A) bool"""
-    if len(set(names)) != len(names) or not all(name.isprintable() and name for name in names):
-        raise UserError(f'{path}: attribute names must be printable and different from each other')
+    if not len(set(names)) == len(names) <= MAX_ATTRIBUTES or not all(name.isprintable() and name for name in names):
+        raise UserError(f'{path}: attribute names must be printable and different from each other, {MAX_ATTRIBUTES} at most')
     for row in rows:
         if len(row) != len(names) or not {'1', '-1'}.issuperset(row):
             raise UserError(f'{path}: every image needs {len(names)} values 1 or -1, one has {" ".join(row)[:60]!r}')
@@ -372,7 +392,8 @@ def decode_all(data_dir, name, files, size, crop=1.):
             finally:
                 pool.shutdown(cancel_futures=True)      # an error stops the others early
 
-    return cached(data_dir, f'{name}_{size}', source, decode_in_parallel), digest(source)
+    fits = is_pixels(len(files), 3, size, size)
+    return cached(data_dir, f'{name}_{size}', source, decode_in_parallel, fits), digest(source)
 
 
 def n_cores():
@@ -397,17 +418,19 @@ def decode_into(array_path, first, files, size, crop):
 
 def decode(path, size, crop=1., mode='RGB'):
     """An image file, upright, its central square of crop times the shorter side, resized -> (C, size, size) uint8"""
-    warnings.simplefilter('error', Image.DecompressionBombWarning)
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):          # 16 bits
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-            image = image.convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f'{path} cannot be decoded as an image: {error}') from None
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')         # of odd metadata
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith('I'):      # 16 bits
+                    image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+                if image.has_transparency_data:
+                    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+                image = image.convert(mode)
+    except Exception as error:      # a damaged image fails in too many ways to list
+        raise UserError(f'{path} cannot be decoded as an image: {reason(error)}') from None
     side = round(crop * min(image.size))
     if side < size:
         raise UserError(f'{path} is too small: {image.width}x{image.height} pixels leave a square of {side}, '

@@ -7,11 +7,12 @@ import csv
 import difflib
 import gzip
 import io
+import math
 import re
 import tarfile
 import warnings
 import zipfile
-import zlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from .files import UserError, cached, digest, find, index_of, stamp
+from .files import UserError, cached, digest, find, index_of, map_array, reason, stamp
+from .images import short
 from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, log_normaliser
 
@@ -31,6 +33,7 @@ N_VALIDATION, N_TEST = 5_000, 50_000    # rows of the two-dimensional problems
 CHUNK = 50_000                          # rows of a text that are parsed at once; a multiple of 4, for GAS
 MAX_LINE, MAX_ROWS = 4_096, 20_000_000  # bytes and rows that no text of a published table reaches
 MAX_PIXELS = 2**20                      # of a Berkeley image; they have 481 x 321
+MAX_COLUMNS = 2**16 - 1                 # of a text of the user's own; a million take pandas minutes
 MAX_RATIO = 1_000                       # by how much compression may make a table of the user's own smaller
 
 # Rows of the three splits, columns, and where the files lie: the MAF authors' first, the raw ones after it
@@ -191,23 +194,31 @@ def read_numbers(path):
     if path.suffix not in readers:
         raise UserError(f'{path} should end in {", ".join(readers)}')
     try:
-        values, columns = readers[path.suffix](path)
-    except (OSError, ValueError, EOFError, UnicodeDecodeError, pd.errors.ParserError, csv.Error) as error:
-        raise UserError(f'{path} cannot be read as a table: {str(error).splitlines()[0]}') from None
-    for name in columns:
-        if not name.isprintable():
-            raise UserError(f'{path}: the column name {name!r} is no printable text')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')         # of columns of several types, refused below
+            values, columns = readers[path.suffix](path)
+    except UserError:
+        raise
+    except Exception as error:      # a damaged table fails in too many ways to list
+        raise UserError(f'{path} cannot be read as a table: {reason(error)}') from None
+    for name, n in Counter(columns).items():
+        if not name.isprintable() or n > 1:
+            raise UserError(f'{path}: the column name {short(name)!r} is no printable text, or comes twice')
     return values, columns
 
 
 def read_csv(path):
     with open(path, newline='', encoding='utf-8-sig') as file:
         first = next((row for row in csv.reader(file) if row), [''])
+    if len(first) > MAX_COLUMNS:
+        raise UserError(f'{path} has {len(first)} columns, {MAX_COLUMNS} are the most')
     numbered = [cell.strip() for cell in first] == [str(k) for k in range(len(first))]      # by pandas, for want of names
     header = None if all(is_number(cell) for cell in first) and not numbered else 0
     if not first[0].strip() and header == 0:
         raise UserError(f"{path}: the first column has no name. Is it pandas' index? Leave it out (index=False), or name it")
     table = pd.read_csv(path, header=header, skipinitialspace=True, encoding='utf-8-sig')
+    if not isinstance(table.index, pd.RangeIndex):      # pandas takes the first cells for names of rows then
+        raise UserError(f'{path}: its rows have more cells than its header')
     columns = tuple(str(name) if header == 0 else f'column {name}' for name in table.columns)
     for name, column in zip(columns, table):
         if not pd.api.types.is_numeric_dtype(table[column]) or table[column].dtype == bool:
@@ -227,15 +238,19 @@ def is_number(cell):
 
 
 def read_npy(path):
-    return require_table(np.load(path, mmap_mode='r', allow_pickle=False), path)
+    return require_table(map_array(path), path)
 
 
 def read_h5(path):
     with h5py.File(path) as file:
-        tables = [item for item in file.values() if isinstance(item, h5py.Dataset) and item.ndim == 2]
+        own = [file[name] for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
+        tables = [item for item in own if isinstance(item, h5py.Dataset) and item.ndim == 2]
         if len(tables) != 1:
             raise UserError(f'{path} has {len(tables)} two-dimensional data sets at its top, not one')
-        if tables[0].nbytes > MAX_RATIO * path.stat().st_size:      # HDF5 need not store what it declares
+        if tables[0].external or tables[0].is_virtual:
+            raise UserError(f'{path} takes its table from other files')
+        n_read = max(tables[0].size, math.prod(tables[0].chunks or ()))     # chunks are read whole
+        if n_read * tables[0].dtype.itemsize > MAX_RATIO * path.stat().st_size:    # HDF5 need not store what it declares
             raise UserError(f'{path} claims to hold a table of shape {tables[0].shape}, but has not the size for it')
         values, columns = require_table(tables[0][:], path)
         names = tuple(str(name) for name in np.atleast_1d(tables[0].attrs.get('columns', ())))
@@ -278,20 +293,20 @@ def load_published(name, data_dir):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')     # of means of nothing: such splits are refused below
                 splits = prepare(path)
-        except (OSError, ValueError, EOFError, KeyError, IndexError, UnicodeDecodeError, tarfile.TarError, zlib.error,
-                zipfile.BadZipFile, pd.errors.ParserError, Image.DecompressionBombError) as error:
-            raise UserError(f'{path} cannot be read as {name}: {str(error).splitlines()[0][:200]}') from None
+        except Exception as error:      # likewise
+            raise UserError(f'{path} cannot be read as {name}: {reason(error)}') from None
         shapes = [part.shape for part in splits]
         if shapes != [(n, n_columns) for n in counts]:
             raise UserError(f'{path} gives {" / ".join(map(str, shapes))} rows and columns where {name} has '
                             f'{" / ".join(map(str, counts))} rows of {n_columns}: truncated, or another version of it')
-        rows = create((sum(counts), n_columns), np.float32)
+        rows = create(shape, np.float32)
         for part, end in zip(splits, np.cumsum(counts)):
             rows[end - len(part):end] = part
         if not np.isfinite(rows).all():
             raise UserError(f'{path} holds missing or infinite values: download it again')
 
-    rows = cached(data_dir, name, source, make)
+    shape = sum(counts), n_columns
+    rows = cached(data_dir, name, source, make, lambda rows: (rows.shape, rows.dtype) == (shape, np.float32))
     columns = tuple(f'{name} {k}' for k in range(n_columns))
     splits = np.split(rows, np.cumsum(counts)[:2])
     return Rows(*splits, columns, np.zeros(n_columns), np.ones(n_columns), test_index=np.arange(counts[2]))
@@ -347,7 +362,7 @@ def prepare_power(path):
     intensity. The raw file has no noise on its minute of the day; it gets some here, so that column is another draw."""
     rng = np.random.RandomState(42)
     if path.suffix == '.npy':
-        data = np.load(path, mmap_mode='r', allow_pickle=False)
+        data = map_array(path)
     else:
         data = np.concatenate([power_rows(part.dropna()) for part in read_chunks(
             path, sep=';', na_values='?', usecols=range(1, 9), dtype={'Time': 'category'})])
@@ -401,7 +416,7 @@ def prepare_hepmass(path):
 def prepare_miniboone(path):
     """The signal, without 11 outliers and without the features whose smallest value comes more than 5 times"""
     if path.suffix == '.npy':
-        data = np.load(path, mmap_mode='r', allow_pickle=False)
+        data = map_array(path)
     else:
         with open(path) as file:
             n_signal = int(file.readline(MAX_LINE).split()[0])
@@ -448,7 +463,7 @@ def read_images(path, part):
 
 
 def read_grey(file):
-    with Image.open(file) as image:
+    with Image.open(file, formats=('JPEG', 'PNG')) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f'it has an image of {image.width}x{image.height}, which no Berkeley image is')
         return np.asarray(image.convert('L'))

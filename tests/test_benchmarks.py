@@ -1,11 +1,14 @@
 """The benchmarks: they run on tiny shapes without the peers, and their tables say what their JSON says."""
 import json
+import struct
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
 import bnaf
 
@@ -158,3 +161,25 @@ def test_curves_of_a_run_that_was_resumed(tmp_path):
     assert (tmp_path / 'curves.png').stat().st_size > 5000
     with pytest.raises(SystemExit, match='no events'):
         curves.main([str(tmp_path / 'none')])
+
+def record(content):
+    return struct.pack('<QI', len(content), 0) + content + bytes(4)
+
+
+def scalar(tag, value):
+    return record(Event(step=1, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])).SerializeToString())
+
+
+@pytest.mark.parametrize('content', [record(b'\xff' * 50), b'\xff' * 100, record(Event(step=1).SerializeToString()),
+                                     scalar('loss/other', 1.), scalar('loss/validation', 1.), scalar('\33[31m', 1.)])
+def test_curves_of_what_holds_none(content, tmp_path):
+    (tmp_path / 'events.out.tfevents.1.x').write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
+    assert str(tmp_path) in str(stop.value) and str(stop.value).isprintable() and not (tmp_path / 'curves.png').exists()
+
+
+@pytest.mark.parametrize('value', [1., float('nan'), float('inf')])
+def test_curves_of_one_step(value, tmp_path):
+    (tmp_path / 'events.out.tfevents.1.x').write_bytes(scalar('loss/train', value))
+    curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])

@@ -421,7 +421,7 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
         assert 'another version' in refused(capsys, '--generate', f'--restore_file={file}'), change
     nan = {**saved['model'], 'levels.0.1.0.b': saved['model']['levels.0.1.0.b'] * math.nan}
     moments = {i: {**state, 'exp_avg': state['exp_avg'].flatten()[:1].repeat(3)} for i, state in saved['optimizer']['state'].items()}
-    for change, part in (({'config': {**saved['config'], 'width': 9}}, 'size mismatch'), ({'model': {}}, 'Missing key'),
+    for change, part in (({'config': {**saved['config'], 'width': 7}}, 'size mismatch'), ({'model': {}}, 'more weights'),
                          ({'config': {**saved['config'], 'width': 2**14, 'depth': 2**7}}, 'damaged'), ({'optimizer': {}}, ''),
                          ({'optimizer': {**saved['optimizer'], 'state': moments}}, 'other shapes'), ({'more': 1}, 'unknown'),
                          ({'model': nan}, 'not finite'), ({'config': {**saved['config'], 'data_dir': '\33[2J'}}, 'printable')):
