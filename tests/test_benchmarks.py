@@ -14,7 +14,7 @@ import curves
 import processes
 import speed
 from contenders import bisect
-from report import significant, targets_table
+from report import insert, significant, targets_table
 from targets import CHECKPOINT_TIME, absolute_checks, target_of
 from timing import in_turn
 
@@ -125,13 +125,15 @@ def test_step_times_are_assumed_until_measured():
     assert processes.step_time('A', 1e12, None) == (16e12 / processes.ASSUMED_FLOPS, 'assumed')
 
 
-def test_page_is_written_between_its_marks(tmp_path):
-    assert all(Path(processes.__file__).with_name('README.md').read_text().count(mark) == 1 for mark in processes.MARKS)
+def test_pages_are_written_between_their_marks(tmp_path):
     page = tmp_path / 'README.md'
-    page.write_text(f'above\n{processes.MARKS[0]}\nold\n{processes.MARKS[1]}\nbelow\n')
+    page.write_text(''.join(f'above\n<!-- what {name} wrote -->\nold\n<!-- until here -->\nbelow\n' for name in 'ab'))
     for text in ('new', 'newer'):
-        processes.insert(page, text)
-    assert page.read_text() == f'above\n{processes.MARKS[0]}\n\nnewer\n{processes.MARKS[1]}\nbelow\n'
+        insert(page, 'a', text)
+    assert page.read_text() == ('above\n<!-- what a wrote -->\n\nnewer\n<!-- until here -->\nbelow\n'
+                                'above\n<!-- what b wrote -->\nold\n<!-- until here -->\nbelow\n')
+    with pytest.raises(ValueError, match='has no <!-- what c wrote'):
+        insert(page, 'c', 'text')
 
 
 def test_the_readme_shows_what_was_measured():
