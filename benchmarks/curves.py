@@ -55,7 +55,7 @@ def draw(runs):
         validation = scalars.get(f'{objective}/validation', np.zeros((3, 0)))
         for axes, x in ((left, 0), (right, 1)):
             axes.plot(medians[x], sign * medians[2], f'C{k}', alpha=0.5, label=f'{name}, training')
-            axes.plot(validation[x], sign * validation[2], f'C{k}.-', label=f'{name}, validation')
+            axes.plot(validation[x], sign * validation[2], f'C{k}' + '.-' * (validation.shape[1] < 50), label=f'{name}, validation')
         shown += [*sign * medians[2, 3:], *sign * validation[2, len(validation[2]) // 20:]]     # not where it all began
     margin = 0.1 * (max(shown) - min(shown))
     left.set(xlabel='step', ylabel=label, ylim=(min(shown) - margin, max(shown) + margin))

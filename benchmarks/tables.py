@@ -121,9 +121,9 @@ def measure(name, seeds, folder):
     for method, score in methods.items():
         runs = results[method] = []
         for seed in seeds:
-            start = time.perf_counter()
+            start = time.process_time()
             test, other, about = score(source, others, seed)
-            runs.append({'nats': float(test.mean()), **about, 'seconds': time.perf_counter() - start})
+            runs.append({'nats': float(test.mean()), **about, 'seconds': time.process_time() - start})
             if others:
                 runs[-1]['auroc'] = roc_auc_score(np.repeat([0, 1], (len(test), len(other))), -np.append(test, other))
         progress(f'{name}, {method}: {mean_text(values(runs, "nats"))} nats, {values(runs, "seconds").mean():.1f} s a run')
@@ -141,8 +141,7 @@ def mean_text(values, digits=2):
 
 def markdown(results):
     """A line a method; in brackets by how much BNAF is above the best of the others, seed by seed"""
-    scores = [(name, 'nats', 2) for name in results['results']]
-    scores += [(DETECTION, 'auroc', 3)] * (DETECTION in results['results'])
+    scores = [*((name, 'nats', 2) for name in results['results']), (DETECTION, 'auroc', 3)]
     lines = []
     for method in (*results['settings'], *PEERS):
         cells = []
@@ -154,15 +153,16 @@ def markdown(results):
                 text += f' ({mean_text(values(runs[method], key) - best, digits)})'
             cells.append(text)
         seconds = [run['seconds'] for runs in results['results'].values() for run in runs[method]]
-        lines.append([method, *cells, significant(np.mean(seconds))])
+        options = ' '.join(results['settings'].get(method, ()))
+        lines.append([f'{method}: `{options}`' if options else method, *cells, significant(np.mean(seconds))])
     heads = ['malignant or benign: AUROC' if key == 'auroc' else f'{name} ({" x ".join(map(str, results["shapes"][name]))})'
              for name, key, _ in scores]
-    return table(['', *heads, 'seconds'], lines)
+    return table(['', *heads, 'CPU seconds'], lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--n_seeds', type=int, default=10, help='each with a split of its own')
+    parser.add_argument('--n_seeds', type=bnaf.number(int, 2), default=10, help='each with a split of its own')
     parser.add_argument('--out', default=ROOT / 'images', type=Path, metavar='DIR',
                         help='where tables.json goes; its table goes to the README.md beside DIR, if there is one')
     args = parser.parse_args(argv)

@@ -199,6 +199,7 @@ def test_commands_give_back_their_configs(script, given):
 def test_scores_and_figures_of_others():
     row = {'score': 1.70002, 'two_standard_errors': 0.00747, 'unit': 'bits/dim', 'effective_sample_size': None}
     assert results.score_text(row) == '1.700 ± 0.007 bits/dim'
+    assert results.score_text({**row, 'two_standard_errors': 0.0131}).startswith('1.700 ± 0.013')
     row = {'score': 0.00139, 'two_standard_errors': 0.00038, 'unit': 'nats of KL', 'effective_sample_size': 0.998}
     assert results.score_text(row) == '0.0014 ± 0.0004 nats of KL, 99.8% effective'
     assert results.score_text({**row, 'score': 32.434, 'two_standard_errors': 3.69}).startswith('32.43 ± 3.69')
@@ -263,6 +264,10 @@ def test_curves_of_a_run_that_was_resumed(tmp_path, capsys):
     with pytest.raises(SystemExit, match='2'):
         curves.main([str(tmp_path / 'none')])
     assert capsys.readouterr().err == f'curves.py: error: {tmp_path}/none holds no events of a training\n'
-    axes, _ = curves.draw({'run': tmp_path}).axes
-    assert [line.get_label() for line in axes.lines] == ['run, training', 'run, validation']
-    assert axes.get_ylim()[0] < -26 and axes.get_ylim()[1] > 3
+    with SummaryWriter(str(tmp_path / 'far')) as writer:
+        for step in range(5):
+            writer.add_scalar('loss/train', -100., step)
+    for order in (1, -1):
+        axes, _ = curves.draw(dict([('far', tmp_path / 'far'), ('run', tmp_path)][::order])).axes
+        assert {line.get_label() for line in axes.lines} >= {'run, training', 'run, validation', 'far, training'}
+        assert axes.get_ylim()[0] < -26 and axes.get_ylim()[1] > 100

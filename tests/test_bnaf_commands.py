@@ -305,7 +305,8 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
         monkeypatch.setitem(tabular.TABLES, name, ((162, 18, 20), *tabular.TABLES[name][1:]))
     tiny_tables.write_power(tmp_path / 'data')
     tiny_tables.write_miniboone(tmp_path / 'data')
-    tiny_tables.write_bsds300_images(tmp_path / 'data')
+    for folder in ('data', 'DATA'):
+        tiny_tables.write_bsds300_images(tmp_path / folder)
     newest = None
     for line in dict.fromkeys(commands):
         words = shlex.split(line)
