@@ -43,7 +43,7 @@ def read_scalars(folder):
 
 
 def draw(runs):
-    """{name: folder} -> matplotlib figure: the median of every sixtieth part of the training of a run, and its validation"""
+    """{name: folder} -> matplotlib figure: medians of sixtieth parts of each run's training, and its validation"""
     figure, shown = Figure((10, 3.6), layout='constrained'), []
     left, right = figure.subplots(1, 2, sharey=True)
     for k, (name, folder) in enumerate(runs.items()):
@@ -51,11 +51,13 @@ def draw(runs):
         objective, = {tag.split('/')[0] for tag in scalars if tag.split('/')[0] in OBJECTIVES}
         label, sign = OBJECTIVES[objective]
         train = scalars[f'{objective}/train']
-        medians = np.array([np.median(part, axis=1) for part in np.array_split(train, min(60, train.shape[1]), axis=1)]).T
+        parts = np.array_split(train, min(60, train.shape[1]), axis=1)
+        medians = np.array([np.median(part, axis=1) for part in parts]).T
         validation = scalars.get(f'{objective}/validation', np.zeros((3, 0)))
+        line = f'C{k}' + '.-' * (validation.shape[1] < 50)
         for axes, x in ((left, 0), (right, 1)):
             axes.plot(medians[x], sign * medians[2], f'C{k}', alpha=0.5, label=f'{name}, training')
-            axes.plot(validation[x], sign * validation[2], f'C{k}' + '.-' * (validation.shape[1] < 50), label=f'{name}, validation')
+            axes.plot(validation[x], sign * validation[2], line, label=f'{name}, validation')
         shown += [*sign * medians[2, 3:], *sign * validation[2, len(validation[2]) // 20:]]     # not where it all began
     margin = 0.1 * (max(shown) - min(shown))
     left.set(xlabel='step', ylabel=label, ylim=(min(shown) - margin, max(shown) + margin))

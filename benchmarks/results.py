@@ -70,7 +70,7 @@ def command(script, config, world_size):
     for f in fields(config):
         value = getattr(config, f.name)
         if value != defaults.get(f.name, f.default):
-            text = 'DATA' if f.name == 'data_dir' else Path(value).name if f.type is str else f'{value:g}' if f.type is float else value
+            text = 'DATA' if f.name == 'data_dir' else Path(value).name if f.type is str else value
             words.append(f'--{f.name}' if f.type is bool else f'--{f.name}={text}')
     return ' '.join(words)
 
@@ -106,10 +106,11 @@ def peers_text(peers):
 
 
 def markdown(rows):
-    return table(['data', 'model', 'parameters', 'test score', 'published', 'best at step', 'minutes', 'machine', 'command'],
-                 [[row['data'], row['model'], f'{row["parameters"]:,}', score_text(row), peers_text(row['peers']),
-                   f'{row["best_step"]:,} of {row["steps"]:,}', f'{row["minutes"]:.1f}', row['machine'],
-                   f'`{row["command"]}`'] for row in rows.values()])
+    head = 'data', 'model', 'parameters', 'test score', 'published', 'best at step', 'minutes', 'machine', 'command'
+    return table(head, [
+        [row['data'], row['model'], f'{row["parameters"]:,}', score_text(row), peers_text(row['peers']),
+         f'{row["best_step"]:,} of {row["steps"]:,}', f'{row["minutes"]:.1f}', row['machine'], f'`{row["command"]}`']
+        for row in rows.values()])
 
 
 def main(argv=None):

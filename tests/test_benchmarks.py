@@ -208,7 +208,7 @@ def test_scores_and_figures_of_others():
 
 
 def test_tables_are_scored_alike(tmp_path, monkeypatch):
-    """Splits and units are the same for all; benign rows are told from others far away; BNAF is told by how much it leads"""
+    """Splits and units are the same for all; benign rows are told from others far away; the table says by how much"""
     rng = np.random.default_rng(0)
     data = rng.normal(size=(300, 2)).round(2) * (1, 50) + 100 * (np.arange(300) < 100)[:, None]
     monkeypatch.setattr(tables, 'TABLES', {'breast_cancer': lambda: Bunch(
