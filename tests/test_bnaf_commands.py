@@ -298,7 +298,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gaussian_table().to_csv('my.csv', index=False)
     gaussian_table(30).to_csv('new.csv', index=False)
-    pd.DataFrame(tiny_tables.columns_of(np.random.default_rng(0), 200, 4)).to_csv('breast_cancer.csv', index=False)
+    pd.DataFrame(tiny_tables.columns_of(np.random.default_rng(0), 200, 5)).to_csv('breast_cancer.csv', index=False)
     for name in ('val.npy', 'test.npy'):
         np.save(name, tiny_tables.columns_of(np.random.default_rng(0), 200, 4))
     for name in tabular.TABLES:
