@@ -1,14 +1,16 @@
 """Learning curves of runs, against steps and against time, from the tensorboard events in their folders.
 
-    python benchmarks/curves.py results/RUN [results/RUN ...] --out=curves.png
+    python benchmarks/curves.py results/RUN "wider=results/RUN" ... --out=curves.png
+
+A run is called by the name before its =, else by its folder without the date.
 """
 import argparse
+import re
 import struct
 import sys
 from pathlib import Path
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
@@ -22,10 +24,7 @@ def read_events(path):
         length, = struct.unpack_from('<Q', content, start)
         if start + length + 16 > len(content):
             return
-        try:
-            yield Event.FromString(content[start + 12:start + 12 + length])
-        except DecodeError:
-            sys.exit(f'{path} is damaged: it holds no events at byte {start}')
+        yield Event.FromString(content[start + 12:start + 12 + length])
         start += length + 16
 
 
@@ -43,41 +42,45 @@ def read_scalars(folder):
     return {tag: np.array([(step, *p) for step, p in sorted(by_step.items())]).T for tag, by_step in points.items()}
 
 
-def draw(folders):
-    """-> matplotlib figure: training (the median of every twentieth part of the run) and validation of each run"""
-    figure = Figure((11, 4), layout='constrained')
-    for axes, x in zip(figure.subplots(1, 2, sharey=True), (0, 1)):
-        for k, folder in enumerate(folders):
-            scalars = read_scalars(folder)
-            objective = next((name for name in OBJECTIVES if f'{name}/train' in scalars), None)
-            if objective is None:
-                sys.exit(f'{folder} holds no events of a training')
-            label, sign = OBJECTIVES[objective]
-            train = scalars[f'{objective}/train']
-            parts = [part for part in np.array_split(train, min(60, train.shape[1]), axis=1)]
-            medians = np.array([np.median(part, axis=1) for part in parts]).T
-            axes.plot(medians[x], sign * medians[2], f'C{k}', label=f'{folder.name}: training')
-            validation = scalars.get(f'{objective}/validation', np.zeros((3, 0)))
-            axes.plot(validation[x], sign * validation[2], f'C{k}o', label=f'{folder.name}: validation')
-            shown = sign * np.concatenate([medians[2, 3:], validation[2]])
-            if np.isfinite(shown).any():
-                low, high = np.quantile(shown[np.isfinite(shown)], (0, 1))
-                axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-        axes.set(xlabel=('step', 'minutes')[x], ylabel=(label, None)[x])
+def draw(runs):
+    """{name: folder} -> matplotlib figure: medians of sixtieth parts of each run's training, and its validation"""
+    figure, shown = Figure((10, 3.6), layout='constrained'), []
+    left, right = figure.subplots(1, 2, sharey=True)
+    for k, (name, folder) in enumerate(runs.items()):
+        scalars = read_scalars(folder)
+        objective, = {tag.split('/')[0] for tag in scalars if tag.split('/')[0] in OBJECTIVES}
+        label, sign = OBJECTIVES[objective]
+        train = scalars[f'{objective}/train']
+        parts = np.array_split(train, min(60, train.shape[1]), axis=1)
+        medians = np.array([np.median(part, axis=1) for part in parts]).T
+        validation = scalars.get(f'{objective}/validation', np.zeros((3, 0)))
+        line = f'C{k}' + '.-' * (validation.shape[1] < 50)
+        for axes, x in ((left, 0), (right, 1)):
+            axes.plot(medians[x], sign * medians[2], f'C{k}', alpha=0.5, label=f'{name}, training')
+            axes.plot(validation[x], sign * validation[2], line, label=f'{name}, validation')
+        shown += [*sign * medians[2, 3:], *sign * validation[2, len(validation[2]) // 20:]]     # not where it all began
+    margin = 0.1 * (max(shown) - min(shown))
+    left.set(xlabel='step', ylabel=label, ylim=(min(shown) - margin, max(shown) + margin))
+    right.set(xlabel='minutes')
+    for axes in (left, right):
         axes.grid(alpha=0.3)
-    axes.legend()
+    right.legend(fontsize=8)
     return figure
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='+', type=Path, help='folders of runs of one of the scripts')
+    parser.add_argument('runs', nargs='+', metavar='[NAME=]RUN', help='folders of runs of one of the scripts')
     parser.add_argument('--out', default='curves.png', metavar='FILE')
     args = parser.parse_args(argv)
+    runs = {}
     for run in args.runs:
-        if not list(run.glob('events.out.tfevents.*')):
-            sys.exit(f'{run} holds no events of a training')
-    draw(args.runs).savefig(args.out, dpi=120)
+        name, _, folder = run.rpartition('=')
+        runs[name or re.sub(r'_\d+-\d+-\d+_\d+-\d+-\d+', '', Path(folder).name)] = Path(folder)
+        if not list(Path(folder).glob('events.out.tfevents.*')):
+            print(f'curves.py: error: {folder} holds no events of a training', file=sys.stderr)
+            sys.exit(2)
+    draw(runs).savefig(args.out, dpi=100)
     print(f'wrote {args.out}')
 
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import glow
 from datasets import ImageData, ImageSplit
-from report import significant, table
+from report import insert, significant, table
 from timing import cpu_name, progress, seconds_of
 
 NVLINK, INFINIBAND = 450e9, 50e9    # bytes/s each way of a GPU, as published: NVLink 4 of an HGX H100, NDR 400 Gb/s
@@ -33,7 +33,6 @@ ASSUMED_FLOPS = 0.25 * 800e12       # a quarter of what large bf16 products reac
 MODELS = {'A': dict(n_levels=3, depth=32, width=512), 'C': dict(n_levels=4, depth=48, width=512, checkpoint_grads=True)}
 IMAGES, BATCH = (3, 64, 64), 16     # a GPU's
 CELEBA = 162_770                    # images to train on
-MARKS = '<!-- what processes.py wrote -->', '<!-- until here -->'
 
 
 # ----------------------------------------------------------------------------------------------- measured, Gloo
@@ -172,13 +171,6 @@ def markdown(results):
     return '\n'.join(parts)
 
 
-def insert(readme, text):
-    """Puts text between the marks of a page"""
-    page = readme.read_text()
-    before, rest = page.split(MARKS[0])
-    readme.write_text(f'{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}')
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--gpu', type=Path, metavar='FILE', help="speed.py's results on a GPU")
@@ -195,7 +187,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / 'processes.json').write_text(json.dumps(results, indent=1) + '\n')
     if (args.out / 'README.md').exists():
-        insert(args.out / 'README.md', markdown(results))
+        insert(args.out / 'README.md', 'processes.py', markdown(results))
     progress(f'wrote to {args.out}')
 
 

@@ -36,6 +36,15 @@ def table(header, rows):
     return '\n'.join('| ' + ' | '.join(str(cell) for cell in line) + ' |' for line in lines) + '\n'
 
 
+def insert(page, script, text):
+    """Puts text between the marks that a page has for what a script writes"""
+    before, mark, rest = page.read_text().partition(f'<!-- what {script} wrote -->')
+    _, end, after = rest.partition('<!-- until here -->')
+    if not end:
+        raise ValueError(f'{page} has no <!-- what {script} wrote --> ... <!-- until here -->')
+    page.write_text(f'{before}{mark}\n\n{text}\n{end}{after}')
+
+
 def shape_text(script, shape):
     if script == 'glow':
         return (f'3x{shape["image_size"]}x{shape["image_size"]}, {shape["n_levels"]} splits, depth {shape["depth"]}, '

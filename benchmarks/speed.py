@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from contenders import PEERS, SCRIPTS, bisect, build, contend, is_installed, offered
 from report import draw_growth, markdown
 from targets import CHECKPOINT_TIME, OVERHEAD, absolute_checks, target_of
-from timing import (cpu_name, in_turn, measure_peaks, out_of_memory_is_said, prefer_tf32, progress, quartiles,
+from timing import (in_turn, machine_name, measure_peaks, out_of_memory_is_said, prefer_tf32, progress, quartiles,
                     synchronize)
 
 # A row's shape; n_levels as in glow.py, one less than the paper's L.
@@ -286,10 +286,9 @@ def measure_growth(script, device, quick):
 # --------------------------------------------------------------------------------------------------------- main
 
 def describe(device, quick):
-    name = torch.cuda.get_device_name() if device.type == 'cuda' else f'{cpu_name()}, {torch.get_num_threads()} threads'
     packages = {'normflows': 'normflows', 'pyro': 'pyro-ppl', 'zuko': 'zuko'}
     versions = {peer: metadata.version(package) for peer, package in packages.items() if is_installed(peer)}
-    return {'kind': device.type, 'device': name, 'torch': torch.__version__, 'peers': versions, 'quick': quick}
+    return {'kind': device.type, 'device': machine_name(), 'torch': torch.__version__, 'peers': versions, 'quick': quick}
 
 
 def run(scripts, only_rows, quick, device):

@@ -27,6 +27,12 @@ def cpu_name():
     return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())
 
 
+def machine_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f'{cpu_name()}, {torch.get_num_threads()} thread' + 's' * (torch.get_num_threads() > 1)
+
+
 def synchronize(device):
     if device.type == 'cuda':
         torch.cuda.synchronize()

@@ -1,23 +1,29 @@
 """The benchmarks: they run on tiny shapes without the peers, and their tables say what their JSON says."""
 import json
-import struct
+import shlex
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.utils import Bunch
 from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
+from torch.distributions import MultivariateNormal
 
 import bnaf
+import glow
+from datasets.tabular import load_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 import curves
 import processes
+import results
 import speed
+import tables
 from contenders import bisect
-from report import significant, targets_table
+from report import insert, significant, targets_table
 from targets import CHECKPOINT_TIME, absolute_checks, target_of
 from timing import in_turn
 
@@ -128,22 +134,118 @@ def test_step_times_are_assumed_until_measured():
     assert processes.step_time('A', 1e12, None) == (16e12 / processes.ASSUMED_FLOPS, 'assumed')
 
 
-def test_page_is_written_between_its_marks(tmp_path):
-    assert all(Path(processes.__file__).with_name('README.md').read_text().count(mark) == 1 for mark in processes.MARKS)
+def test_pages_are_written_between_their_marks(tmp_path):
     page = tmp_path / 'README.md'
-    page.write_text(f'above\n{processes.MARKS[0]}\nold\n{processes.MARKS[1]}\nbelow\n')
+    page.write_text(''.join(f'above\n<!-- what {name} wrote -->\nold\n<!-- until here -->\nbelow\n' for name in 'ab'))
     for text in ('new', 'newer'):
-        processes.insert(page, text)
-    assert page.read_text() == f'above\n{processes.MARKS[0]}\n\nnewer\n{processes.MARKS[1]}\nbelow\n'
+        insert(page, 'a', text)
+    assert page.read_text() == ('above\n<!-- what a wrote -->\n\nnewer\n<!-- until here -->\nbelow\n'
+                                'above\n<!-- what b wrote -->\nold\n<!-- until here -->\nbelow\n')
+    with pytest.raises(ValueError, match='has no <!-- what c wrote'):
+        insert(page, 'c', 'text')
 
 
 def test_the_readme_shows_what_was_measured():
     folder = Path(speed.__file__).parent
     table = targets_table(json.loads((folder / 'speed.json').read_text()))
-    assert table in (folder / 'speed.md').read_text() and table in (folder.parent / 'README.md').read_text()
+    readme = (folder.parent / 'README.md').read_text()
+    assert table in (folder / 'speed.md').read_text() and table in readme
+    for script in (results, tables):
+        measured = json.loads((folder.parent / 'images' / f'{script.__name__}.json').read_text())
+        assert f'<!-- what {script.__name__}.py wrote -->\n\n{script.markdown(measured)}\n<!-- until here -->' in readme
 
 
-def test_curves_of_a_run_that_was_resumed(tmp_path):
+def test_results_of_a_run(tmp_path, capsys):
+    """Its row holds what its folder says; its name replaces it; what is no evaluated run is refused"""
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'README.md').write_text('<!-- what results.py wrote --><!-- until here -->')
+    np.save(tmp_path / 'mine.npy', np.random.default_rng(0).normal(size=(100, 3)))
+    words = ['--n_epochs=3', '--batch_size=10', '--n_flows=2', '--hidden_dim=4', '--lr=0.005']
+    bnaf.main(['--train', f'--dataset={tmp_path}/mine.npy', f'--output_dir={tmp_path}/runs', *words])
+    run, = (tmp_path / 'runs').iterdir()
+    capsys.readouterr()
+    for name in ('', 'a name=', 'a name='):
+        results.main([f'{name}{run}', f'--out={tmp_path}/images', '--machine=one core'])
+    rows, measured = (json.loads(path.read_text()) for path in (tmp_path / 'images/results.json', run / 'results.json'))
+    assert list(rows) == ['mine, BNAF: 2 flows, 2 hidden layers of 4 a column', 'a name']
+    row, saved = rows['a name'], bnaf.load_checkpoint(run / 'best.pt')
+    assert (row['score'], row['best_step'], row['steps']) == (measured['log_likelihood_nats'], saved['step'], 24)
+    assert row['parameters'] == sum(p.numel() for p in bnaf.restore_model(saved, CPU).parameters())
+    assert row['command'] == ' '.join(['python bnaf.py --train --dataset=mine.npy --n_flows=2 --hidden_dim=4 --n_epochs=3',
+                                       '--batch_size=10 --lr=0.005'])
+    printed = capsys.readouterr().out
+    assert printed.endswith(results.markdown(rows)) and results.markdown(rows) in (tmp_path / 'README.md').read_text()
+    (run / 'results.json').write_text(json.dumps({**measured, 'step': saved['step'] + 1}))
+    for folder, message in ((run, 'of another checkpoint than best.pt'), (tmp_path, 'not a run that was evaluated')):
+        with pytest.raises(SystemExit, match='2'):
+            results.main([str(folder), f'--out={tmp_path}/images'])
+        error = capsys.readouterr().err
+        assert error.startswith('results.py: error: ') and message in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('script,given', [
+    (glow, {}), (glow, dict(dataset='mnist', n_levels=2, lr=5e-3, lr_decay=0.33, bf16=True)), (bnaf, {}),
+    (bnaf, dict(dataset='u2', lr=1e-3)), (bnaf, dict(dataset='bsds300', n_epochs=3, seed=10**7, dequantize=True))])
+def test_commands_give_back_their_configs(script, given):
+    words = ['--train', *(f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items())]
+    config = script.choose_config(script.parse_args(words), None, None)
+    line = results.command(script, config, 1)
+    assert script.choose_config(script.parse_args(shlex.split(line)[2:]), None, None) == config
+    assert all(f'--{name}' in line for name in given) and line.count('--') == 1 + len(given)
+    elsewhere = results.command(script, replace(config, data_dir='/somewhere/else'), 2)
+    assert elsewhere.startswith('torchrun --nproc_per_node=2 ') and '--data_dir=DATA' in elsewhere
+
+
+def test_scores_and_figures_of_others():
+    row = {'score': 1.70002, 'two_standard_errors': 0.00747, 'unit': 'bits/dim', 'effective_sample_size': None}
+    assert results.score_text(row) == '1.700 ± 0.007 bits/dim'
+    assert results.score_text({**row, 'two_standard_errors': 0.0131}).startswith('1.700 ± 0.013')
+    row = {'score': 0.00139, 'two_standard_errors': 0.00038, 'unit': 'nats of KL', 'effective_sample_size': 0.998}
+    assert results.score_text(row) == '0.0014 ± 0.0004 nats of KL, 99.8% effective'
+    assert results.score_text({**row, 'score': 32.434, 'two_standard_errors': 3.69}).startswith('32.43 ± 3.69')
+    assert results.peers_text([('A', 1.5, 'here'), ('B', 2., 'there'), ('C', 3., 'here')]) == (
+        'A 1.5, C 3.0 (here); B 2.0 (there)')
+
+
+def test_tables_are_scored_alike(tmp_path, monkeypatch):
+    """Splits and units are the same for all; benign rows are told from others far away; the table says by how much"""
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(300, 2)).round(2) * (1, 50) + 100 * (np.arange(300) < 100)[:, None]
+    monkeypatch.setattr(tables, 'TABLES', {'breast_cancer': lambda: Bunch(
+        data=data, feature_names=['a', 'b'], target=1 * (np.arange(300) >= 100), target_names=['malignant', 'benign'])})
+    monkeypatch.setattr(tables, 'SETTINGS', {'short': ['--n_flows=1', '--hidden_dim=2', '--n_epochs=20']})
+    monkeypatch.setattr(tables, 'PEERS', {'Gaussian': tables.gaussian})
+    tables.main(['--n_seeds=2', f'--out={tmp_path}'])
+    measured = json.loads((tmp_path / 'tables.json').read_text())
+    runs = measured['results']['benign']
+    assert measured['shapes'] == {'breast_cancer': [300, 2], 'malignant': [100, 2], 'benign': [200, 2]}
+    assert all(run['auroc'] == 1 for run in runs['Gaussian'])
+
+    tables.write_tables(tmp_path)
+    split = load_rows(str(tmp_path / 'benign.csv'), seed=1)
+    known, test = (torch.tensor(part * split.std + split.mean)
+                   for part in (np.concatenate([split.train, split.validation]), split.test))
+    added = runs['Gaussian'][1]['reg_covar'] * torch.tensor(split.std**2).diag()
+    expected = MultivariateNormal(known.mean(0), known.T.cov(correction=0) + added).log_prob(test).mean().item()
+    assert runs['Gaussian'][1]['nats'] == pytest.approx(expected, abs=1e-4)
+    bnaf.main(['--train', f'--dataset={tmp_path}/benign.csv', f'--output_dir={tmp_path}/own', '--seed=1',
+               *tables.SETTINGS['short']])
+    own = json.loads(next(tmp_path.glob('own/*/results.json')).read_text())
+    assert runs['short'][1]['nats'] == pytest.approx(own['log_likelihood_nats'])
+
+    cell = tables.markdown(measured).splitlines()[2].split('|')[3].split()
+    lead = [a['nats'] - b['nats'] for a, b in zip(runs['short'], runs['Gaussian'])]
+    assert float(cell[3].strip('(')) == pytest.approx(np.mean(lead), abs=0.006)
+    assert float(cell[5].strip(')')) == pytest.approx(abs(lead[0] - lead[1]) / 2, abs=0.006)
+
+
+def test_errors_of_bnaf_end_the_tables(capsys):
+    with pytest.raises(SystemExit, match='2'):
+        tables.run('--train', '--dataset=/none.csv')
+    assert capsys.readouterr().err == 'bnaf.py: error: /none.csv: no such table\n'
+
+
+def test_curves_of_a_run_that_was_resumed(tmp_path, capsys):
     """Its second part begins again at step 2; a file that ends in the middle of a record loses that alone"""
     for first, n in ((0, 4), (2, 5)):
         writer = SummaryWriter(str(tmp_path), filename_suffix=f'.{first}')
@@ -157,29 +259,15 @@ def test_curves_of_a_run_that_was_resumed(tmp_path):
     assert scalars['loss/train'][0].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert scalars['loss/train'][2].tolist() == [0, 1, 22, 23, 24, 25, 26]
     assert scalars['loss/validation'][2].tolist() == [-1, -3]
-    curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
+    curves.main([str(tmp_path), f'other={tmp_path}', f'--out={tmp_path}/curves.png'])
     assert (tmp_path / 'curves.png').stat().st_size > 5000
-    with pytest.raises(SystemExit, match='no events'):
+    with pytest.raises(SystemExit, match='2'):
         curves.main([str(tmp_path / 'none')])
-
-def record(content):
-    return struct.pack('<QI', len(content), 0) + content + bytes(4)
-
-
-def scalar(tag, value):
-    return record(Event(step=1, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])).SerializeToString())
-
-
-@pytest.mark.parametrize('content', [record(b'\xff' * 50), b'\xff' * 100, record(Event(step=1).SerializeToString()),
-                                     scalar('loss/other', 1.), scalar('loss/validation', 1.), scalar('\33[31m', 1.)])
-def test_curves_of_what_holds_none(content, tmp_path):
-    (tmp_path / 'events.out.tfevents.1.x').write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
-    assert str(tmp_path) in str(stop.value) and str(stop.value).isprintable() and not (tmp_path / 'curves.png').exists()
-
-
-@pytest.mark.parametrize('value', [1., float('nan'), float('inf')])
-def test_curves_of_one_step(value, tmp_path):
-    (tmp_path / 'events.out.tfevents.1.x').write_bytes(scalar('loss/train', value))
-    curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
+    assert capsys.readouterr().err == f'curves.py: error: {tmp_path}/none holds no events of a training\n'
+    with SummaryWriter(str(tmp_path / 'far')) as writer:
+        for step in range(5):
+            writer.add_scalar('loss/train', -100., step)
+    for order in (1, -1):
+        axes, _ = curves.draw(dict([('far', tmp_path / 'far'), ('run', tmp_path)][::order])).axes
+        assert {line.get_label() for line in axes.lines} >= {'run, training', 'run, validation', 'far, training'}
+        assert axes.get_ylim()[0] < -26 and axes.get_ylim()[1] > 100

@@ -305,14 +305,15 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gaussian_table().to_csv('my.csv', index=False)
     gaussian_table(30).to_csv('new.csv', index=False)
-    pd.DataFrame(tiny_tables.columns_of(np.random.default_rng(0), 200, 4)).to_csv('breast_cancer.csv', index=False)
+    pd.DataFrame(tiny_tables.columns_of(np.random.default_rng(0), 200, 5)).to_csv('breast_cancer.csv', index=False)
     for name in ('val.npy', 'test.npy'):
         np.save(name, tiny_tables.columns_of(np.random.default_rng(0), 200, 4))
     for name in tabular.TABLES:
         monkeypatch.setitem(tabular.TABLES, name, ((162, 18, 20), *tabular.TABLES[name][1:]))
     tiny_tables.write_power(tmp_path / 'data')
     tiny_tables.write_miniboone(tmp_path / 'data')
-    tiny_tables.write_bsds300_images(tmp_path / 'data')
+    for folder in ('data', 'DATA'):
+        tiny_tables.write_bsds300_images(tmp_path / folder)
     newest = None
     for line in dict.fromkeys(commands):
         words = shlex.split(line)

@@ -328,10 +328,10 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
     assert {word for line in commands for word in ('train', 'evaluate', 'generate', 'visualize') if word in line} == {
         'train', 'evaluate', 'generate', 'visualize'}
     monkeypatch.chdir(tmp_path)
-    write_mnist(tmp_path / 'MNIST')
+    write_mnist(tmp_path / 'DATA')
     write_celeba(tmp_path / 'CELEBA')
-    write_folder(tmp_path / 'FACES', size=70)
-    write_table(tmp_path / 'FACES', attribute_rows()[:1] + [(*row[:3], -row[2]) for row in attribute_rows()[1:]])
+    write_folder(tmp_path / 'DATA', size=70)
+    write_table(tmp_path / 'DATA', attribute_rows()[:1] + [(*row[:3], -row[2]) for row in attribute_rows()[1:]])
     noise_image(300, 200).save('me.jpg')
     glow.main(['--train', '--image_size=16', *TINY])
     faces = only(tmp_path.glob('results/*/best.pt'))
