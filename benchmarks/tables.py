@@ -161,7 +161,7 @@ def markdown(results):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--n_seeds', type=bnaf.number(int, 2), default=10, help='each with a split of its own')
+    parser.add_argument('--n_seeds', type=int, default=10, help='each with a split of its own')
     parser.add_argument('--out', default=ROOT / 'images', type=Path, metavar='DIR',
                         help='where tables.json goes; its table goes to the README.md beside DIR, if there is one')
     args = parser.parse_args(argv)
