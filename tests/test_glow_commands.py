@@ -340,7 +340,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
         (tmp_path / 'results' / 'RUN' / name).write_bytes(faces.with_name(name).read_bytes())
     for line in dict.fromkeys(commands):
         words = shlex.split(line)
-        if '--restore_file' in line:
+        if '--restore_file' in line or '--resume' in line:
             words = [word for word in words if not word.startswith('--n_epochs')]
         elif '--train' in words:
             words += [*TINY, '--batch_size=4', '--batch_size_init=8']
