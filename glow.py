@@ -92,6 +92,16 @@ class Request(RunRequest):
     vis_alphas: list = option('output', None, 'how far to go along them (default: -2,-1,0,1,2)')
     vis_img: str = option('output', '', 'a photo of your own (default: the first test image)')
 
+    def __post_init__(self):
+        super().__post_init__()
+        words = ['-2', '-1', '0', '1', '2'] if self.vis_alphas is None else ' '.join(self.vis_alphas).split() or ['none']
+        try:
+            self.vis_alphas = [float(word) for word in words]
+        except ValueError:
+            self.vis_alphas = [math.nan]
+        if not all(-1000 <= alpha <= 1000 for alpha in self.vis_alphas):
+            raise UserError(f'--vis_alphas takes numbers from -1000 to 1000, not {" ".join(words)}')
+
 
 # What a data set changes of the above. celeba and mnist: as the first PyTorch reimplementation trained them.
 DEFAULTS = {
@@ -801,19 +811,16 @@ def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img)
     for i in chosen:
         if not varies[i]:
             raise UserError(f'attribute {i} ({names[i]}) is the same in all training images: it cannot be edited')
-    try:
-        alphas = [float(word) for word in vis_alphas or ('-2', '-1', '0', '1', '2')]
-    except ValueError:
-        raise UserError(f'--vis_alphas takes numbers, not {" ".join(vis_alphas)}') from None
     image = load_photo(vis_img, config.dataset, config.image_size) if vis_img else data.test.images[0]
     dz = attribute_directions(model, data, path, config, device)
     z = encode(model, image[None], device)
-    rows = [decode(model, z + torch.tensor(alphas, device=device)[:, None] * dz[i].to(device)) for i in chosen]
+    alphas = torch.tensor(vis_alphas, device=device)[:, None]
+    rows = [decode(model, z + alphas * dz[i].to(device)) for i in chosen]
     labels = [names[i] if names[i] == str(i) else f'{i} {names[i]}' for i in chosen]
     attrs = ','.join(str(i) for i in chosen) if vis_attrs else 'all'
     source = f'img_{Path(vis_img).stem}' if vis_img else 'sample'
     save_grid(path.with_name(f'manipulated_{source}_attr_{attrs}.png'), rows, labels,
-              [f'{alpha:+g}' if alpha else 'unchanged' for alpha in alphas])
+              [f'{alpha:+g}' if alpha else 'unchanged' for alpha in vis_alphas])
 
 
 @torch.no_grad()

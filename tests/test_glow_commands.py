@@ -371,6 +371,10 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
     (['--evaluate'], 'python glow.py --train'),
     (['--generate', '--restore_file=nowhere.pt'], 'nowhere.pt: no such checkpoint'),
     (['--train', '--resume', '--max_skips=-1'], 'outside'),
+    (['--visualize', '--vis_alphas', ''], 'not none'),
+    (['--visualize', '--vis_alphas=-1,x'], '--vis_alphas'),
+    (['--visualize', '--vis_alphas=0,nan'], 'from -1000 to 1000'),
+    (['--visualize', '--vis_alphas', '-1001'], 'from -1000 to 1000'),
 ])
 def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -387,7 +391,6 @@ def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
     (['--visualize', '--vis_attrs=three'], 'unknown attribute'),
     (['--evaluate', '--plain_conv1x1'], 'plain_conv1x1=False'),
     (['--visualize', '--vis_img=no.jpg'], 'no.jpg'),
-    (['--visualize', '--vis_alphas=-1,x'], '--vis_alphas'),
 ])
 def test_bad_commands_for_a_checkpoint(words, part, trained, capsys):
     before = {path: path.stat().st_mtime_ns for path in trained.parent.iterdir()}
@@ -437,6 +440,13 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
     assert 'at step 5, learning rate 1e+06' in line and 'not been finite for 4 steps; lower --lr' in line
     assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0      # named in the line, and as good as new
     assert str(only(tmp_path.rglob('*.pt'))) in line
+
+
+def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(glow, 'bits_per_dim', lambda *args: (math.nan, math.nan))
+    line = refused(capsys, '--train', '--dataset=digits', *TINY, f'--output_dir={tmp_path}', f'--data_dir={tmp_path}')
+    assert 'diverged by step 11' in line and 'lower --lr' in line
+    assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
 
 
 def test_steps_without_finite_gradients_are_skipped(tmp_path, monkeypatch):
