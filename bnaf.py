@@ -114,7 +114,7 @@ class Request(RunRequest):
 
 # The defaults are the official ones for tables, but for n_hidden (0 there); these for the two-dimensional problems.
 TOY = dict(n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1., lr=0.1, early_stop=200)
-DEFAULTS = {name: dict(dataset=name, **TOY) for name in (*SAMPLERS, *ENERGIES)}
+DEFAULTS = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed'}}                            # training goes on, and else
 FIELDS = ('units', 'step', 'n_annealing', 'loss', 'best', 'best_step')              # of Training, in a checkpoint
@@ -464,11 +464,12 @@ def any_process(flag, process):
 
 def require_agreement(run):
     """Refuses to train processes together that start from different things, naming these"""
+    if run.process.world_size == 1:
+        return
     own = {'options': asdict(replace(run.config, data_dir='')), 'data': run.data.fingerprint,
            'weights': digest('', (value.cpu() for value in run.model.state_dict().values())), 'step': run.step}
-    all_of_them = [own] * run.process.world_size
-    if run.process.world_size > 1:
-        dist.all_gather_object(all_of_them, own)
+    all_of_them = [None] * run.process.world_size
+    dist.all_gather_object(all_of_them, own)
     different = [name for name in own if any(other[name] != own[name] for other in all_of_them)]
     if different:
         raise UserError(f'the processes start from different {" and ".join(different)}')
@@ -491,11 +492,10 @@ def run_folder(config, request, process, saved):
 
 def save(run, path):
     """All that a run needs to go on and its model to be used, written by the main process"""
-    state = {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
-             'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
-             **{name: getattr(run, name).state_dict() for name in PARTS}}
     if run.process.rank == 0:
-        save_tensors(path, state)
+        save_tensors(path, {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
+                            'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
+                            **{name: getattr(run, name).state_dict() for name in PARTS}})
 
 
 def load_checkpoint(path):

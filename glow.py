@@ -487,11 +487,12 @@ def any_process(flag, process):
 
 def require_agreement(run):
     """Refuses to train processes together that start from different things, naming these"""
+    if run.process.world_size == 1:
+        return
     own = {'options': asdict(replace(run.config, data_dir='')), 'data': run.data.fingerprint,
            'weights': digest('', (value.cpu() for value in run.model.state_dict().values())), 'step': run.step}
-    all_of_them = [own] * run.process.world_size
-    if run.process.world_size > 1:
-        dist.all_gather_object(all_of_them, own)
+    all_of_them = [None] * run.process.world_size
+    dist.all_gather_object(all_of_them, own)
     different = [name for name in own if any(other[name] != own[name] for other in all_of_them)]
     if different:
         raise UserError(f'the processes start from different {" and ".join(different)}')
@@ -514,11 +515,10 @@ def run_folder(config, request, process, saved):
 
 def save(run, path):
     """All that a run needs to go on and its model to be used, written by the main process"""
-    state = {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
-             'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
-             **{name: getattr(run, name).state_dict() for name in PARTS}}
     if run.process.rank == 0:
-        save_tensors(path, state)
+        save_tensors(path, {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
+                            'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
+                            **{name: getattr(run, name).state_dict() for name in PARTS}})
 
 
 def load_checkpoint(path):

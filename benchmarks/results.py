@@ -62,10 +62,7 @@ def describe(script, config, dims):
 
 def command(script, config, world_size):
     """-> what trained it: the options that are not the data set's defaults, and of paths of data the names alone"""
-    if script is glow:
-        defaults = glow.DEFAULTS.get(config.dataset, {})
-    else:
-        defaults = bnaf.TOY if config.dataset in (*bnaf.SAMPLERS, *bnaf.ENERGIES) else {}
+    defaults = script.DEFAULTS.get(config.dataset, {})
     words = [f'torchrun --nproc_per_node={world_size}' if world_size > 1 else 'python', f'{script.NAME}.py', '--train']
     for f in fields(config):
         value = getattr(config, f.name)

@@ -165,6 +165,8 @@ def main(argv=None):
     parser.add_argument('--out', default=ROOT / 'images', type=Path, metavar='DIR',
                         help='where tables.json goes; its table goes to the README.md beside DIR, if there is one')
     args = parser.parse_args(argv)
+    if args.n_seeds < 2:
+        parser.error('--n_seeds has to be 2 at least, for standard errors')
     with tempfile.TemporaryDirectory() as folder:
         shapes = write_tables(Path(folder))
         measured = {name: measure(name, range(args.n_seeds), Path(folder)) for name in (*TABLES, DETECTION)}

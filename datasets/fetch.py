@@ -19,7 +19,7 @@ from functools import partial
 import requests
 from tqdm import tqdm
 
-from .files import UserError, alone, find, stamp, write_atomically
+from .files import UserError, alone, find, stamp, write_json
 from .images import find_images
 from .tabular import TABLES
 
@@ -220,7 +220,7 @@ def get(name, files, data_dir, raw, given):
     if right:
         stamps = verified_stamps(data_dir) + [stamp(path) for path in paths]
         (data_dir / '.cache').mkdir(exist_ok=True)
-        write_atomically(data_dir / '.cache' / 'verified.json', lambda path: path.write_text(json.dumps(stamps)))
+        write_json(data_dir / '.cache' / 'verified.json', stamps)
 
 
 class TransferError(requests.RequestException):

@@ -5,7 +5,8 @@ import numpy as np
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from .images import draw_grid, short
+from .files import short
+from .images import draw_grid
 
 rcParams['text.parse_math'] = False         # a column's name is its name, with whatever dollars there are in it
 

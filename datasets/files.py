@@ -103,6 +103,11 @@ def reason(error):
     return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
+def short(name, n=40):
+    """A name as there is room for in a picture or a line"""
+    return name if len(name) <= n else f'{name[:n - 1]}…'
+
+
 @contextlib.contextmanager
 def alone(path, other, wait=True):
     """Holds a lock file, which the system frees when its holder dies. Where another holds it, says what that one does and

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from .faces import ATTRIBUTES, draw_faces, face_attributes
-from .files import UserError, cached, digest, find, index_of, reason, stamp, write_atomically
+from .files import UserError, cached, digest, find, index_of, reason, short, stamp, write_atomically
 from .pickles import read_pickle, value
 
 IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', 'celeba', 'folder')
@@ -120,11 +120,6 @@ def is_pixels(*shape):
 def save_grid(path, *grid):
     write_atomically(path, lambda temporary: draw_grid(*grid).save(temporary, format='png'))
     tqdm.write(f'wrote {path}')
-
-
-def short(name, n=40):
-    """A name as there is room for in a picture"""
-    return name if len(name) <= n else f'{name[:n - 1]}…'
 
 
 def draw_grid(rows, row_labels=(), column_labels=()):

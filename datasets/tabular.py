@@ -22,8 +22,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from .files import UserError, cached, digest, find, index_of, map_array, reason, stamp
-from .images import short
+from .files import UserError, cached, digest, find, index_of, map_array, reason, short, stamp
 from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, log_normaliser
 
