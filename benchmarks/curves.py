@@ -11,8 +11,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from datasets import UserError
 
 OBJECTIVES = {'bits_per_dim': ('bits/dim', 1), 'loss': ('log-likelihood in nats', -1)}     # its name, and its sign here
 
@@ -24,7 +28,10 @@ def read_events(path):
         length, = struct.unpack_from('<Q', content, start)
         if start + length + 16 > len(content):
             return
-        yield Event.FromString(content[start + 12:start + 12 + length])
+        try:
+            yield Event.FromString(content[start + 12:start + 12 + length])
+        except DecodeError:
+            raise UserError(f'{path} is damaged: it holds no events at byte {start}') from None
         start += length + 16
 
 
@@ -48,7 +55,9 @@ def draw(runs):
     left, right = figure.subplots(1, 2, sharey=True)
     for k, (name, folder) in enumerate(runs.items()):
         scalars = read_scalars(folder)
-        objective, = {tag.split('/')[0] for tag in scalars if tag.split('/')[0] in OBJECTIVES}
+        objective = next((name for name in OBJECTIVES if f'{name}/train' in scalars), None)
+        if objective is None:
+            raise UserError(f'{folder} holds no events of a training')
         label, sign = OBJECTIVES[objective]
         train = scalars[f'{objective}/train']
         parts = np.array_split(train, min(60, train.shape[1]), axis=1)
@@ -59,8 +68,11 @@ def draw(runs):
             axes.plot(medians[x], sign * medians[2], f'C{k}', alpha=0.5, label=f'{name}, training')
             axes.plot(validation[x], sign * validation[2], line, label=f'{name}, validation')
         shown += [*sign * medians[2, 3:], *sign * validation[2, len(validation[2]) // 20:]]     # not where it all began
-    margin = 0.1 * (max(shown) - min(shown))
-    left.set(xlabel='step', ylabel=label, ylim=(min(shown) - margin, max(shown) + margin))
+    left.set(xlabel='step', ylabel=label)
+    shown = [value for value in shown if np.isfinite(value)]
+    if len(set(shown)) > 1:
+        margin = 0.1 * (max(shown) - min(shown))
+        left.set_ylim(min(shown) - margin, max(shown) + margin)
     right.set(xlabel='minutes')
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -77,10 +89,12 @@ def main(argv=None):
     for run in args.runs:
         name, _, folder = run.rpartition('=')
         runs[name or re.sub(r'_\d+-\d+-\d+_\d+-\d+-\d+', '', Path(folder).name)] = Path(folder)
-        if not list(Path(folder).glob('events.out.tfevents.*')):
-            print(f'curves.py: error: {folder} holds no events of a training', file=sys.stderr)
-            sys.exit(2)
-    draw(runs).savefig(args.out, dpi=100)
+    try:
+        figure = draw(runs)
+    except UserError as error:
+        print(f'curves.py: error: {error}', file=sys.stderr)
+        sys.exit(2)
+    figure.savefig(args.out, dpi=100)
     print(f'wrote {args.out}')
 
 

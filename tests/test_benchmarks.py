@@ -1,6 +1,7 @@
 """The benchmarks: they run on tiny shapes without the peers, and their tables say what their JSON says."""
 import json
 import shlex
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from sklearn.utils import Bunch
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 from torch.distributions import MultivariateNormal
 
 import bnaf
@@ -271,3 +274,33 @@ def test_curves_of_a_run_that_was_resumed(tmp_path, capsys):
         axes, _ = curves.draw(dict([('far', tmp_path / 'far'), ('run', tmp_path)][::order])).axes
         assert {line.get_label() for line in axes.lines} >= {'run, training', 'run, validation', 'far, training'}
         assert axes.get_ylim()[0] < -26 and axes.get_ylim()[1] > 100
+
+
+def record(content):
+    return struct.pack('<QI', len(content), 0) + content + bytes(4)
+
+
+def scalar(tag, value):
+    return record(Event(step=1, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])).SerializeToString())
+
+
+@pytest.mark.parametrize('content', [record(b'\xff' * 50), b'\xff' * 100, record(Event(step=1).SerializeToString()),
+                                     scalar('loss/other', 1.), scalar('loss/validation', 1.), scalar('\33[31m', 1.)])
+def test_curves_of_what_holds_none(content, tmp_path, capsys):
+    (tmp_path / 'events.out.tfevents.1.x').write_bytes(content)
+    with pytest.raises(SystemExit, match='2'):
+        curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
+    line = capsys.readouterr().err.removesuffix('\n')
+    assert str(tmp_path) in line and line.isprintable() and not (tmp_path / 'curves.png').exists()
+
+
+@pytest.mark.parametrize('value', [1., float('nan'), float('inf')])
+def test_curves_of_one_step(value, tmp_path):
+    (tmp_path / 'events.out.tfevents.1.x').write_bytes(scalar('loss/train', value))
+    curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
+
+
+def test_tables_need_two_seeds(tmp_path, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        tables.main(['--n_seeds=1', f'--out={tmp_path}'])
+    assert '--n_seeds has to be 2 at least' in capsys.readouterr().err
