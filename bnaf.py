@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tensorboardX import SummaryWriter
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
@@ -38,12 +37,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from datasets import UserError
-from datasets.figures import draw_pairs, draw_planes
+from datasets.figures import draw_pairs, draw_planes, grid, histogram
 from datasets.files import digest, progress, write_atomically, write_json
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.runs import (GROUPS, Options, RunRequest, claim, find_run, option, read_checkpoint, save_tensors,
-                           stop_signals)
-from datasets.tabular import SUFFIXES, TABLES, Rows, load_rows, read_rows, write_table
+from datasets.options import GROUPS, Options, RunRequest, choose, given, option
+from datasets.runs import Scalars, claim, errors_in_one_line, find_run, read_checkpoint, save_tensors, stop_signals
+from datasets.tabular import (SUFFIXES, TABLES, from_units, load_rows, read_rows, require_new_table, require_same_units,
+                              save_table, units_of)
 from datasets.toy import ENERGIES, SAMPLERS
 
 
@@ -104,12 +104,7 @@ class Request(RunRequest):
     def __post_init__(self):
         super().__post_init__()
         for file in filter(None, (self.scores, self.output)):
-            if Path(file).suffix not in ('.csv', '.npy', '.h5'):
-                raise UserError(f'{file} should end in .csv, .npy or .h5')
-            if Path(file).exists():
-                raise UserError(f'{file} is there already: move it away or give another name')
-            if not Path(file).parent.is_dir():
-                raise UserError(f'{file}: there is no folder {Path(file).parent}')
+            require_new_table(Path(file))
 
 
 # The defaults are the official ones for tables, but for n_hidden (0 there); these for the two-dimensional problems.
@@ -122,7 +117,8 @@ PARTS = ('model', 'average', 'optimizer', 'scheduler')
 CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int,
               'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
               'n_annealing': float, 'loss': float, 'best': float, 'best_step': int, 'model': dict, 'average': dict,
-              'optimizer': {'state': dict, 'param_groups': [dict]}, 'scheduler': dict}
+              'optimizer': {'state': dict, 'param_groups': [dict]},
+              'scheduler': {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}}
 EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
 REACH = 5.                          # of a flow without a residual at first, in standard deviations of the noise
 SMALLEST = 1e-25                    # terms that float32 loses are below 1e-37, so what is above this has lost nothing
@@ -439,7 +435,7 @@ def setup():
             raise
         raise ProcessLookupError(f'process {rank} on {socket.gethostname()} stops, having lost another one') from None
     finally:
-        if world_size > 1:
+        if world_size > 1 and sys.exc_info()[0] is not ProcessLookupError:      # lest the launcher ends it before that is said
             time.sleep(0.1)     # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
@@ -462,15 +458,12 @@ def any_process(flag, process):
     return flags.item() > 0
 
 
-def require_agreement(run):
-    """Refuses to train processes together that start from different things, naming these"""
-    if run.process.world_size == 1:
-        return
-    own = {'options': asdict(replace(run.config, data_dir='')), 'data': run.data.fingerprint,
-           'weights': digest('', (value.cpu() for value in run.model.state_dict().values())), 'step': run.step}
-    all_of_them = [None] * run.process.world_size
-    dist.all_gather_object(all_of_them, own)
-    different = [name for name in own if any(other[name] != own[name] for other in all_of_them)]
+def require_agreement(process, **own):
+    """Refuses to go on where something is not the same on all processes, naming it"""
+    all_of_them = [own] * process.world_size
+    if process.world_size > 1:
+        dist.all_gather_object(all_of_them, own)
+    different = sorted(name for name in set().union(*all_of_them) if len({repr(one.get(name)) for one in all_of_them}) > 1)
     if different:
         raise UserError(f'the processes start from different {" and ".join(different)}')
 
@@ -480,8 +473,7 @@ def run_folder(config, request, process, saved):
     """-> the folder of the run, a new one or its checkpoint's, the same for all processes"""
     name = f'{NAME}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
     folder = saved['path'].parent if saved else Path(request.output_dir) / name
-    main_only = claim(folder, saved is None) if process.rank == 0 else contextlib.nullcontext()
-    with main_only as folder:
+    with claim(folder, saved is None) if process.rank == 0 else contextlib.nullcontext() as folder:
         folders = [folder]
         if process.world_size > 1:
             dist.broadcast_object_list(folders)
@@ -505,16 +497,9 @@ def load_checkpoint(path):
 
 def find_checkpoint(mode, request, process):
     """-> the checkpoint that --restore_file names, or the newest run's; None where training starts from nothing"""
-    goes_on = request.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-    path = Path(request.restore_file) if request.restore_file else find_run(NAME, request.output_dir, mode == 'train', goes_on)
-    if path is None:
-        return None
-    saved, newest = load_checkpoint(path), path.with_name('checkpoint.pt')
-    if mode == 'train' and path != newest and newest.exists() and load_checkpoint(newest)['step'] > saved['step']:
-        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
-                        f'{path.name} to a folder of its own')
-    if process.rank == 0:
-        print(f'restored {path}: step {saved["step"]}, validation loss {saved[SCORE]:.4f} {UNIT}')
+    saved = find_run(NAME, request, mode == 'train', load_checkpoint)
+    if saved and process.rank == 0:
+        print(f'restored {saved["path"]}: step {saved["step"]}, validation loss {saved[SCORE]:.4f} {UNIT}')
         if mode == 'train' and saved['world_size'] != process.world_size:
             print(f'note: the run had {saved["world_size"]} processes and now has {process.world_size}: the batch of a '
                   'step, and how many steps make an epoch, change with them')
@@ -555,18 +540,23 @@ def row_losses(objective, rows, process):
 
 # -------------------------------------------------------------------------------------------------- training
 
+class Plateau(ReduceLROnPlateau):
+    """The learning rate is lowered where the score no longer improves; what of that changes is what a checkpoint keeps."""
+    def state_dict(self):
+        return {key: getattr(self, key) for key in CHECKPOINT['scheduler']}
+
+
 class Training:
     """What a run carries from step to step: weights, their average, the optimizer, and where it stands."""
     def __init__(self, config, data, process, saved=None):
         self.config, self.data, self.process = config, data, process
         self.input_dims = [len(data.columns)]
-        self.units = {'columns': list(data.columns), 'mean': data.mean.tolist(), 'std': data.std.tolist(),
-                      'steps': np.broadcast_to(data.steps, len(data.columns)).tolist()}
+        self.units = units_of(data)
         self.model = build_model(config, self.input_dims).to(process.device)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, amsgrad=True, fused=True)
-        self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=config.lr_patience, cooldown=10,
-                                           min_lr=config.min_lr, threshold=1e-4, threshold_mode='abs')
+        self.scheduler = Plateau(self.optimizer, factor=0.5, patience=config.lr_patience, cooldown=10,
+                                 min_lr=config.min_lr, threshold=1e-4, threshold_mode='abs')
         self.step, self.loss, self.best, self.best_step = 0, math.nan, math.inf, 0
         self.n_skipped = self.skips_in_a_row = 0
         self.steps_per_epoch = self.validate_every = EPOCH_STEPS if data.draw else steps_per_epoch(
@@ -574,12 +564,10 @@ class Training:
         self.n_steps = config.n_epochs * self.steps_per_epoch
         self.n_annealing = config.annealing * self.n_steps          # as planned at first, however long it goes on
         if saved is not None:
-            fresh, kept = self.scheduler.state_dict(), saved['scheduler']
-            moved = {'best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch', '_last_lr'}
-            if kept.keys() != fresh.keys() or any(type(kept[key]) is not type(value) or key not in moved and kept[key] != value
-                                                  for key, value in fresh.items()):
-                raise UserError(f'{saved["path"]} is damaged: its scheduler is none')
             restore(self, saved)
+        if process.world_size > 1:
+            require_agreement(process, options=asdict(replace(config, data_dir='')), data=data.fingerprint, step=self.step,
+                              weights=digest('', (value.cpu() for value in self.model.state_dict().values())))
         self.objective = distribute(Objective(self.model, data), process)
         self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
 
@@ -629,12 +617,14 @@ def update(run, loss):
     return loss.detach(), norm
 
 
-def keep(run, run_dir):
-    """Writes best.pt if this is the best validation score so far, and checkpoint.pt after it: a run that is killed between
-    the two comes to the same best.pt again."""
-    is_best, run.best = getattr(run, SCORE) < run.best, min(getattr(run, SCORE), run.best)
-    for name in ('best.pt', 'checkpoint.pt') if is_best else ('checkpoint.pt',):
-        save(run, run_dir / name)
+def keep(run, scalars, path, best=None):
+    """Saves to path, what was logged being on the disk, and to best before it if no validation score was better: a run that
+    is killed between the two comes to the same best one again."""
+    scalars.flush()
+    if best and getattr(run, SCORE) < run.best:
+        run.best = getattr(run, SCORE)
+        save(run, best)
+    save(run, path)
 
 
 def train(data, config, request, process, saved=None):
@@ -642,13 +632,12 @@ def train(data, config, request, process, saved=None):
     -> the best one's dict, or None where a signal ended it before"""
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with run_folder(config, request, process, saved) as run_dir, stop_signals() as signals:
-        run = Training(config, data, process, saved)
-        require_agreement(run)
-        if saved is None:
-            save(run, run_dir / 'checkpoint.pt')
-        if not (run_dir / 'best.pt').exists():
+        run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
+        if not newest.exists():
+            save(run, newest)
+        if not best.exists():
             run.best = math.inf
-        writer = SummaryWriter(str(run_dir), purge_step=run.step + 1, write_to_disk=process.rank == 0)
+        scalars = Scalars(run_dir if process.rank == 0 else None, run.step + 1)
         if process.rank == 0:
             print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
         with progress(total=run.n_steps, initial=run.step, disable=process.rank > 0, unit='step') as bar:
@@ -660,34 +649,30 @@ def train(data, config, request, process, saved=None):
                 if run.skips_in_a_row > request.max_skips:
                     raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss or its gradients '
                                     f'had not been finite for {run.skips_in_a_row} steps; lower --lr; the last checkpoint is '
-                                    f'{run_dir / "checkpoint.pt"}')
+                                    f'{newest}')
                 if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
                     speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
                     validation = f' (validation: {getattr(run, SCORE):.3f})' if run.best < math.inf else ''
                     bar.set_postfix_str(f'{loss:.3f} {UNIT}{validation}, {speed:.0f} {ITEMS}/s', refresh=False)
-                    for name, value in ((f'{SCORE}/train', loss.item()), ('gradient_norm', norm.item()),
-                                        (f'{ITEMS}_per_s', speed), ('lr', lr), ('steps_skipped', run.n_skipped)):
-                        writer.add_scalar(name, value, run.step)
+                    scalars.add(run.step, {f'{SCORE}/train': loss.item(), 'gradient_norm': norm.item(), 'lr': lr,
+                                           f'{ITEMS}_per_s': speed, 'steps_skipped': run.n_skipped})
                 if run.step % run.validate_every == 0 or run.step == run.last_step:
                     run.validate()
                     if not math.isfinite(getattr(run, SCORE)):
                         raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
-                    writer.add_scalar(f'{SCORE}/validation', getattr(run, SCORE), run.step)
-                    writer.flush()          # what is logged is on the disk before a checkpoint says that it is
-                    keep(run, run_dir)
+                    scalars.add(run.step, {f'{SCORE}/validation': getattr(run, SCORE)})
+                    keep(run, scalars, newest, best)
                     run.show(run_dir)
                 elif run.step % SAVE_STEPS == 0:
-                    writer.flush()
-                    save(run, run_dir / 'checkpoint.pt')
-        writer.close()
+                    keep(run, scalars, newest)
         if run.step < run.last_step:
-            save(run, run_dir / 'checkpoint.pt')
+            keep(run, scalars, newest)
             if process.rank == 0:
                 print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
-                      f'python {NAME}.py --train --restore_file={run_dir / "checkpoint.pt"}')
+                      f'python {NAME}.py --train --restore_file={newest}')
             return None
-        any_process(False, process)         # the main process has written best.pt
-        return load_checkpoint(run_dir / 'best.pt')
+        any_process(False, process)         # the main process has written its files
+        return load_checkpoint(best if best.exists() else newest)
 
 
 def objective_text(data, loss):
@@ -722,11 +707,6 @@ def evaluate(model, data, saved, config, process, scores, input_file):
     if scores:
         index = np.arange(len(rows)) if input_file else data.test_index
         save_table(scores, np.stack([index, -losses], 1), ('row', 'log_likelihood'))
-
-
-def save_table(path, values, columns):
-    write_atomically(Path(path), lambda temporary: write_table(temporary, Path(path).suffix, values, columns))
-    print(f'wrote {path}')
 
 
 def directions(model, data):
@@ -787,20 +767,13 @@ def planes(model, data, config, title, n=300):
     """Figure of the target, the learned density on an n x n grid, and samples"""
     samples, _ = sample_rows(model, data, 50_000, 1., config.seed)
     rows = data.draw(np.random.default_rng(0), 10**6) if data.draw else data.test * data.std + data.mean
-    low, high = ((-4.2, -4.2), (4.2, 4.2)) if data.draw else (rows.min(0), rows.max(0))
-    centres = [a + (np.arange(n) + 0.5) / n * (b - a) for a, b in zip(low, high)]
-    points = np.stack(np.meshgrid(*centres), 2).reshape(-1, 2)
-
-    def histogram(rows, bins):
-        return np.histogram2d(*rows.T, bins, tuple(zip(low, high)))[0].T
-
-    if data.energy is None:
-        target = histogram(rows, 200 if data.draw else 40)
-    else:
-        target = (-data.energy(torch.from_numpy(points))).exp().numpy().reshape(n, n)
+    extent = (-4.2, 4.2, -4.2, 4.2) if data.draw else np.stack([rows.min(0), rows.max(0)], 1).ravel()
+    points = grid(extent, n)
+    target = (histogram(rows, extent, 200 if data.draw else 40) if data.energy is None else
+              (-data.energy(torch.from_numpy(points))).exp().numpy().reshape(n, n))
     panels = {'target' if data.draw else 'test data': target, title: density(model, data, points).reshape(n, n),
-              'samples': histogram(samples, 120)}
-    return draw_planes(panels, data.columns, (low[0], high[0], low[1], high[1]))
+              'samples': histogram(samples, extent, 120)}
+    return draw_planes(panels, data.columns, extent)
 
 
 @torch.no_grad()
@@ -829,7 +802,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv):
-    """-> the mode, the options of Config that were given, and a Request"""
+    """-> the mode, {name: value} of the options of Config that were given, and a Request"""
     parser = Parser(prog=f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     modes = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
@@ -838,55 +811,32 @@ def parse_args(argv):
     groups = {name: parser.add_argument_group(text) for name, text in GROUPS.items()}
     for f in (*fields(Config), *fields(Request)):
         how = dict(action='store_true', default=None) if f.type is bool else dict(
-            metavar='X', **(dict(nargs='+') if f.type is list else dict(type=f.type)))
+            metavar='X', **(dict(type=f.type) if f.type in (int, float, str) else dict(nargs='+')))
         groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
     parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
     # a leading space keeps a list such as -2,-1,0 from being taken for an option
-    args = parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv])
-    given = {f.name: getattr(args, f.name) for f in (*fields(Config), *fields(Request)) if getattr(args, f.name) is not None}
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = [word.strip() for word in ','.join(value).split(',') if word.strip()]
-    request = Request(**{f.name: given.pop(f.name) for f in fields(Request) if f.name in given})
-    return args.mode, given, request
-
-
-def choose_config(mode, given, saved):
-    """The options that were given over those of the checkpoint or, without one, over the data set's defaults."""
-    if saved is None:
-        return Config(**{**DEFAULTS.get(given.get('dataset', Config.dataset), {}), **given})
-    for name in given.keys() - MAY_CHANGE[mode == 'train']:
-        if given[name] != getattr(saved['config'], name):
-            raise UserError(f'--{name}={given[name]} contradicts the checkpoint {saved["path"]}, '
-                            f'which has {name}={getattr(saved["config"], name)}')
-    return replace(saved['config'], **given)
+    args = vars(parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv]))
+    return args['mode'], given(Config, args), Request(**given(Request, args))
 
 
 def load_data(mode, request, config, saved):
     """-> Rows; in a checkpoint's units, and without any rows where only those are needed"""
-    units = saved and {'columns': tuple(saved['units']['columns']),
-                       **{key: np.array(saved['units'][key]) for key in ('mean', 'std', 'steps')}}
-    if units and not (all(len(values) == saved['input_dims'][0] for values in units.values())
-                      and ''.join(units['columns']).isprintable() and (units['std'] > 0).all()
-                      and np.isfinite([units[key] for key in ('mean', 'std', 'steps')]).all()):
-        raise UserError(f'{saved["path"]} is damaged: its columns and its units do not fit')
-    if units and config.dataset not in DEFAULTS and (mode == 'generate' or mode == 'evaluate' and request.input):
-        return Rows(None, None, None, **units)
+    like = saved and from_units(saved['units'], saved['input_dims'][0], saved['path'])
+    if like and config.dataset not in DEFAULTS and (mode == 'generate' or mode == 'evaluate' and request.input):
+        return like
     seed = saved['config'].seed if saved else config.seed       # the splits are those of the training
     data = load_rows(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
-    if units and not (data.columns == units['columns'] and np.allclose(data.mean, units['mean'])
-                      and np.allclose(data.std, units['std'])):
-        raise UserError(f'{config.dataset} is not what it was when the model was trained: '
-                        'score new rows by --evaluate --input=FILE')
+    if like:
+        require_same_units(data, like, config.dataset)
     return replace(data, train=data.train[:config.max_rows]) if config.max_rows and not data.draw else data
 
 
-def start(mode, given, request, process):
+def start(mode, values, request, process):
     for name in ('dataset', 'test_file'):               # tables are found from wherever the model is used
-        if Path(given.get(name, '')).suffix in SUFFIXES:
-            given[name] = str(Path(given[name]).resolve())
+        if Path(values.get(name, '')).suffix in SUFFIXES:
+            values[name] = str(Path(values[name]).resolve())
     saved = find_checkpoint(mode, request, process)
-    config = choose_config(mode, given, saved)
+    config = choose(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
     data = load_data(mode, request, config, saved)
     if mode == 'train':
         for note in data.notes * (process.rank == 0):
@@ -910,21 +860,11 @@ def start(mode, given, request, process):
 
 
 def main(argv=None):
-    try:
-        mode, given, request = parse_args(sys.argv[1:] if argv is None else argv)
+    with errors_in_one_line(NAME):
+        mode, values, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            start(mode, given, request, process)
-    except (UserError, OSError, torch.linalg.LinAlgError) as error:
-        common, message = isinstance(error, UserError), str(error)      # common to all processes
-    except torch.cuda.OutOfMemoryError:
-        common, message = False, 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
-    except KeyboardInterrupt:
-        common, message = True, 'interrupted'
-    else:
-        return
-    if not common or int(os.environ.get('LOCAL_RANK', 0)) == 0:     # what is common is said once a machine
-        print(f'{NAME}.py: error: {message}', file=sys.stderr)
-    sys.exit(2)
+            require_agreement(process, **{f'--{name}': value for name, value in values.items() if name != 'data_dir'})
+            start(mode, values, request, process)
 
 
 if __name__ == '__main__':

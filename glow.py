@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tensorboardX import SummaryWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -38,8 +37,9 @@ from tqdm import tqdm
 from datasets import IMAGE_DATASETS, UserError, load_images, load_photo, save_grid, shift_randomly
 from datasets.files import digest, progress, write_json
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.runs import (GROUPS, Options, RunRequest, claim, find_run, load_tensors, option, read_checkpoint,
-                           save_tensors, stop_signals)
+from datasets.options import GROUPS, Options, RunRequest, choose, given, option
+from datasets.runs import (Scalars, claim, errors_in_one_line, find_run, load_tensors, read_checkpoint, save_tensors,
+                           stop_signals)
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -89,18 +89,9 @@ class Request(RunRequest):
     z_std: float = option('output', None, 'temperature (default: a grid of them)')
     n_samples: int = option('output', 32, 'samples with --z_std', 1)
     vis_attrs: list = option('output', None, 'attributes by index or name (default: all)')
-    vis_alphas: list = option('output', None, 'how far to go along them (default: -2,-1,0,1,2)')
+    vis_alphas: list[float] = option('output', (-2., -1., 0., 1., 2.), 'how far to go along them (default: -2,-1,0,1,2)',
+                                     -1000, 1000)
     vis_img: str = option('output', '', 'a photo of your own (default: the first test image)')
-
-    def __post_init__(self):
-        super().__post_init__()
-        words = ['-2', '-1', '0', '1', '2'] if self.vis_alphas is None else ' '.join(self.vis_alphas).split() or ['none']
-        try:
-            self.vis_alphas = [float(word) for word in words]
-        except ValueError:
-            self.vis_alphas = [math.nan]
-        if not all(-1000 <= alpha <= 1000 for alpha in self.vis_alphas):
-            raise UserError(f'--vis_alphas takes numbers from -1000 to 1000, not {" ".join(words)}')
 
 
 # What a data set changes of the above. celeba and mnist: as the first PyTorch reimplementation trained them.
@@ -462,7 +453,7 @@ def setup():
             raise
         raise ProcessLookupError(f'process {rank} on {socket.gethostname()} stops, having lost another one') from None
     finally:
-        if world_size > 1:
+        if world_size > 1 and sys.exc_info()[0] is not ProcessLookupError:      # lest the launcher ends it before that is said
             time.sleep(0.1)     # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
@@ -485,15 +476,12 @@ def any_process(flag, process):
     return flags.item() > 0
 
 
-def require_agreement(run):
-    """Refuses to train processes together that start from different things, naming these"""
-    if run.process.world_size == 1:
-        return
-    own = {'options': asdict(replace(run.config, data_dir='')), 'data': run.data.fingerprint,
-           'weights': digest('', (value.cpu() for value in run.model.state_dict().values())), 'step': run.step}
-    all_of_them = [None] * run.process.world_size
-    dist.all_gather_object(all_of_them, own)
-    different = [name for name in own if any(other[name] != own[name] for other in all_of_them)]
+def require_agreement(process, **own):
+    """Refuses to go on where something is not the same on all processes, naming it"""
+    all_of_them = [own] * process.world_size
+    if process.world_size > 1:
+        dist.all_gather_object(all_of_them, own)
+    different = sorted(name for name in set().union(*all_of_them) if len({repr(one.get(name)) for one in all_of_them}) > 1)
     if different:
         raise UserError(f'the processes start from different {" and ".join(different)}')
 
@@ -503,8 +491,7 @@ def run_folder(config, request, process, saved):
     """-> the folder of the run, a new one or its checkpoint's, the same for all processes"""
     name = f'{NAME}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
     folder = saved['path'].parent if saved else Path(request.output_dir) / name
-    main_only = claim(folder, saved is None) if process.rank == 0 else contextlib.nullcontext()
-    with main_only as folder:
+    with claim(folder, saved is None) if process.rank == 0 else contextlib.nullcontext() as folder:
         folders = [folder]
         if process.world_size > 1:
             dist.broadcast_object_list(folders)
@@ -528,16 +515,9 @@ def load_checkpoint(path):
 
 def find_checkpoint(mode, request, process):
     """-> the checkpoint that --restore_file names, or the newest run's; None where training starts from nothing"""
-    goes_on = request.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-    path = Path(request.restore_file) if request.restore_file else find_run(NAME, request.output_dir, mode == 'train', goes_on)
-    if path is None:
-        return None
-    saved, newest = load_checkpoint(path), path.with_name('checkpoint.pt')
-    if mode == 'train' and path != newest and newest.exists() and load_checkpoint(newest)['step'] > saved['step']:
-        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
-                        f'{path.name} to a folder of its own')
-    if process.rank == 0:
-        print(f'restored {path}: step {saved["step"]}, validation loss {saved[SCORE]:.4f} {UNIT}')
+    saved = find_run(NAME, request, mode == 'train', load_checkpoint)
+    if saved and process.rank == 0:
+        print(f'restored {saved["path"]}: step {saved["step"]}, validation loss {saved[SCORE]:.4f} {UNIT}')
         if mode == 'train' and saved['world_size'] != process.world_size:
             print(f'note: the run had {saved["world_size"]} processes and now has {process.world_size}: the batch of a '
                   'step, and how many steps make an epoch, change with them')
@@ -628,6 +608,9 @@ class Training:
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()        # steps of one shape share what was compiled for the first
+        if process.world_size > 1:
+            require_agreement(process, options=asdict(replace(config, data_dir='')), data=data.fingerprint, step=self.step,
+                              weights=digest('', (value.cpu() for value in self.model.state_dict().values())))
         self.objective = distribute(BitsPerDim(self.model, data.n_values, config.bf16), process)
 
     @property
@@ -675,12 +658,14 @@ def update(run, loss):
     return loss.detach(), norm
 
 
-def keep(run, run_dir):
-    """Writes best.pt if this is the best validation score so far, and checkpoint.pt after it: a run that is killed between
-    the two comes to the same best.pt again."""
-    is_best, run.best = getattr(run, SCORE) < run.best, min(getattr(run, SCORE), run.best)
-    for name in ('best.pt', 'checkpoint.pt') if is_best else ('checkpoint.pt',):
-        save(run, run_dir / name)
+def keep(run, scalars, path, best=None):
+    """Saves to path, what was logged being on the disk, and to best before it if no validation score was better: a run that
+    is killed between the two comes to the same best one again."""
+    scalars.flush()
+    if best and getattr(run, SCORE) < run.best:
+        run.best = getattr(run, SCORE)
+        save(run, best)
+    save(run, path)
 
 
 def train(data, config, request, process, saved=None):
@@ -688,13 +673,12 @@ def train(data, config, request, process, saved=None):
     -> the best one's dict, or None where a signal ended it before"""
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with run_folder(config, request, process, saved) as run_dir, stop_signals() as signals:
-        run = Training(config, data, process, saved)
-        require_agreement(run)
-        if saved is None:
-            save(run, run_dir / 'checkpoint.pt')
-        if not (run_dir / 'best.pt').exists():
+        run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
+        if not newest.exists():
+            save(run, newest)
+        if not best.exists():
             run.best = math.inf
-        writer = SummaryWriter(str(run_dir), purge_step=run.step + 1, write_to_disk=process.rank == 0)
+        scalars = Scalars(run_dir if process.rank == 0 else None, run.step + 1)
         if process.rank == 0:
             print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
         with progress(total=run.n_steps, initial=run.step, disable=process.rank > 0, unit='step') as bar:
@@ -706,34 +690,30 @@ def train(data, config, request, process, saved=None):
                 if run.skips_in_a_row > request.max_skips:
                     raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss or its gradients '
                                     f'had not been finite for {run.skips_in_a_row} steps; lower --lr; the last checkpoint is '
-                                    f'{run_dir / "checkpoint.pt"}')
+                                    f'{newest}')
                 if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
                     speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
                     validation = f' (validation: {getattr(run, SCORE):.3f})' if run.best < math.inf else ''
                     bar.set_postfix_str(f'{loss:.3f} {UNIT}{validation}, {speed:.0f} {ITEMS}/s', refresh=False)
-                    for name, value in ((f'{SCORE}/train', loss.item()), ('gradient_norm', norm.item()),
-                                        (f'{ITEMS}_per_s', speed), ('lr', lr), ('steps_skipped', run.n_skipped)):
-                        writer.add_scalar(name, value, run.step)
+                    scalars.add(run.step, {f'{SCORE}/train': loss.item(), 'gradient_norm': norm.item(), 'lr': lr,
+                                           f'{ITEMS}_per_s': speed, 'steps_skipped': run.n_skipped})
                 if run.step % run.validate_every == 0 or run.step == run.last_step:
                     run.validate()
                     if not math.isfinite(getattr(run, SCORE)):
                         raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
-                    writer.add_scalar(f'{SCORE}/validation', getattr(run, SCORE), run.step)
-                    writer.flush()          # what is logged is on the disk before a checkpoint says that it is
-                    keep(run, run_dir)
+                    scalars.add(run.step, {f'{SCORE}/validation': getattr(run, SCORE)})
+                    keep(run, scalars, newest, best)
                     run.show(run_dir)
                 elif run.step % SAVE_STEPS == 0:
-                    writer.flush()
-                    save(run, run_dir / 'checkpoint.pt')
-        writer.close()
+                    keep(run, scalars, newest)
         if run.step < run.last_step:
-            save(run, run_dir / 'checkpoint.pt')
+            keep(run, scalars, newest)
             if process.rank == 0:
                 print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
-                      f'python {NAME}.py --train --restore_file={run_dir / "checkpoint.pt"}')
+                      f'python {NAME}.py --train --restore_file={newest}')
             return None
-        any_process(False, process)         # the main process has written best.pt
-        return load_checkpoint(run_dir / 'best.pt')
+        any_process(False, process)         # the main process has written its files
+        return load_checkpoint(best if best.exists() else newest)
 
 
 # ----------------------------------------------------------------------------------------------------- modes
@@ -852,7 +832,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv):
-    """-> the mode, the options of Config that were given, and a Request"""
+    """-> the mode, {name: value} of the options of Config that were given, and a Request"""
     parser = Parser(prog=f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     modes = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
@@ -861,33 +841,17 @@ def parse_args(argv):
     groups = {name: parser.add_argument_group(text) for name, text in GROUPS.items()}
     for f in (*fields(Config), *fields(Request)):
         how = dict(action='store_true', default=None) if f.type is bool else dict(
-            metavar='X', **(dict(nargs='+') if f.type is list else dict(type=f.type)))
+            metavar='X', **(dict(type=f.type) if f.type in (int, float, str) else dict(nargs='+')))
         groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
     parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
     # a leading space keeps a list such as -2,-1,0 from being taken for an option
-    args = parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv])
-    given = {f.name: getattr(args, f.name) for f in (*fields(Config), *fields(Request)) if getattr(args, f.name) is not None}
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = [word.strip() for word in ','.join(value).split(',') if word.strip()]
-    request = Request(**{f.name: given.pop(f.name) for f in fields(Request) if f.name in given})
-    return args.mode, given, request
+    args = vars(parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv]))
+    return args['mode'], given(Config, args), Request(**given(Request, args))
 
 
-def choose_config(mode, given, saved):
-    """The options that were given over those of the checkpoint or, without one, over the data set's defaults."""
-    if saved is None:
-        return Config(**{**DEFAULTS.get(given.get('dataset', Config.dataset), {}), **given})
-    for name in given.keys() - MAY_CHANGE[mode == 'train']:
-        if given[name] != getattr(saved['config'], name):
-            raise UserError(f'--{name}={given[name]} contradicts the checkpoint {saved["path"]}, '
-                            f'which has {name}={getattr(saved["config"], name)}')
-    return replace(saved['config'], **given)
-
-
-def start(mode, given, request, process):
+def start(mode, values, request, process):
     saved = find_checkpoint(mode, request, process)
-    config = choose_config(mode, given, saved)
+    config = choose(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
     if mode == 'train' and config.compile and not shutil.which(os.environ.get('CXX', 'g++')):
         raise UserError('--compile needs a C++ compiler: install g++, or name yours in the environment variable CXX')
     data = None if mode == 'generate' else load_images(config.dataset, config.data_dir, config.image_size)
@@ -896,7 +860,7 @@ def start(mode, given, request, process):
         if saved is None:
             return
     model, path, device = restore_model(saved, process.device), saved['path'], process.device
-    bf16 = mode != 'train' and given.get('bf16', False)     # what was trained in bf16 is evaluated in it only when asked
+    bf16 = mode != 'train' and values.get('bf16', False)     # what was trained in bf16 is evaluated in it only when asked
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if mode in ('train', 'evaluate'):
             evaluate(model, data, saved, config, process)
@@ -911,21 +875,11 @@ def start(mode, given, request, process):
 
 
 def main(argv=None):
-    try:
-        mode, given, request = parse_args(sys.argv[1:] if argv is None else argv)
+    with errors_in_one_line(NAME):
+        mode, values, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            start(mode, given, request, process)
-    except (UserError, OSError, torch.linalg.LinAlgError) as error:
-        common, message = isinstance(error, UserError), str(error)      # common to all processes
-    except torch.cuda.OutOfMemoryError:
-        common, message = False, 'out of GPU memory: lower --batch_size, --width or --depth, or add --checkpoint_grads'
-    except KeyboardInterrupt:
-        common, message = True, 'interrupted'
-    else:
-        return
-    if not common or int(os.environ.get('LOCAL_RANK', 0)) == 0:     # what is common is said once a machine
-        print(f'{NAME}.py: error: {message}', file=sys.stderr)
-    sys.exit(2)
+            require_agreement(process, **{f'--{name}': value for name, value in values.items() if name != 'data_dir'})
+            start(mode, values, request, process)
 
 
 if __name__ == '__main__':

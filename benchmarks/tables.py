@@ -98,7 +98,7 @@ def train_bnaf(options, source, others, seed):
         run('--train', f'--dataset={source}', f'--seed={seed}', f'--output_dir={folder}', f'--scores={files[0]}', *options)
         if others:
             run('--evaluate', f'--output_dir={folder}', f'--input={others}', f'--scores={files[1]}')
-        best = bnaf.load_checkpoint(bnaf.find_run('bnaf', folder, is_to_train=False, goes_on=False))
+        best = bnaf.find_run('bnaf', bnaf.Request(output_dir=str(folder)), False, bnaf.load_checkpoint)
         test, other = (np.load(file)[:, 1] if file.exists() else None for file in files)
     return test, other, {'validation': -best['best'], 'step': best['step']}
 

@@ -11,6 +11,18 @@ from .images import draw_grid
 rcParams['text.parse_math'] = False         # a column's name is its name, with whatever dollars there are in it
 
 
+def grid(extent, n):
+    """-> the centres (n^2, 2) of n x n cells of a plane, row by row; extent as for draw_planes"""
+    left, right, bottom, top = extent
+    middles = (np.arange(n) + 0.5) / n
+    return np.stack(np.meshgrid(left + middles * (right - left), bottom + middles * (top - bottom)), 2).reshape(-1, 2)
+
+
+def histogram(rows, extent, n):
+    """How many of the rows (N, 2) lie in each of n x n cells of a plane -> (n, n); extent as for draw_planes"""
+    return np.histogram2d(*rows.T, n, (extent[:2], extent[2:]))[0].T
+
+
 def draw_planes(panels, columns, extent):
     """{title: values on a regular grid (n, m)} -> matplotlib figure, the panels side by side
 

@@ -1,6 +1,7 @@
 """What all loaders need: one kind of error, files found and known by their stamp, arrays kept memory-mapped on disk."""
 import contextlib
 import difflib
+import errno
 import hashlib
 import itertools
 import json
@@ -126,14 +127,26 @@ def alone(path, other, wait=True):
         lock.release()
 
 
+@contextlib.contextmanager
+def writing(what):
+    """UserError where there is no room for what is written"""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f'{what} cannot be written, and what was there before is as it was: {error.strerror}') from None
+
+
 def write_atomically(path, write):
     """write(file name) to a temporary file that takes its final name only when it is whole and on the disk"""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with writing(path):
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

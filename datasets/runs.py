@@ -1,50 +1,25 @@
-"""Runs as they lie on the disk: their options, folders and checkpoints, whole or not there, and none of them trusted."""
+"""Runs as they lie on the disk: their folders, events and checkpoints, whole or not there, and none of them trusted."""
 import contextlib
 import math
+import os
 import pickletools
 import signal
+import sys
+import time
 import zipfile
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .files import UserError, alone, new_folder, reason, write_atomically
+from .files import UserError, alone, new_folder, reason, write_atomically, writing
 
-GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimisation': 'optimisation',
-          'run': 'runs and processes (torchrun or torch.distributed.launch start them)', 'output': 'output'}
 NAMED = {'torch._utils _rebuild_tensor_v2', 'torch FloatStorage', 'torch BoolStorage', 'torch LongStorage',
          'collections OrderedDict', 2}          # all that the pickle of a checkpoint names, and its protocol
 LARGEST = 2**62                                 # number that a step, or what is reckoned from it, may be
-
-
-def option(group, default, text, low=0, high=1e18):
-    """-> a field of Options, its bounds included in what it may be"""
-    return field(default=default, metadata=dict(group=group, help=text, low=low, high=high))
-
-
-class Options:
-    """A dataclass whose values are of their fields' types and within their bounds, wherever they come from."""
-    def __post_init__(self):
-        for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata['low'], f.metadata['high']
-            fits = type(value) is f.type and (value.isprintable() if f.type is str else
-                                              f.type is list or low <= value <= high and value < math.inf)
-            if not fits and value is not f.default:
-                raise UserError(f'--{f.name}={value!r} is outside {low}..{high}' if f.type in (int, float) else
-                                f'--{f.name}={value!r} is no printable text or of another type')
-
-
-@dataclass
-class RunRequest(Options):
-    """What the command line asks of any training, for this run of the program only"""
-    output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
-    restore_file: str = option('run', '', 'a checkpoint (default: of the newest run)')
-    resume: bool = option('run', False, 'go on with the newest run in output_dir if there is one, else start one')
-    max_skips: int = option('run', 20, 'steps in a row that are skipped, their gradients not being finite, before it stops')
-    detect_anomaly: bool = option('run', False, 'slow: name the operation that gave the first gradient that is not finite')
-    distributed: bool = option('run', False, 'accepted, but the launcher decides')
 
 
 @contextlib.contextmanager
@@ -52,8 +27,9 @@ def claim(folder, is_new):
     """-> the folder, or a new one of a name like it, held against other trainings until the end"""
     folder = new_folder(folder) if is_new else folder
     with alone(folder / '.lock', f'another process trains in {folder}', wait=False):
-        for stale in folder.glob('.*.pt.*'):        # of a process that was killed while it wrote
-            stale.unlink()
+        for kind in ('pt', 'png', 'json'):
+            for stale in folder.glob(f'.*.{kind}.*'):       # of a process that was killed while it wrote
+                stale.unlink()
         yield folder
 
 
@@ -70,25 +46,62 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def find_run(script, output_dir, is_to_train, goes_on):
-    """-> checkpoint.pt of the newest run, or its best.pt if it is to be used; None where a new run is to start"""
-    found = Path(output_dir).glob(f'{script}_*/checkpoint.pt')
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    if is_to_train:
-        return newest if goes_on else None
-    if newest is None:
-        raise UserError(f'no checkpoint of {script}.py under {output_dir}: train first (python {script}.py --train), '
-                        'or give --restore_file or --output_dir')
-    best = newest.with_name('best.pt')
-    return best if best.exists() else newest
+def find_run(script, request, is_to_train, load):
+    """-> load(path) of the checkpoint that restore_file names or, by default, of the newest run: to train on, of its last
+    one, else of its best. None where training starts from nothing."""
+    path = Path(request.restore_file)
+    if not request.restore_file:
+        # torchrun sets this when it starts processes anew, one of them having died
+        goes_on = request.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+        found = Path(request.output_dir).glob(f'{script}_*/checkpoint.pt')
+        path = None if is_to_train and not goes_on else max(found, key=lambda path: path.stat().st_mtime, default=None)
+        if path is None and is_to_train:
+            return None
+        if path is None:
+            raise UserError(f'no checkpoint of {script}.py under {request.output_dir}: train first '
+                            f'(python {script}.py --train), or give --restore_file or --output_dir')
+        if not is_to_train and path.with_name('best.pt').exists():
+            path = path.with_name('best.pt')
+    saved, newest = load(path), path.with_name('checkpoint.pt')
+    if is_to_train and path != newest and newest.exists() and load(newest)['step'] > saved['step']:
+        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
+                        f'{path.name} to a folder of its own')
+    return saved
+
+
+class Scalars:
+    """What tensorboard shows of a run, in an events file that makes void what others there say of first_step and later
+    ones. (SummaryWriter writes by a thread, which loses what it still holds when it is killed, and tells no one of a full
+    disk.) Does nothing without a folder."""
+    def __init__(self, folder, first_step):
+        self.folder, self.writer = folder, folder and EventsWriter(str(folder / 'events'), f'.{os.getpid()}')
+        self.write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, **content):
+        if self.writer:
+            with writing(f'what tensorboard shows of {self.folder}'):
+                self.writer.write_event(Event(wall_time=time.time(), **content))
+
+    def add(self, step, values):
+        self.write(step=step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+
+    def flush(self):
+        """On the disk, before a checkpoint says that these steps are done"""
+        if self.writer:
+            with writing(f'what tensorboard shows of {self.folder}'):
+                self.writer.flush()
 
 
 def save_tensors(path, content):
-    """torch.save, atomically; UserError where it cannot write"""
-    try:
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
-    except (OSError, RuntimeError) as error:        # torch says so when it cannot write
-        raise UserError(f'{path} cannot be written and is as it was: {reason(error)}') from None
+    """torch.save, atomically; UserError where there is no room for it"""
+    def write(temporary):
+        try:
+            with open(temporary, 'wb') as file:
+                torch.save(content, file)
+        except RuntimeError as error:           # torch's own, of its zip file, hides the system's
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+    write_atomically(path, write)
 
 
 def load_tensors(path):
@@ -198,3 +211,21 @@ def read_checkpoint(path, script, form, Config, n_dims, build):
         return {**saved, 'config': config, 'path': Path(path)}
     except Exception as error:      # likewise
         raise UserError(f'{path} is a checkpoint of another version of {script}, or damaged: {reason(error)}') from None
+
+
+@contextlib.contextmanager
+def errors_in_one_line(name):
+    """Ends the program with exit code 2 and one line on stderr, which is said once a machine where all its processes have
+    the error in common."""
+    try:
+        yield
+        return
+    except (UserError, OSError, torch.linalg.LinAlgError) as error:
+        common, message = isinstance(error, UserError), str(error)
+    except torch.cuda.OutOfMemoryError:
+        common, message = False, 'out of GPU memory: lower --batch_size or the model, or add --checkpoint_grads'
+    except KeyboardInterrupt:
+        common, message = True, 'interrupted'
+    if not common or int(os.environ.get('LOCAL_RANK', 0)) == 0:
+        print(f'{name}.py: error: {message}', file=sys.stderr)
+    sys.exit(2)

@@ -22,7 +22,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from .files import UserError, cached, digest, find, index_of, map_array, reason, short, stamp
+from .files import UserError, cached, digest, find, index_of, map_array, reason, short, stamp, write_atomically
 from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, log_normaliser
 
@@ -96,6 +96,26 @@ def load_toy(name):
                 log_normaliser(energy) if energy else 0., np.arange(N_TEST))
 
 
+def units_of(rows):
+    """-> the units of Rows as plain values, for a checkpoint"""
+    return {'columns': list(rows.columns), 'mean': rows.mean.tolist(), 'std': rows.std.tolist(),
+            'steps': np.broadcast_to(rows.steps, len(rows.columns)).tolist()}
+
+
+def from_units(units, n_columns, path):
+    """-> Rows without any, in the units that a checkpoint at path has. UserError unless they are units of so many columns."""
+    numbers = {key: np.array(units[key]) for key in ('mean', 'std', 'steps')}
+    if not (all(len(values) == n_columns for values in units.values()) and ''.join(units['columns']).isprintable()
+            and np.isfinite([*numbers.values()]).all() and (numbers['std'] > 0).all()):
+        raise UserError(f'{path} is damaged: its columns and its units do not fit')
+    return Rows(None, None, None, tuple(units['columns']), **numbers)
+
+
+def require_same_units(rows, like, name):
+    if not (rows.columns == like.columns and np.allclose(rows.mean, like.mean) and np.allclose(rows.std, like.std)):
+        raise UserError(f'{name} is not what it was when the model was trained: score new rows by --evaluate --input=FILE')
+
+
 # ------------------------------------------------------------------------------------------ the user's tables
 
 def load_own(path, seed, test_file, dequantize):
@@ -121,16 +141,26 @@ def load_own(path, seed, test_file, dequantize):
         validation, test = test, None
     if min(len(train), n) < 1 or len(train) < len(columns):
         raise UserError(f'{path} has {len(values)} rows of {len(columns)} columns: too few to train, validate and test on')
-    mean, std = values[train].mean(0), values[train].std(0)
+    with np.errstate(over='ignore'):
+        mean, std = values[train].mean(0), values[train].std(0)
     if (std == 0).any():
         raise UserError(f'{path}: column {columns[int(np.argmin(std))]} is constant in the training split: leave it out')
-    splits = [((values[np.sort(part)] - mean) / std).astype(np.float32) for part in (train, validation)]
+    splits = [standardise(values[np.sort(part)], mean, std, path) for part in (train, validation)]
     rows = Rows(*splits, None, columns, mean, std, steps=steps, notes=notes)
     if test_file:
         held_out = read_rows(test_file, rows)
         return replace(rows, test=held_out, test_index=np.arange(len(held_out)))
     test_index = np.sort(test)
-    return replace(rows, test=((values[test_index] - mean) / std).astype(np.float32), test_index=test_index)
+    return replace(rows, test=standardise(values[test_index], mean, std, path), test_index=test_index)
+
+
+def standardise(values, mean, std, path):
+    """-> float32 (N, D); UserError where a value or the deviation is too large for it"""
+    with np.errstate(over='ignore', invalid='ignore'):
+        rows = ((values - mean) / std).astype(np.float32)
+    if not (np.isfinite(rows).all() and np.isfinite(std).all()):
+        raise UserError(f'{path} holds values that no float32 can: {np.abs(values).max():g}')
+    return rows
 
 
 def spread(values, steps):
@@ -152,11 +182,7 @@ def read_rows(path, like):
             raise UserError(f'{path} has columns {", ".join(names)}, and the model was trained on '
                             f'{", ".join(like.columns)}')
         values = values[:, [names.index(name) for name in like.columns]]
-    with np.errstate(over='ignore'):
-        rows = ((spread(values, like.steps) - like.mean) / like.std).astype(np.float32)
-    if not np.isfinite(rows).all():
-        raise UserError(f'{path} holds values that no float32 can: {np.abs(values).max():g}')
-    return rows
+    return standardise(spread(values, like.steps), like.mean, like.std, path)
 
 
 def is_unnamed(columns):
@@ -260,6 +286,23 @@ def require_table(values, path):
     if values.ndim != 2 or values.dtype.kind not in 'fiu' or not values.size:
         raise UserError(f'{path} holds {values.dtype} of shape {values.shape}, not a table of numbers')
     return np.asarray(values, np.float64), tuple(f'column {k}' for k in range(values.shape[1]))
+
+
+def require_new_table(path):
+    """UserError unless save_table can write there"""
+    if path.suffix not in ('.csv', '.npy', '.h5'):
+        raise UserError(f'{path} should end in .csv, .npy or .h5')
+    if path.exists():
+        raise UserError(f'{path} is there already: move it away or give another name')
+    if not path.parent.is_dir():
+        raise UserError(f'{path}: there is no folder {path.parent}')
+
+
+def save_table(path, values, columns):
+    """Rows (N, D) and the columns' names, as a .csv, .npy or .h5"""
+    path = Path(path)
+    write_atomically(path, lambda temporary: write_table(temporary, path.suffix, values, columns))
+    print(f'wrote {path}')
 
 
 def write_table(path, suffix, values, columns):

@@ -17,6 +17,7 @@ from torch.distributions import MultivariateNormal
 
 import bnaf
 import glow
+from datasets.options import choose
 from datasets.tabular import load_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
@@ -191,9 +192,9 @@ def test_results_of_a_run(tmp_path, capsys):
     (bnaf, dict(dataset='u2', lr=1e-3)), (bnaf, dict(dataset='bsds300', n_epochs=3, seed=10**7, dequantize=True))])
 def test_commands_give_back_their_configs(script, given):
     words = ['--train', *(f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items())]
-    config = script.choose_config('train', script.parse_args(words)[1], None)
+    config = choose(script.Config, script.parse_args(words)[1], script.DEFAULTS, None, ())
     line = results.command(script, config, 1)
-    assert script.choose_config('train', script.parse_args(shlex.split(line)[2:])[1], None) == config
+    assert choose(script.Config, script.parse_args(shlex.split(line)[2:])[1], script.DEFAULTS, None, ()) == config
     assert all(f'--{name}' in line for name in given) and line.count('--') == 1 + len(given)
     elsewhere = results.command(script, replace(config, data_dir='/somewhere/else'), 2)
     assert elsewhere.startswith('torchrun --nproc_per_node=2 ') and '--data_dir=DATA' in elsewhere

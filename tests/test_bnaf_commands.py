@@ -324,7 +324,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
         if '--input' in line or '--scores' in line:
             bnaf.main(['--train', '--dataset=my.csv', '--n_epochs=5', '--n_flows=1', '--hidden_dim=4'])
         bnaf.main(words)
-        newest = bnaf.find_run('bnaf', 'results', is_to_train=False, goes_on=False)
+        newest = bnaf.find_run('bnaf', bnaf.Request(), False, Path)
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -371,10 +371,10 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
     (['--evaluate'], 'python glow.py --train'),
     (['--generate', '--restore_file=nowhere.pt'], 'nowhere.pt: no such checkpoint'),
     (['--train', '--resume', '--max_skips=-1'], 'outside'),
-    (['--visualize', '--vis_alphas', ''], 'not none'),
+    (['--visualize', '--vis_alphas', ''], '--vis_alphas is empty'),
     (['--visualize', '--vis_alphas=-1,x'], '--vis_alphas'),
-    (['--visualize', '--vis_alphas=0,nan'], 'from -1000 to 1000'),
-    (['--visualize', '--vis_alphas', '-1001'], 'from -1000 to 1000'),
+    (['--visualize', '--vis_alphas=0,nan'], 'outside -1000..1000'),
+    (['--visualize', '--vis_alphas', '-1001'], 'outside -1000..1000'),
 ])
 def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -371,14 +371,13 @@ def test_no_payload_runs(checkpoints, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('mode', ['--train', '--evaluate'])
-def test_what_only_training_reads_is_checked_before_it_writes(mode, checkpoints, tmp_path, capsys):
-    """The scheduler of bnaf.py and its units"""
+def test_scheduler_and_units_are_checked(mode, checkpoints, tmp_path, capsys):
     saved, file = torch.load(checkpoints['bnaf']), tmp_path / 'checkpoint.pt'
     scheduler, units = saved['scheduler'], saved['units']
     changes = [*[{'scheduler': {**scheduler, **change}} for change in (
         {'step': None}, {'optimizer': None}, {'min_lrs': []}, {'min_lrs': 'x'}, {'factor': 7.}, {'best': 'x'},
         {'patience': 10**9}, {'more': 1},
-        {'num_bad_epochs': None}, {'mode': bomb()})] * (mode == '--train'), {'scheduler': 3},
+        {'num_bad_epochs': None}, {'num_bad_epochs': -1}, {'mode': bomb()})], {'scheduler': 3},
         *[{'units': {**units, **change}} for change in ({'mean': [math.nan] * 2}, {'std': [0., 1.]},
             {'std': [math.inf] * 2}, {'steps': [-math.inf] * 2},
           {'columns': ['\33[31m', 'b']}, {'columns': ['a']}, {'columns': ['c', 'd']}, {'mean': [1, 2]}, {'more': []},

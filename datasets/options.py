@@ -1,0 +1,66 @@
+"""What a program can be asked for: dataclasses whose fields are its options, with their bounds, wherever they come from."""
+import math
+from dataclasses import dataclass, field, fields, replace
+
+from .files import UserError
+
+GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimisation': 'optimisation',
+          'run': 'runs and processes (torchrun or torch.distributed.launch start them)', 'output': 'output'}
+
+
+def option(group, default, text, low=0, high=1e18):
+    """-> a field of Options; its bounds, included in what it may be, are those of each number where it holds a list of them"""
+    return field(default=default, metadata=dict(group=group, help=text, low=low, high=high))
+
+
+class Options:
+    """A dataclass whose values are of their fields' types and within their bounds."""
+    def __post_init__(self):
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata['low'], f.metadata['high']
+            if value is f.default:
+                continue
+            if f.type in (str, bool, list):
+                if type(value) is not f.type or f.type is str and not value.isprintable():
+                    raise UserError(f'--{f.name}={value!r} is no printable text or of another type')
+            elif not all(type(number) is (float if f.type == list[float] else f.type) and low <= number <= high
+                         and number < math.inf for number in (value if f.type == list[float] else [value])):
+                raise UserError(f'--{f.name}={value!r} is outside {low}..{high}')
+
+
+def given(kind, args):
+    """-> {name: value} of those options of a kind that are among args, argparse's of the command line, and were given"""
+    values = {f.name: args[f.name] for f in fields(kind) if args[f.name] is not None}
+    for f in fields(kind):
+        if f.name in values and f.type in (list, list[float]):      # 8,20 is 8 20
+            words = [word.strip() for word in ','.join(values[f.name]).split(',') if word.strip()]
+            try:
+                values[f.name] = words if f.type is list else [float(word) for word in words]
+            except ValueError:
+                raise UserError(f'--{f.name} takes numbers, not {" ".join(words)}') from None
+            if not words:
+                raise UserError(f'--{f.name} is empty')
+    return values
+
+
+def choose(kind, values, defaults, saved, may_change):
+    """-> the options of a kind that were given over those of the checkpoint or, without one, over defaults, the data sets'.
+    UserError where one of them contradicts the checkpoint and is none of those that may change."""
+    if saved is None:
+        return kind(**{**defaults.get(values.get('dataset', kind.dataset), {}), **values})
+    for name in values.keys() - may_change:
+        if values[name] != getattr(saved['config'], name):
+            raise UserError(f'--{name}={values[name]} contradicts the checkpoint {saved["path"]}, '
+                            f'which has {name}={getattr(saved["config"], name)}')
+    return replace(saved['config'], **values)
+
+
+@dataclass
+class RunRequest(Options):
+    """What the command line asks of any training, for this run of the program only"""
+    output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
+    restore_file: str = option('run', '', 'a checkpoint (default: of the newest run)')
+    resume: bool = option('run', False, 'go on with the newest run in output_dir if there is one, else start one')
+    max_skips: int = option('run', 20, 'steps in a row that are skipped, their gradients not being finite, before it stops')
+    detect_anomaly: bool = option('run', False, 'slow: name the operation that gave the first gradient that is not finite')
+    distributed: bool = option('run', False, 'accepted, but the launcher decides')
