@@ -427,7 +427,10 @@ def setup():
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
+        # torchrun's store outlives the processes: those that it starts anew must not find the addresses of the dead
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://'))[0])
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30), store=store,
+                                rank=rank, world_size=world_size)
     try:
         yield Process(rank, world_size, device)
     except RuntimeError as error:       # Gloo's and NCCL's, when another process is gone

@@ -79,7 +79,7 @@ class Scalars:
 
     def write(self, **content):
         if self.writer:
-            with writing(f'what tensorboard shows of {self.folder}'):
+            with writing(f'the events of {self.folder}'):
                 self.writer.write_event(Event(wall_time=time.time(), **content))
 
     def add(self, step, values):
@@ -88,7 +88,7 @@ class Scalars:
     def flush(self):
         """On the disk, before a checkpoint says that these steps are done"""
         if self.writer:
-            with writing(f'what tensorboard shows of {self.folder}'):
+            with writing(f'the events of {self.folder}'):
                 self.writer.flush()
 
 
