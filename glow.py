@@ -705,8 +705,8 @@ def train(data, config, request, process, saved=None):
                     if not math.isfinite(getattr(run, SCORE)):
                         raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
                     scalars.add(run.step, {f'{SCORE}/validation': getattr(run, SCORE)})
-                    keep(run, scalars, newest, best)
                     run.show(run_dir)
+                    keep(run, scalars, newest, best)        # last: what a checkpoint is past is never done again
                 elif run.step % SAVE_STEPS == 0:
                     keep(run, scalars, newest)
         if run.step < run.last_step:

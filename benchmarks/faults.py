@@ -357,7 +357,7 @@ def twice(bench, cases=tuple(CASES)):
     return {'refusals': len(cases)}
 
 
-def disagreeing(bench):
+def disagreeing(bench, which=slice(None)):
     """Processes that were started on different things stop, and say which"""
     folder = bench.folder_for('disagree')
     (folder / 'other').mkdir()
@@ -372,13 +372,13 @@ def disagreeing(bench):
              ('bnaf', TABLE, "sys.argv.append('--lr=1')", ' --lr'),
              ('bnaf', TABLE, "os.chdir('other')", 'data')]
     seconds = []
-    for script, words, first, different in cases:
+    for script, words, first, different in cases[which]:
         job = bench.job(script, ['--train', *words], folder, 2, first=f"if os.environ['RANK'] == '1': {first}")
         promise(job.wait() != 0, f'{first}: it trained')
         lines = [line for line in job.err().splitlines() if 'error: the processes start from different' in line]
         promise(len(lines) == 1 and different in lines[0], f'{first}: {job.err()}')
         seconds.append(round(time.perf_counter() - job.begin, 2))
-    return {'refusals': len(cases), 'seconds from start to end': seconds}
+    return {'refusals': len(seconds), 'seconds from start to end': seconds}
 
 
 def growing(bench, n_steps=2000, warm=500, bound=0.01, cases=tuple(CASES)):

@@ -1,0 +1,108 @@
+"""A short form of benchmarks/faults.py, and that its checks can fail."""
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import glow
+from datasets.runs import Scalars, claim
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
+pytestmark = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks into /proc')
+import faults
+
+
+@pytest.fixture(scope='module')
+def bench(tmp_path_factory):
+    return faults.Bench(tmp_path_factory.mktemp('faults'))
+
+
+def test_killed_at_any_moment(bench):
+    counts = faults.killed(bench, 4, (('glow, digits', 1), ('bnaf, a table', 2)))
+    assert counts['kills'] == 4 and counts['ended by themselves, bit for bit as if let alone'] >= 2
+
+
+def test_preempted(bench):
+    seconds, = faults.preempted(bench, [('bnaf, a table', 2)], [signal.SIGTERM]).values()
+    assert max(seconds.values()) < 10
+
+
+def test_restarted_by_torchrun(bench):
+    stopped, _ = faults.restarted(bench, ['bnaf, a table']).values()
+    assert max(stopped.values()) < 10
+
+
+def test_a_lost_process_is_named(bench):
+    seconds, = faults.lost(bench, ['bnaf, a table'], repeats=1).values()
+    assert max(seconds) < 10
+
+
+def test_out_of_disk(bench):
+    assert len(faults.out_of_disk(bench, ['glow, digits'])['lines']) == 3
+
+
+def test_a_second_training_in_the_same_folder(bench):
+    assert faults.twice(bench, ['bnaf, a table']) == {'refusals': 1}
+
+
+def test_processes_that_disagree(bench):
+    assert faults.disagreeing(bench, slice(2, 4))['refusals'] == 2
+
+
+def test_memory_does_not_grow(bench):
+    assert faults.growing(bench, n_steps=300, warm=150, cases=['bnaf, a table'])
+
+
+def test_numbers(bench):
+    names = ['images of one colour', 'bf16, lr x 100', 'a table, lr x 10,000', 'train 1e30', 'test 1e200']
+    ends = faults.numbers(bench, names)['result or line']
+    assert [name for name, end in ends.items() if isinstance(end, str)] == ['a table, lr x 10,000', 'test 1e200']
+
+
+def test_scalars_are_in_the_file_before_the_checkpoint_that_is_past_them(tmp_path, monkeypatch):
+    """Whichever checkpoint a kill leaves: what it will not do again is there"""
+    save_tensors, steps = glow.save_tensors, []
+
+    def checked(path, content):
+        steps.append(content['step'])
+        tags = {tag for tag, step in faults.logged(path.parent) if step == content['step']}
+        assert ('bits_per_dim/train' in tags) == (steps[-1] > 0) and ('bits_per_dim/validation' in tags) == (steps[-1] in (11, 22))
+        save_tensors(path, content)
+
+    monkeypatch.setattr(glow, 'save_tensors', checked)
+    for name, value in {**faults.STEPS, 'VALIDATE_STEPS': 11}.items():
+        monkeypatch.setattr(glow, name, value)
+    glow.main(['--train', *faults.DIGITS, '--n_epochs=2', '--batch_size=128', f'--output_dir={tmp_path}'])
+    assert sorted(set(steps)) == [0, 5, 10, 11, 15, 20, 22]
+
+
+def test_what_a_start_makes_void(tmp_path, monkeypatch):
+    for first, n in ((1, 4), (3, 4)):
+        monkeypatch.setattr(os, 'getpid', lambda: first)        # is in the name of its file
+        scalars = Scalars(tmp_path, first)
+        for step in range(first, first + n):
+            scalars.add(step, {'loss': 10. * first + step})
+        scalars.flush()
+    assert faults.logged(tmp_path) == {('loss', step): value for step, value in enumerate([11, 12, 33, 34, 35, 36], 1)}
+    scalars = Scalars(tmp_path, 7)
+    scalars.add(7, {'loss': 0.})
+    scalars.add(7, {'loss': 0.})
+    scalars.flush()
+    with pytest.raises(AssertionError, match='step 7 is there twice'):
+        faults.logged(tmp_path)
+
+
+def test_differences_are_found():
+    a = {'x': [torch.zeros(2), float('nan'), 1.]}
+    assert faults.differences(a, {'x': [torch.zeros(2), float('nan'), 1.]}) == []
+    assert faults.differences(a, {'x': [torch.tensor([0., 1e-38]), float('nan'), 1]}) == ['/x/0', '/x/2']
+
+
+def test_what_the_killed_left_is_cleared_away(tmp_path):
+    for name in ('.best.pt.1', '.results.json.23', '.samples_at_step_000500.png.4', '.generated_samples.csv.5'):
+        (tmp_path / name).touch()
+    with claim(tmp_path, is_new=False):
+        assert sorted(os.listdir(tmp_path)) == ['.generated_samples.csv.5', '.lock']
