@@ -837,7 +837,7 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv):
     """-> the mode, {name: value} of the options of Config that were given, and a Request"""
     parser = Parser(prog=f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+                    epilog='In brackets: defaults. Data sets have their own of some of them.', allow_abbrev=False)
     modes = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
     for mode, text in MODES.items():
         modes.add_argument(f'--{mode}', action='store_const', const=mode, dest='mode', help=text)

@@ -3,7 +3,8 @@
     python benchmarks/faults.py --kills=100                 all of it
     python benchmarks/faults.py --only=preempted,numbers    some of it
 
-Prints what was measured and keeps it in faults.json; ends with 1 where a promise was broken. Linux only: it looks into /proc.
+Prints what was measured and keeps it in faults.json, and its table in the README.md; ends with 1 where a promise was broken.
+Linux only: it looks into /proc.
 """
 import argparse
 import contextlib
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import bnaf
 import glow
 from curves import read_events
+from report import insert, table
 from timing import cpu_name, progress
 
 SCRIPTS = {'glow': glow, 'bnaf': bnaf}
@@ -382,7 +384,7 @@ def disagreeing(bench, which=slice(None)):
 
 
 def growing(bench, n_steps=2000, warm=500, bound=0.01, cases=tuple(CASES)):
-    """Memory and open files after the first steps, and after many more"""
+    """Neither memory nor open files grow with the steps"""
     figures = {}
     for case in cases:
         script, words, constants = CASES[case]
@@ -464,11 +466,41 @@ PROMISES = {promised.__name__: promised for promised in (killed, preempted, rest
                                                          disagreeing, growing, numbers)}
 
 
+# ------------------------------------------------------------------------------------------------------ report
+
+def seconds_text(seconds):
+    return f'{min(seconds):.2g} to {max(seconds):.2g} s'
+
+
+MEASURED = {
+    'killed': lambda f: f'{f["kills"]} kills in {f["seconds"] / 60:.0f} minutes, {f.get("within a write", 0)} of them within a '
+                        f'write; {f["ended by themselves, bit for bit as if let alone"]} trainings ended, all equal to the bit',
+    'preempted': lambda f: f'{len(f["seconds until it had saved and ended"])} signals; '
+                           f'{seconds_text(f["seconds until it had saved and ended"].values())} until the end',
+    'restarted': lambda f: f'{seconds_text(f["seconds until a later step was saved"].values())} until a later step was saved',
+    'lost': lambda f: f'{len(f["seconds until the others had stopped"])} deaths; '
+                      f'{seconds_text(f["seconds until the others had stopped"])} until the others had ended',
+    'out_of_disk': lambda f: f'{sum(f["lines"].values())} writes refused',
+    'twice': lambda f: f'{f["refusals"]} refused',
+    'disagreeing': lambda f: f'{f["refusals"]} refused, {seconds_text(f["seconds from start to end"])} after the start',
+    'growing': lambda f: '; '.join(f'{at}: ' + ', '.join(' and '.join(f'{mb:.0f}' for mb in case['MB']) for case in cases.values())
+                                   + ' MB' for at, cases in f.items() if at.startswith('at step')),
+    'numbers': lambda f: f'{len(f["result or line"])} cases, {sum(isinstance(end, str) for end in f["result or line"].values())} '
+                         'of which end in a line'}
+
+
+def markdown(results):
+    return table(('what is promised', '`python benchmarks/faults.py`', 'measured'), [
+        [results[name]['promise'], f'`--only={name}`', MEASURED[name](results[name]) if 'broken' not in results[name] else
+         f'**broken**: {results[name]["broken"]}'] for name in PROMISES if name in results])
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=100, metavar='N')
     parser.add_argument('--only', default=','.join(PROMISES), metavar='A,B', help=f'of {", ".join(PROMISES)}')
-    parser.add_argument('--out', default=Path(__file__).parent, type=Path, metavar='DIR', help='where faults.json goes')
+    parser.add_argument('--out', default=ROOT / 'images', type=Path, metavar='DIR',
+                        help='where faults.json goes; its table goes to the README.md beside DIR, if there is one')
     args = parser.parse_args(argv)
     file = args.out / 'faults.json'
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -485,6 +517,8 @@ def main(argv=None):
             results[name] = {'promise': PROMISES[name].__doc__, **figures, 'seconds': round(time.perf_counter() - begin)}
             progress(f'{name}: {json.dumps(figures, indent=1)}')
             file.write_text(json.dumps(results, indent=1) + '\n')
+    if (args.out.parent / 'README.md').exists():
+        insert(args.out.parent / 'README.md', 'faults.py', markdown(results))
     sys.exit(is_broken)
 
 

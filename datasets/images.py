@@ -118,7 +118,7 @@ def is_pixels(*shape):
 
 
 def save_grid(path, *grid):
-    write_atomically(path, lambda temporary: draw_grid(*grid).save(temporary, format='png'))
+    write_atomically(Path(path), lambda temporary: draw_grid(*grid).save(temporary, format='png'))
     tqdm.write(f'wrote {path}')
 
 

@@ -10,7 +10,8 @@ GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimi
 
 def option(group, default, text, low=0, high=1e18):
     """-> a field of Options; its bounds, included in what it may be, are those of each number where it holds a list of them"""
-    return field(default=default, metadata=dict(group=group, help=text, low=low, high=high))
+    shown = '' if default in (None, '') or default is False or '(default' in text else f' [{default}]'
+    return field(default=default, metadata=dict(group=group, help=text + shown, low=low, high=high))
 
 
 class Options:

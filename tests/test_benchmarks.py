@@ -22,6 +22,7 @@ from datasets.tabular import load_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 import curves
+import faults
 import processes
 import results
 import speed
@@ -154,7 +155,7 @@ def test_the_readme_shows_what_was_measured():
     table = targets_table(json.loads((folder / 'speed.json').read_text()))
     readme = (folder.parent / 'README.md').read_text()
     assert table in (folder / 'speed.md').read_text() and table in readme
-    for script in (results, tables):
+    for script in (results, tables, faults):
         measured = json.loads((folder.parent / 'images' / f'{script.__name__}.json').read_text())
         assert f'<!-- what {script.__name__}.py wrote -->\n\n{script.markdown(measured)}\n<!-- until here -->' in readme
 

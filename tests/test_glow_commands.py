@@ -350,6 +350,16 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
         glow.main(words)
 
 
+def test_the_readmes_python(trained, tmp_path, monkeypatch):
+    """As written, but for the checkpoint and the data; the 3 is itself at first, and all ends are the test digits"""
+    code, = re.findall(r'```python\n(.*?)```', SCRIPT.with_name('README.md').read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('results/RUN/best.pt', str(trained)), names := {})
+    images = names['data'].test.images
+    assert (names['rows'][0][0] // 16 == names['three'][0] // 16).all() and len(names['rows']) == 4
+    assert all((row[[0, -1]] // 16 == images[2 * k:2 * k + 2] // 16).all() for k, row in enumerate(names['rows'][1:]))
+    assert Image.open('interpolations.png').width > 9 * 8
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize('words, part', [
