@@ -38,10 +38,11 @@ from torch.utils.checkpoint import checkpoint
 
 from datasets import UserError
 from datasets.figures import draw_pairs, draw_planes, grid, histogram
-from datasets.files import digest, progress, write_atomically, write_json
+from datasets.files import digest, progress, reason, write_atomically, write_json
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
 from datasets.options import GROUPS, Options, RunRequest, choose, given, option
-from datasets.runs import Scalars, claim, errors_in_one_line, find_run, read_checkpoint, save_tensors, stop_signals
+from datasets.runs import (Scalars, claim, errors_in_one_line, find_run, read_checkpoint, require_newest, save_tensors,
+                           stop_signals)
 from datasets.tabular import (SUFFIXES, TABLES, from_units, load_rows, read_rows, require_new_table, require_same_units,
                               save_table, units_of)
 from datasets.toy import ENERGIES, SAMPLERS
@@ -96,7 +97,7 @@ class Request(RunRequest):
     scores: str = option('output', '', 'write the log-likelihood of each row of the test split, or of --input, to this file')
     input: str = option('output', '', 'evaluate the rows of this table instead of the test split')
     z_std: float = option('output', 1., 'temperature of samples')
-    n_samples: int = option('output', 1000, 'how many', 1)
+    n_samples: int = option('output', 1000, 'how many', 1, 10**9)
     output: str = option('output', '', 'where samples go, .csv, .npy or .h5 (default: beside the checkpoint)')
     inverse_tol: float = option('output', None, 'largest error of the inverse', 1e-14)
     vis_dims: list = option('output', None, 'columns to draw, by index or name (default: the first 8)')
@@ -112,10 +113,10 @@ TOY = dict(n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1
 DEFAULTS = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed'}}                            # training goes on, and else
-FIELDS = ('units', 'step', 'n_annealing', 'loss', 'best', 'best_step')              # of Training, in a checkpoint
-PARTS = ('model', 'average', 'optimizer', 'scheduler')
-CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int,
-              'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
+FIELDS = ('units', 'step', 'n_skipped', 'skips_in_a_row', 'n_annealing', 'loss', 'best', 'best_step')    # of Training, in
+PARTS = ('model', 'average', 'optimizer', 'scheduler')                                                  # a checkpoint
+CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int, 'n_skipped': int,
+              'skips_in_a_row': int, 'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
               'n_annealing': float, 'loss': float, 'best': float, 'best_step': int, 'model': dict, 'average': dict,
               'optimizer': {'state': dict, 'param_groups': [dict]},
               'scheduler': {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}}
@@ -407,32 +408,39 @@ def build_model(config, input_dims):
 # -------------------------------------------------------------------------------------- processes, checkpoints
 
 class Process(NamedTuple):
-    """This process among those of the launcher."""
+    """This process among those of the launcher, which keeps a store for them."""
     rank: int
     world_size: int
     device: torch.device
+    store: object = None
 
 
 @contextlib.contextmanager
 def setup():
     """Join the process group of torchrun or torch.distributed.launch, if one started us: NCCL on GPUs, else Gloo."""
-    rank, local_rank, world_size, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
-    device = torch.device('cpu')
+    rank, local_rank, world_size, local_world_size, n_nodes = (
+        int(os.environ.get(name, default)) for name, default in (
+            ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1), ('GROUP_WORLD_SIZE', 1)))
+    device, store, n_restarts = torch.device('cpu'), None, os.environ.get('TORCHELASTIC_RESTART_COUNT')
     if torch.cuda.is_available():
         if local_world_size > torch.cuda.device_count():
             raise UserError(f'{local_world_size} processes on a machine of {torch.cuda.device_count()} GPUs: '
                             'lower --nproc_per_node')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
-    if world_size > 1:
-        # torchrun's store outlives the processes: those that it starts anew must not find the addresses of the dead
-        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://'))[0])
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30), store=store,
-                                rank=rank, world_size=world_size)
     try:
-        yield Process(rank, world_size, device)
+        if world_size > 1 or n_restarts:
+            store, _, _ = next(dist.rendezvous('env://'))
+        if world_size > 1:
+            # torchrun's store outlives the processes: those it starts anew must not find in it the addresses of the dead.
+            # (Each node counts its own restarts, so that the count is of no use to several.)
+            own = dist.PrefixStore(f'start {n_restarts if n_nodes == 1 else 0}', store)
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30), store=own,
+                                    rank=rank, world_size=world_size)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessLookupError(f'process {rank} on {socket.gethostname()} finds no others: {reason(error)}') from None
+    try:
+        yield Process(rank, world_size, device, store)
     except RuntimeError as error:       # Gloo's and NCCL's, when another process is gone
         if world_size == 1 or not re.search('gloo|nccl|connection', str(error), re.IGNORECASE):
             raise
@@ -481,6 +489,9 @@ def run_folder(config, request, process, saved):
         if process.world_size > 1:
             dist.broadcast_object_list(folders)
         if process.rank == 0:
+            require_newest(saved, load_checkpoint)
+            if process.store:
+                process.store.set(NAME, str(folder))
             print(f'{folder}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
         yield folders[0]
 
@@ -499,8 +510,11 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(mode, request, process):
-    """-> the checkpoint that --restore_file names, or the newest run's; None where training starts from nothing"""
-    saved = find_run(NAME, request, mode == 'train', load_checkpoint)
+    """-> the checkpoint of the run that torchrun starts anew, the one that --restore_file names, or the newest run's; None
+    where training starts from nothing"""
+    begun = process.store.get(NAME).decode() if process.store and process.store.check([NAME]) else None
+    saved = find_run(NAME, request, mode == 'train', load_checkpoint, begun)
+    require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', SCORE, 'best')])
     if saved and process.rank == 0:
         print(f'restored {saved["path"]}: step {saved["step"]}, validation loss {saved[SCORE]:.4f} {UNIT}')
         if mode == 'train' and saved['world_size'] != process.world_size:
@@ -567,7 +581,10 @@ class Training:
         self.n_steps = config.n_epochs * self.steps_per_epoch
         self.n_annealing = config.annealing * self.n_steps          # as planned at first, however long it goes on
         if saved is not None:
-            restore(self, saved)
+            for field in FIELDS:
+                setattr(self, field, saved[field])
+            for part in PARTS:
+                getattr(self, part).load_state_dict(saved[part])
         if process.world_size > 1:
             require_agreement(process, options=asdict(replace(config, data_dir='')), data=data.fingerprint, step=self.step,
                               weights=digest('', (value.cpu() for value in self.model.state_dict().values())))
@@ -596,14 +613,6 @@ class Training:
 
     def show(self, run_dir):
         """Nothing is drawn while it trains"""
-
-
-def restore(run, saved):
-    """Sets a run to where it stood when it was saved"""
-    for name in FIELDS:
-        setattr(run, name, saved[name])
-    for name in PARTS:
-        getattr(run, name).load_state_dict(saved[name])
 
 
 def update(run, loss):
@@ -636,6 +645,8 @@ def train(data, config, request, process, saved=None):
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with run_folder(config, request, process, saved) as run_dir, stop_signals() as signals:
         run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
+        if saved:
+            saved.clear()       # copied; else it lay in memory until the end
         if not newest.exists():
             save(run, newest)
         if not best.exists():
@@ -866,7 +877,8 @@ def main(argv=None):
     with errors_in_one_line(NAME):
         mode, values, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            require_agreement(process, **{f'--{name}': value for name, value in values.items() if name != 'data_dir'})
+            require_agreement(process, mode=mode, **{f'--{name}': value for name, value in {**values, **vars(request)}.items()
+                                                     if name not in ('data_dir', 'output_dir', 'restore_file')})
             start(mode, values, request, process)
 
 

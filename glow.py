@@ -35,11 +35,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from datasets import IMAGE_DATASETS, UserError, load_images, load_photo, save_grid, shift_randomly
-from datasets.files import digest, progress, write_json
+from datasets.files import digest, progress, reason, write_json
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
 from datasets.options import GROUPS, Options, RunRequest, choose, given, option
-from datasets.runs import (Scalars, claim, errors_in_one_line, find_run, load_tensors, read_checkpoint, save_tensors,
-                           stop_signals)
+from datasets.runs import (Scalars, claim, errors_in_one_line, find_run, load_tensors, read_checkpoint, require_newest,
+                           save_tensors, stop_signals)
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -87,7 +87,7 @@ class Config(Options):
 class Request(RunRequest):
     """What the command line asks for beside it."""
     z_std: float = option('output', None, 'temperature (default: a grid of them)')
-    n_samples: int = option('output', 32, 'samples with --z_std', 1)
+    n_samples: int = option('output', 32, 'samples with --z_std', 1, 10**6)
     vis_attrs: list = option('output', None, 'attributes by index or name (default: all)')
     vis_alphas: list[float] = option('output', (-2., -1., 0., 1., 2.), 'how far to go along them (default: -2,-1,0,1,2)',
                                      -1000, 1000)
@@ -108,9 +108,11 @@ DEFAULTS = {
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'},    # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed', 'bf16'}}                        # training goes on, and else
 VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
-FIELDS, PARTS = ('step', 'bits_per_dim', 'best'), ('model', 'average', 'optimizer')       # of Training, in a checkpoint
-CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int, 'bits_per_dim': float,
-              'best': float, 'model': dict, 'average': dict, 'optimizer': {'state': dict, 'param_groups': [dict]}}
+FIELDS = ('step', 'n_skipped', 'skips_in_a_row', 'bits_per_dim', 'best')            # of Training, in a checkpoint
+PARTS = ('model', 'average', 'optimizer')
+CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int, 'n_skipped': int,
+              'skips_in_a_row': int, 'bits_per_dim': float, 'best': float, 'model': dict, 'average': dict,
+              'optimizer': {'state': dict, 'param_groups': [dict]}}
 TEMPERATURES = (0., 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.)
 DZ_SCALE, DZ_IMAGES = 1.6, 30_000                       # attribute directions, as in the paper's demo
 S_MIN, LOG_STD_MAX = 0.5, 2.                            # bounds that keep the inverse of latents far out finite
@@ -425,32 +427,39 @@ def build_model(config, input_dims):
 # -------------------------------------------------------------------------------------- processes, checkpoints
 
 class Process(NamedTuple):
-    """This process among those of the launcher."""
+    """This process among those of the launcher, which keeps a store for them."""
     rank: int
     world_size: int
     device: torch.device
+    store: object = None
 
 
 @contextlib.contextmanager
 def setup():
     """Join the process group of torchrun or torch.distributed.launch, if one started us: NCCL on GPUs, else Gloo."""
-    rank, local_rank, world_size, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
-    device = torch.device('cpu')
+    rank, local_rank, world_size, local_world_size, n_nodes = (
+        int(os.environ.get(name, default)) for name, default in (
+            ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1), ('GROUP_WORLD_SIZE', 1)))
+    device, store, n_restarts = torch.device('cpu'), None, os.environ.get('TORCHELASTIC_RESTART_COUNT')
     if torch.cuda.is_available():
         if local_world_size > torch.cuda.device_count():
             raise UserError(f'{local_world_size} processes on a machine of {torch.cuda.device_count()} GPUs: '
                             'lower --nproc_per_node')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
-    if world_size > 1:
-        # torchrun's store outlives the processes: those that it starts anew must not find the addresses of the dead
-        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://'))[0])
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30), store=store,
-                                rank=rank, world_size=world_size)
     try:
-        yield Process(rank, world_size, device)
+        if world_size > 1 or n_restarts:
+            store, _, _ = next(dist.rendezvous('env://'))
+        if world_size > 1:
+            # torchrun's store outlives the processes: those it starts anew must not find in it the addresses of the dead.
+            # (Each node counts its own restarts, so that the count is of no use to several.)
+            own = dist.PrefixStore(f'start {n_restarts if n_nodes == 1 else 0}', store)
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30), store=own,
+                                    rank=rank, world_size=world_size)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessLookupError(f'process {rank} on {socket.gethostname()} finds no others: {reason(error)}') from None
+    try:
+        yield Process(rank, world_size, device, store)
     except RuntimeError as error:       # Gloo's and NCCL's, when another process is gone
         if world_size == 1 or not re.search('gloo|nccl|connection', str(error), re.IGNORECASE):
             raise
@@ -499,6 +508,9 @@ def run_folder(config, request, process, saved):
         if process.world_size > 1:
             dist.broadcast_object_list(folders)
         if process.rank == 0:
+            require_newest(saved, load_checkpoint)
+            if process.store:
+                process.store.set(NAME, str(folder))
             print(f'{folder}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
         yield folders[0]
 
@@ -517,8 +529,11 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(mode, request, process):
-    """-> the checkpoint that --restore_file names, or the newest run's; None where training starts from nothing"""
-    saved = find_run(NAME, request, mode == 'train', load_checkpoint)
+    """-> the checkpoint of the run that torchrun starts anew, the one that --restore_file names, or the newest run's; None
+    where training starts from nothing"""
+    begun = process.store.get(NAME).decode() if process.store and process.store.check([NAME]) else None
+    saved = find_run(NAME, request, mode == 'train', load_checkpoint, begun)
+    require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', SCORE, 'best')])
     if saved and process.rank == 0:
         print(f'restored {saved["path"]}: step {saved["step"]}, validation loss {saved[SCORE]:.4f} {UNIT}')
         if mode == 'train' and saved['world_size'] != process.world_size:
@@ -599,7 +614,7 @@ class Training:
         n = len(data.train.images)
         self.steps_per_epoch = steps_per_epoch(n, config.batch_size, process.world_size)
         self.validate_every = self.steps_per_epoch * math.ceil(VALIDATE_STEPS / self.steps_per_epoch)
-        self.n_steps = config.n_epochs * self.steps_per_epoch
+        self.n_steps = self.last_step = config.n_epochs * self.steps_per_epoch
         if saved is None:                                       # the same on every process, before the model is wrapped
             x = data.train.images[batch_index(n, min(n, config.batch_size_init), config.seed, step=0)]
             u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
@@ -607,7 +622,10 @@ class Training:
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         if saved is not None:
-            restore(self, saved)
+            for field in FIELDS:
+                setattr(self, field, saved[field])
+            for part in PARTS:
+                getattr(self, part).load_state_dict(saved[part])
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()        # steps of one shape share what was compiled for the first
@@ -615,10 +633,6 @@ class Training:
             require_agreement(process, options=asdict(replace(config, data_dir='')), data=data.fingerprint, step=self.step,
                               weights=digest('', (value.cpu() for value in self.model.state_dict().values())))
         self.objective = distribute(BitsPerDim(self.model, data.n_values, config.bf16), process)
-
-    @property
-    def last_step(self):
-        return self.n_steps
 
     def take_step(self):
         """-> bits/dim and gradient norm of one step, as tensors"""
@@ -634,17 +648,12 @@ class Training:
     def show(self, run_dir):
         """Samples at some temperatures, as a picture"""
         if self.process.rank == 0:
-            rows = sample_rows(self.average.module, (0., 0.25, 0.7, 1.), 8, self.config.seed, self.process.device)
-            save_grid(run_dir / f'samples_at_step_{self.step:06}.png', rows, ['T = 0', 'T = 0.25', 'T = 0.7', 'T = 1'])
             tqdm.write(f'step {self.step}: validation {self.bits_per_dim:.4f} bits/dim')
-
-
-def restore(run, saved):
-    """Sets a run to where it stood when it was saved"""
-    for name in FIELDS:
-        setattr(run, name, saved[name])
-    for name in PARTS:
-        getattr(run, name).load_state_dict(saved[name])
+            try:
+                rows = sample_rows(self.average.module, (0., 0.25, 0.7, 1.), 8, self.config.seed, self.process.device)
+                save_grid(run_dir / f'samples_at_step_{self.step:06}.png', rows, ['T = 0', 'T = 0.25', 'T = 0.7', 'T = 1'])
+            except UserError as error:      # a picture is not worth a training
+                tqdm.write(f'no picture: {error}')
 
 
 def update(run, loss):
@@ -677,6 +686,8 @@ def train(data, config, request, process, saved=None):
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with run_folder(config, request, process, saved) as run_dir, stop_signals() as signals:
         run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
+        if saved:
+            saved.clear()       # copied; else it lay in memory until the end
         if not newest.exists():
             save(run, newest)
         if not best.exists():
@@ -881,7 +892,8 @@ def main(argv=None):
     with errors_in_one_line(NAME):
         mode, values, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            require_agreement(process, **{f'--{name}': value for name, value in values.items() if name != 'data_dir'})
+            require_agreement(process, mode=mode, **{f'--{name}': value for name, value in {**values, **vars(request)}.items()
+                                                     if name not in ('data_dir', 'output_dir', 'restore_file')})
             start(mode, values, request, process)
 
 

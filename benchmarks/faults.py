@@ -371,6 +371,7 @@ def disagreeing(bench, which=slice(None)):
     cases = [('glow', images, "sys.argv.append('--seed=1')", ' --seed'),
              ('glow', images, "sys.argv.append('--depth=2')", ' --depth'),
              ('glow', images, "sys.argv.append('--data_dir=there')", 'data'),
+             ('glow', images, "sys.argv[1] = '--evaluate'", ' mode'),
              ('bnaf', TABLE, "sys.argv.append('--lr=1')", ' --lr'),
              ('bnaf', TABLE, "os.chdir('other')", 'data')]
     seconds = []

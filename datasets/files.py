@@ -128,21 +128,21 @@ def alone(path, other, wait=True):
 
 
 @contextlib.contextmanager
-def writing(what):
+def writing(what, besides=''):
     """UserError where there is no room for what is written"""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise UserError(f'{what} cannot be written, and what was there before is as it was: {error.strerror}') from None
+        raise UserError(f'{what} cannot be written{besides}: {error.strerror}') from None
 
 
 def write_atomically(path, write):
     """write(file name) to a temporary file that takes its final name only when it is whole and on the disk"""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        with writing(path):
+        with writing(path, ' and is as it was before'):
             write(temporary)
             sync(temporary)
             os.replace(temporary, path)

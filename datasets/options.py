@@ -34,7 +34,8 @@ def given(kind, args):
     values = {f.name: args[f.name] for f in fields(kind) if args[f.name] is not None}
     for f in fields(kind):
         if f.name in values and f.type in (list, list[float]):      # 8,20 is 8 20
-            words = [word.strip() for word in ','.join(values[f.name]).split(',') if word.strip()]
+            text = ','.join(values[f.name]) if f.type is list else ','.join(values[f.name]).replace(' ', ',')
+            words = [word.strip() for word in text.split(',') if word.strip()]
             try:
                 values[f.name] = words if f.type is list else [float(word) for word in words]
             except ValueError:

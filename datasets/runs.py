@@ -28,8 +28,9 @@ def claim(folder, is_new):
     folder = new_folder(folder) if is_new else folder
     with alone(folder / '.lock', f'another process trains in {folder}', wait=False):
         for kind in ('pt', 'png', 'json'):
-            for stale in folder.glob(f'.*.{kind}.*'):       # of a process that was killed while it wrote
-                stale.unlink()
+            for stale in folder.glob(f'.*.{kind}.[0-9]*'):      # of a process that was killed while it wrote
+                if stale.suffix[1:].isdigit():
+                    stale.unlink()
         yield folder
 
 
@@ -46,27 +47,31 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def find_run(script, request, is_to_train, load):
-    """-> load(path) of the checkpoint that restore_file names or, by default, of the newest run: to train on, of its last
-    one, else of its best. None where training starts from nothing."""
-    path = Path(request.restore_file)
-    if not request.restore_file:
-        # torchrun sets this when it starts processes anew, one of them having died
-        goes_on = request.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-        found = Path(request.output_dir).glob(f'{script}_*/checkpoint.pt')
-        path = None if is_to_train and not goes_on else max(found, key=lambda path: path.stat().st_mtime, default=None)
-        if path is None and is_to_train:
-            return None
-        if path is None:
-            raise UserError(f'no checkpoint of {script}.py under {request.output_dir}: train first '
-                            f'(python {script}.py --train), or give --restore_file or --output_dir')
-        if not is_to_train and path.with_name('best.pt').exists():
-            path = path.with_name('best.pt')
-    saved, newest = load(path), path.with_name('checkpoint.pt')
-    if is_to_train and path != newest and newest.exists() and load(newest)['step'] > saved['step']:
-        raise UserError(f'{newest} is at a later step than {path} and would be overwritten: go on from it, or copy '
-                        f'{path.name} to a folder of its own')
-    return saved
+def find_run(script, request, is_to_train, load, begun=None):
+    """-> load(path) of the last checkpoint in a folder that was begun, of the one that restore_file names or, by default, of
+    the newest run: to train on, of its last one, else of its best. None where training starts from nothing."""
+    begun = begun and Path(begun) / 'checkpoint.pt'
+    if begun and begun.exists():
+        return load(begun)
+    if request.restore_file:
+        return load(Path(request.restore_file))
+    found = Path(request.output_dir).glob(f'{script}_*/checkpoint.pt')
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if is_to_train:
+        return load(newest) if newest and request.resume else None
+    if newest is None:
+        raise UserError(f'no checkpoint of {script}.py under {request.output_dir}: train first '
+                        f'(python {script}.py --train), or give --restore_file or --output_dir')
+    best = newest.with_name('best.pt')
+    return load(best if best.exists() else newest)
+
+
+def require_newest(saved, load):
+    """UserError where the last checkpoint in its folder, which is claimed, is past the one to train on from"""
+    newest = saved and saved['path'].with_name('checkpoint.pt')
+    if newest and newest.exists() and load(newest)['step'] > saved['step']:
+        raise UserError(f'{newest} is at a later step than {saved["path"]} was and would be overwritten: go on from it, or '
+                        f'copy {saved["path"].name} to a folder of its own')
 
 
 class Scalars:
@@ -75,6 +80,7 @@ class Scalars:
     disk.) Does nothing without a folder."""
     def __init__(self, folder, first_step):
         self.folder, self.writer = folder, folder and EventsWriter(str(folder / 'events'), f'.{os.getpid()}')
+        self.flushed = time.time()
         self.write(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, **content):
@@ -84,12 +90,15 @@ class Scalars:
 
     def add(self, step, values):
         self.write(step=step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+        if time.time() > self.flushed + 30:
+            self.flush()
 
     def flush(self):
         """On the disk, before a checkpoint says that these steps are done"""
         if self.writer:
             with writing(f'the events of {self.folder}'):
                 self.writer.flush()
+        self.flushed = time.time()
 
 
 def save_tensors(path, content):

@@ -309,12 +309,14 @@ def write_table(path, suffix, values, columns):
     if suffix == '.csv':
         table = pd.DataFrame(values, columns=columns)
         table.astype({'row': int} if 'row' in columns else {}).to_csv(path, index=False)
-    elif suffix == '.npy':
-        with open(path, 'wb') as file:
-            np.save(file, values)
+        return
+    content = io.BytesIO()          # lest numpy or h5py meet a full disk, which they do not name
+    if suffix == '.npy':
+        np.save(content, values)
     else:
-        with h5py.File(path, 'w') as file:
+        with h5py.File(content, 'w') as file:
             file.create_dataset('rows', data=values).attrs['columns'] = list(columns)
+    path.write_bytes(content.getbuffer())
 
 
 # ------------------------------------------------------------------------------------------- published tables

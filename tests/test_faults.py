@@ -1,14 +1,19 @@
 """A short form of benchmarks/faults.py, and that its checks can fail."""
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import bnaf
 import glow
-from datasets.runs import Scalars, claim
+from datasets import UserError
+from datasets.runs import Scalars, claim, find_run
+from datasets.tabular import save_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 pytestmark = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks into /proc')
@@ -49,7 +54,7 @@ def test_a_second_training_in_the_same_folder(bench):
 
 
 def test_processes_that_disagree(bench):
-    assert faults.disagreeing(bench, slice(2, 4))['refusals'] == 2
+    assert faults.disagreeing(bench, slice(2, 5))['refusals'] == 3
 
 
 def test_memory_does_not_grow(bench):
@@ -102,7 +107,70 @@ def test_differences_are_found():
 
 
 def test_what_the_killed_left_is_cleared_away(tmp_path):
-    for name in ('.best.pt.1', '.results.json.23', '.samples_at_step_000500.png.4', '.generated_samples.csv.5'):
+    kept = ['.generated_samples.csv.5', '.best.pt.1.old', '.settings.json.bak', '.shot.png.2x']
+    for name in ('.best.pt.1', '.results.json.23', '.samples_at_step_000500.png.4', *kept):
         (tmp_path / name).touch()
     with claim(tmp_path, is_new=False):
-        assert sorted(os.listdir(tmp_path)) == ['.generated_samples.csv.5', '.lock']
+        assert sorted(os.listdir(tmp_path)) == sorted([*kept, '.lock'])
+
+
+def test_what_a_restart_goes_on_with(tmp_path):
+    """Its own run, if it has saved anything; else it does as it was told, whatever else lies there"""
+    for name in ('glow_mine', 'glow_other'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'glow_other' / 'checkpoint.pt').touch()
+    request = glow.Request(output_dir=str(tmp_path))
+    assert find_run('glow', request, True, str) is None is find_run('glow', request, True, str, tmp_path / 'glow_mine')
+    named = glow.Request(restore_file='best.pt')
+    assert find_run('glow', named, True, str, tmp_path / 'glow_mine') == 'best.pt'
+    (tmp_path / 'glow_mine' / 'checkpoint.pt').touch()
+    assert find_run('glow', named, True, str, tmp_path / 'glow_mine') == str(tmp_path / 'glow_mine' / 'checkpoint.pt')
+
+
+def test_a_run_that_another_has_taken_further_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    """While this one still loads its data"""
+    words = ['--train', *faults.TABLE[1:], '--dataset=rings', f'--output_dir={tmp_path}', '--resume']
+    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
+    bnaf.main([*words, '--n_epochs=1'])
+    load_rows = bnaf.load_rows
+
+    def slow_load_rows(*args):
+        monkeypatch.setattr(bnaf, 'load_rows', load_rows)
+        bnaf.main([*words, '--n_epochs=3'])
+        return load_rows(*args)
+
+    monkeypatch.setattr(bnaf, 'load_rows', slow_load_rows)
+    with pytest.raises(SystemExit):
+        bnaf.main([*words, '--n_epochs=2'])
+    assert 'is at a later step than' in capsys.readouterr().err
+    assert bnaf.load_checkpoint(next(tmp_path.glob('*/checkpoint.pt')))['step'] == 6
+
+
+def test_scalars_are_seen_within_a_minute(tmp_path):
+    scalars = Scalars(tmp_path, 1)
+    scalars.add(1, {'loss': 1.})
+    assert not faults.logged(tmp_path)
+    scalars.flushed -= 60
+    scalars.add(2, {'loss': 2.})
+    assert len(faults.logged(tmp_path)) == 2
+
+
+def test_a_picture_is_not_worth_a_training(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise UserError('samples are not finite')
+
+    monkeypatch.setattr(glow, 'sample_rows', fail)
+    glow.main(['--train', *faults.DIGITS, '--n_epochs=1', '--batch_size=256', f'--output_dir={tmp_path}'])
+    assert 'no picture: samples are not finite' in capsys.readouterr().out and list(tmp_path.glob('*/best.pt'))
+
+
+@pytest.mark.parametrize('suffix', ['csv', 'npy', 'h5'])
+def test_tables_on_a_full_disk(suffix, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match=f'rows.{suffix} cannot be written'):
+            save_table(tmp_path / f'rows.{suffix}', np.zeros((1000, 2)), ['a', 'b'])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

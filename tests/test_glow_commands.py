@@ -283,7 +283,7 @@ def test_samples_are_sorted_by_log_probability(trained):
 
 
 def test_visualize_leaves_the_image_unchanged_in_the_middle(trained):
-    glow.main(['--visualize', f'--restore_file={trained}', '--vis_attrs', '3', '8', '--vis_alphas', '-1,0,1'])
+    glow.main(['--visualize', f'--restore_file={trained}', '--vis_attrs', '3', '8', '--vis_alphas', '-1 0,1'])
     picture = np.asarray(Image.open(trained.with_name('manipulated_sample_attr_3,8.png')))
     height, width = picture.shape[:2]
     left, top = width - 3 * 136, height - 2 * 136
