@@ -39,8 +39,8 @@ from torch.utils.checkpoint import checkpoint
 from datasets import UserError
 from datasets.figures import draw_pairs, draw_planes, grid, histogram
 from datasets.files import digest, progress, reason, write_atomically, write_json
-from datasets.order import batch_index, seeded_generator, steps_per_epoch
 from datasets.options import GROUPS, Options, RunRequest, choose, given, option
+from datasets.order import batch_index, seeded_generator, steps_per_epoch
 from datasets.runs import (Scalars, claim, errors_in_one_line, find_run, read_checkpoint, require_newest, save_tensors,
                            stop_signals)
 from datasets.tabular import (SUFFIXES, TABLES, from_units, load_rows, read_rows, require_new_table, require_same_units,

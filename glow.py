@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from datasets import IMAGE_DATASETS, UserError, load_images, load_photo, save_grid, shift_randomly
 from datasets.files import digest, progress, reason, write_json
-from datasets.order import batch_index, seeded_generator, steps_per_epoch
 from datasets.options import GROUPS, Options, RunRequest, choose, given, option
+from datasets.order import batch_index, seeded_generator, steps_per_epoch
 from datasets.runs import (Scalars, claim, errors_in_one_line, find_run, load_tensors, read_checkpoint, require_newest,
                            save_tensors, stop_signals)
 

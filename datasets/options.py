@@ -24,8 +24,9 @@ class Options:
             if f.type in (str, bool, list):
                 if type(value) is not f.type or f.type is str and not value.isprintable():
                     raise UserError(f'--{f.name}={value!r} is no printable text or of another type')
-            elif not all(type(number) is (float if f.type == list[float] else f.type) and low <= number <= high
-                         and number < math.inf for number in (value if f.type == list[float] else [value])):
+                continue
+            kind, numbers = (float, value) if f.type == list[float] else (f.type, [value])
+            if not all(type(number) is kind and low <= number <= high and number < math.inf for number in numbers):
                 raise UserError(f'--{f.name}={value!r} is outside {low}..{high}')
 
 

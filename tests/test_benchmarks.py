@@ -300,6 +300,7 @@ def test_curves_of_what_holds_none(content, tmp_path, capsys):
 def test_curves_of_one_step(value, tmp_path):
     (tmp_path / 'events.out.tfevents.1.x').write_bytes(scalar('loss/train', value))
     curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
+    assert (tmp_path / 'curves.png').exists()
 
 
 def test_tables_need_two_seeds(tmp_path, capsys):
