@@ -416,7 +416,7 @@ class BitsPerDim(nn.Module):
 
 
 def build_model(config, input_dims):
-    if input_dims[1:] != [config.image_size] * 2:
+    if list(input_dims[1:]) != [config.image_size] * 2:
         raise UserError(f'a model of images of {config.image_size}x{config.image_size} has no input of {input_dims}')
     torch.manual_seed(config.seed)
     model = Glow(input_dims, config.n_levels, config.depth, config.width, config.n_bits, config.checkpoint_grads,

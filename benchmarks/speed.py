@@ -229,7 +229,8 @@ def measure_command(script, words, n_steps, device):
     take_step, train = module.Training.take_step, module.train
 
     def timed_step(run):
-        run.n_steps = min(run.n_steps, n_steps or run.n_steps)
+        if n_steps:
+            run.last_step = n_steps
         start = time.perf_counter()
         result = take_step(run)
         synchronize(device)

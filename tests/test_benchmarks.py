@@ -73,6 +73,7 @@ def test_quick_run_without_peers(tmp_path, monkeypatch, capsys):
             if row['gflop'] is not None:
                 assert entry['gflops'] == pytest.approx(row['gflop'] / entry['seconds'])
                 assert line[7:] == [significant(entry['gflops']), f'{entry["fraction"]:.0%}']
+    assert [command['n_steps'] for command in results['commands'][:2]] == [10, 10]         # cut short
     for line, command in zip(cells(text, 'The real commands'), results['commands'], strict=True):
         assert line[0] == f'`{command["script"]}.py --train {command["words"]}`' and 0 < command['overhead'] < 1
         assert line[3:] == [f'{command["overhead"]:.1%}', f'under {command["target"]:.0%}',
@@ -84,6 +85,7 @@ def test_quick_run_without_peers(tmp_path, monkeypatch, capsys):
 def test_memory_in_a_process_of_its_own():
     shape = dict(data_dim=4, n_flows=1, n_hidden=1, hidden_dim=8, batch_size=10_000)
     layer = 10_000 * 4 * 8 * 4 / 2**20                  # MiB of a hidden layer's units
+    assert speed.memory_of('glow', speed.SMALLEST['glow'], 'float32') >= 0
     assert 2 * layer < speed.memory_of('bnaf', shape, 'float32') < 60 * layer       # torch alone would be 200 of them
 
 
