@@ -15,11 +15,9 @@ import argparse
 import contextlib
 import math
 import os
-import re
-import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,8 +36,8 @@ from torch.utils.checkpoint import checkpoint
 
 from datasets import UserError
 from datasets.figures import draw_pairs, draw_planes, grid, histogram
-from datasets.files import digest, progress, reason, write_atomically, write_json
-from datasets.options import GROUPS, Options, RunRequest, choose, given, option
+from datasets.files import digest, progress, write_atomically, write_json
+from datasets.options import Options, RunRequest, choose, option, parse
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
 from datasets.runs import (Scalars, claim, errors_in_one_line, find_run, read_checkpoint, require_newest, save_tensors,
                            stop_signals)
@@ -113,13 +111,11 @@ TOY = dict(n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1
 DEFAULTS = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
 MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # of a checkpoint's options, when
               False: {'data_dir', 'batch_size', 'seed'}}                            # training goes on, and else
-FIELDS = ('units', 'step', 'n_skipped', 'skips_in_a_row', 'n_annealing', 'loss', 'best', 'best_step')    # of Training, in
-PARTS = ('model', 'average', 'optimizer', 'scheduler')                                                  # a checkpoint
-CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, 'step': int, 'n_skipped': int,
-              'skips_in_a_row': int, 'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
-              'n_annealing': float, 'loss': float, 'best': float, 'best_step': int, 'model': dict, 'average': dict,
-              'optimizer': {'state': dict, 'param_groups': [dict]},
-              'scheduler': {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}}
+FIELDS = {'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]}, 'step': int, 'n_skipped': int,
+          'skips_in_a_row': int, 'n_annealing': float, 'validation_loss': float, 'best': float, 'best_step': int}
+PARTS = {'model': dict, 'average': dict, 'optimizer': {'state': dict, 'param_groups': [dict]},
+         'scheduler': {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}}
+CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, **FIELDS, **PARTS}
 EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
 REACH = 5.                          # of a flow without a residual at first, in standard deviations of the noise
 SMALLEST = 1e-25                    # terms that float32 loses are below 1e-37, so what is above this has lost nothing
@@ -428,36 +424,29 @@ def setup():
                             'lower --nproc_per_node')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
-    try:
-        if world_size > 1 or n_restarts:
-            store, _, _ = next(dist.rendezvous('env://'))
-        if world_size > 1:
-            # torchrun's store outlives the processes: those it starts anew must not find in it the addresses of the dead.
-            # (Each node counts its own restarts, so that the count is of no use to several.)
-            own = dist.PrefixStore(f'start {n_restarts if n_nodes == 1 else 0}', store)
-            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30), store=own,
-                                    rank=rank, world_size=world_size)
-    except (RuntimeError, ValueError) as error:
-        raise ProcessLookupError(f'process {rank} on {socket.gethostname()} finds no others: {reason(error)}') from None
+    if world_size > 1 or n_restarts:
+        store, _, _ = next(dist.rendezvous('env://'))
+    if world_size > 1:
+        # torchrun's store outlives the processes: those it starts anew must not find in it the addresses of the dead.
+        # (Each node counts its own restarts, so that the count is of no use to several.)
+        own = dist.PrefixStore(f'start {n_restarts if n_nodes == 1 else 0}', store)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30), store=own,
+                                rank=rank, world_size=world_size)
     try:
         yield Process(rank, world_size, device, store)
-    except RuntimeError as error:       # Gloo's and NCCL's, when another process is gone
-        if world_size == 1 or not re.search('gloo|nccl|connection', str(error), re.IGNORECASE):
-            raise
-        raise ProcessLookupError(f'process {rank} on {socket.gethostname()} stops, having lost another one') from None
     finally:
-        if world_size > 1 and sys.exc_info()[0] is not ProcessLookupError:      # lest the launcher ends it before that is said
+        if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):      # a lost process is first to be named
             time.sleep(0.1)     # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
 
-def distribute(objective, process):
-    """-> the objective, its gradients averaged over all processes; its buffers never change and are not sent"""
+def distribute(objective, process, **own):
+    """-> the objective, its gradients averaged over all processes, which must agree on what is each one's own and on the
+    weights; its buffers never change and are not sent"""
     if process.world_size == 1:
         return objective
-    buffers = [name for name, _ in objective.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    require_agreement(process, weights=digest('', (value.cpu() for value in objective.state_dict().values())), **own)
+    return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def any_process(flag, process):
@@ -496,9 +485,10 @@ def run_folder(config, request, process, saved):
         yield folders[0]
 
 
-def save(run, path):
-    """All that a run needs to go on and its model to be used, written by the main process"""
+def save(run, scalars, path):
+    """All that a run needs to go on and its model to be used, what was logged before it; written by the main process"""
     if run.process.rank == 0:
+        scalars.flush()
         save_tensors(path, {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
                             'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
                             **{name: getattr(run, name).state_dict() for name in PARTS}})
@@ -514,12 +504,12 @@ def find_checkpoint(mode, request, process):
     where training starts from nothing"""
     begun = process.store.get(NAME).decode() if process.store and process.store.check([NAME]) else None
     saved = find_run(NAME, request, mode == 'train', load_checkpoint, begun)
-    require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', SCORE, 'best')])
+    require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', 'validation_loss', 'best')])
     if saved and process.rank == 0:
-        print(f'restored {saved["path"]}: step {saved["step"]}, validation loss {saved[SCORE]:.4f} {UNIT}')
+        print(f'restored {saved["path"]}: step {saved["step"]}, validation loss {saved["validation_loss"]:.4f} {UNIT}')
         if mode == 'train' and saved['world_size'] != process.world_size:
-            print(f'note: the run had {saved["world_size"]} processes and now has {process.world_size}: the batch of a '
-                  'step, and how many steps make an epoch, change with them')
+            print(f'note: {saved["world_size"]} processes before, {process.world_size} now: the batch of a step and the number '
+                  'of steps in an epoch change with them')
     return saved
 
 
@@ -560,7 +550,7 @@ def row_losses(objective, rows, process):
 class Plateau(ReduceLROnPlateau):
     """The learning rate is lowered where the score no longer improves; what of that changes is what a checkpoint keeps."""
     def state_dict(self):
-        return {key: getattr(self, key) for key in CHECKPOINT['scheduler']}
+        return {key: getattr(self, key) for key in PARTS['scheduler']}
 
 
 class Training:
@@ -574,7 +564,7 @@ class Training:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, amsgrad=True, fused=True)
         self.scheduler = Plateau(self.optimizer, factor=0.5, patience=config.lr_patience, cooldown=10,
                                  min_lr=config.min_lr, threshold=1e-4, threshold_mode='abs')
-        self.step, self.loss, self.best, self.best_step = 0, math.nan, math.inf, 0
+        self.step, self.validation_loss, self.best, self.best_step = 0, math.nan, math.inf, 0
         self.n_skipped = self.skips_in_a_row = 0
         self.steps_per_epoch = self.validate_every = EPOCH_STEPS if data.draw else steps_per_epoch(
             len(data.train), config.batch_size, process.world_size)
@@ -585,10 +575,8 @@ class Training:
                 setattr(self, field, saved[field])
             for part in PARTS:
                 getattr(self, part).load_state_dict(saved[part])
-        if process.world_size > 1:
-            require_agreement(process, options=asdict(replace(config, data_dir='')), data=data.fingerprint, step=self.step,
-                              weights=digest('', (value.cpu() for value in self.model.state_dict().values())))
-        self.objective = distribute(Objective(self.model, data), process)
+        self.objective = distribute(Objective(self.model, data), process, options=asdict(replace(config, data_dir='')),
+                                    data=data.fingerprint, step=self.step)
         self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
 
     @property
@@ -605,14 +593,11 @@ class Training:
         beta = min(1., 0.01 + self.step / max(1., self.n_annealing))
         return update(self, self.objective(batch if self.rows is None else self.rows[batch], beta))
 
-    def validate(self):
+    def validate(self, run_dir):
         """The objective on the validation split with the averaged weights, and the learning rate that follows from it"""
-        self.loss = row_losses(Objective(self.average.module, self.data), self.data.validation, self.process).mean().item()
-        self.scheduler.step(self.loss)
-        self.best_step = self.step if self.loss < self.best else self.best_step
-
-    def show(self, run_dir):
-        """Nothing is drawn while it trains"""
+        loss = row_losses(Objective(self.average.module, self.data), self.data.validation, self.process).mean().item()
+        self.scheduler.step(loss)
+        self.best_step, self.validation_loss = self.step if loss < self.best else self.best_step, loss
 
 
 def update(run, loss):
@@ -629,29 +614,19 @@ def update(run, loss):
     return loss.detach(), norm
 
 
-def keep(run, scalars, path, best=None):
-    """Saves to path, what was logged being on the disk, and to best before it if no validation score was better: a run that
-    is killed between the two comes to the same best one again."""
-    scalars.flush()
-    if best and getattr(run, SCORE) < run.best:
-        run.best = getattr(run, SCORE)
-        save(run, best)
-    save(run, path)
-
-
 def train(data, config, request, process, saved=None):
     """Train to the end, from a checkpoint's dict if there is one; leaves checkpoint.pt, the last state, and best.pt
     -> the best one's dict, or None where a signal ended it before"""
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with run_folder(config, request, process, saved) as run_dir, stop_signals() as signals:
         run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
+        scalars = Scalars(run_dir if process.rank == 0 else None, run.step + 1)
         if saved:
             saved.clear()       # copied; else it lay in memory until the end
         if not newest.exists():
-            save(run, newest)
+            save(run, scalars, newest)
         if not best.exists():
             run.best = math.inf
-        scalars = Scalars(run_dir if process.rank == 0 else None, run.step + 1)
         if process.rank == 0:
             print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
         with progress(total=run.n_steps, initial=run.step, disable=process.rank > 0, unit='step') as bar:
@@ -660,27 +635,28 @@ def train(data, config, request, process, saved=None):
                 loss, norm = run.take_step()
                 bar.update()
                 lr = run.optimizer.param_groups[0]['lr']
-                if run.skips_in_a_row > request.max_skips:
-                    raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss or its gradients '
-                                    f'had not been finite for {run.skips_in_a_row} steps; lower --lr; the last checkpoint is '
-                                    f'{newest}')
+                is_due = run.step % run.validate_every == 0 or run.step == run.last_step
+                if is_due:
+                    run.validate(run_dir)
+                if run.skips_in_a_row > request.max_skips or is_due and not math.isfinite(run.validation_loss):
+                    raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss, its gradients or '
+                                    f'the validation score are not finite, {run.skips_in_a_row} steps in a row were skipped; '
+                                    f'lower --lr; the last checkpoint is {newest}')
                 if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
                     speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
-                    validation = f' (validation: {getattr(run, SCORE):.3f})' if run.best < math.inf else ''
+                    validation = f' (validation: {run.validation_loss:.3f})' if run.best < math.inf else ''
                     bar.set_postfix_str(f'{loss:.3f} {UNIT}{validation}, {speed:.0f} {ITEMS}/s', refresh=False)
                     scalars.add(run.step, {f'{SCORE}/train': loss.item(), 'gradient_norm': norm.item(), 'lr': lr,
                                            f'{ITEMS}_per_s': speed, 'steps_skipped': run.n_skipped})
-                if run.step % run.validate_every == 0 or run.step == run.last_step:
-                    run.validate()
-                    if not math.isfinite(getattr(run, SCORE)):
-                        raise UserError(f'training diverged by step {run.step}: the validation score is not finite; lower --lr')
-                    scalars.add(run.step, {f'{SCORE}/validation': getattr(run, SCORE)})
-                    run.show(run_dir)
-                    keep(run, scalars, newest, best)        # last: what a checkpoint is past is never done again
-                elif run.step % SAVE_STEPS == 0:
-                    keep(run, scalars, newest)
+                if is_due:
+                    scalars.add(run.step, {f'{SCORE}/validation': run.validation_loss})
+                if is_due and run.validation_loss < run.best:
+                    run.best = run.validation_loss
+                    save(run, scalars, best)
+                if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never done again
+                    save(run, scalars, newest)
         if run.step < run.last_step:
-            keep(run, scalars, newest)
+            save(run, scalars, newest)
             if process.rank == 0:
                 print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
                       f'python {NAME}.py --train --restore_file={newest}')
@@ -810,27 +786,13 @@ def check(model, data, config):
 
 # ------------------------------------------------------------------------------------------------------ main
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f'{message} (see python {NAME}.py --help)')
-
-
 def parse_args(argv):
     """-> the mode, {name: value} of the options of Config that were given, and a Request"""
-    parser = Parser(prog=f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog='In brackets: defaults. Data sets have their own of some of them.', allow_abbrev=False)
-    modes = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
-    for mode, text in MODES.items():
-        modes.add_argument(f'--{mode}', action='store_const', const=mode, dest='mode', help=text)
-    groups = {name: parser.add_argument_group(text) for name, text in GROUPS.items()}
-    for f in (*fields(Config), *fields(Request)):
-        how = dict(action='store_true', default=None) if f.type is bool else dict(
-            metavar='X', **(dict(type=f.type) if f.type in (int, float, str) else dict(nargs='+')))
-        groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
+    parser = argparse.ArgumentParser(f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog='In brackets: defaults. Data sets have their own of some of them.',
+                                     allow_abbrev=False)
     parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-    # a leading space keeps a list such as -2,-1,0 from being taken for an option
-    args = vars(parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv]))
-    return args['mode'], given(Config, args), Request(**given(Request, args))
+    return parse(parser, argv, MODES, Config, Request)
 
 
 def load_data(mode, request, config, saved):
@@ -870,7 +832,7 @@ def start(mode, values, request, process):
     elif process.rank == 0:
         check(model, data, config)
     if process.rank == 0 and mode == 'train':
-        print(f'the model is {saved["path"]}: step {saved["step"]}, validation {objective_text(data, saved["loss"])}')
+        print(f'the model is {saved["path"]}: step {saved["step"]}, validation {objective_text(data, saved["validation_loss"])}')
 
 
 def main(argv=None):

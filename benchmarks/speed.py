@@ -226,7 +226,7 @@ def measure_command(script, words, n_steps, device):
     """Runs the script's own main --train -> images or rows a second over a cycle from validation to validation, and the
     share of it that is not steps. Steps are timed from outside; the run is cut short after n_steps, then validates."""
     module, marks, ends, said = SCRIPTS[script], [], [], io.StringIO()
-    take_step, train = module.Training.take_step, module.train
+    take_step, save = module.Training.take_step, module.save
 
     def timed_step(run):
         if n_steps:
@@ -237,12 +237,11 @@ def measure_command(script, words, n_steps, device):
         marks.append((start, time.perf_counter(), run))
         return result
 
-    def timed_train(*args):
-        best = train(*args)
+    def timed_save(*args):
+        save(*args)
         ends.append(time.perf_counter())
-        return best
 
-    module.Training.take_step, module.train = timed_step, timed_train
+    module.Training.take_step, module.save = timed_step, timed_save
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
                 contextlib.redirect_stderr(said):
@@ -254,13 +253,13 @@ def measure_command(script, words, n_steps, device):
     except SystemExit:
         raise RuntimeError(said.getvalue()) from None
     finally:
-        module.Training.take_step, module.train = take_step, train
+        module.Training.take_step, module.save = take_step, save
     starts, stops = np.array([mark[:2] for mark in marks[len(marks) // 5:]]).T      # warm by then
     step, gap = np.median(stops - starts), np.mean(starts[1:] - stops[:-1])
     run = marks[0][2]
     epoch = run.steps_per_epoch
     cycle = epoch * math.ceil(module.VALIDATE_STEPS / epoch) if script == 'glow' else epoch
-    outside = cycle * gap + ends[0] - stops[-1]         # what follows the last step is one validation
+    outside = cycle * gap + ends[-1] - stops[-1]        # what follows the last step is a validation and a checkpoint
     seconds = cycle * step + outside
     share, target = float(outside / seconds), OVERHEAD[device.type]
     result = {'script': script, 'words': words, 'n_steps': len(marks), 'step_seconds': float(step),

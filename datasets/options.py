@@ -1,5 +1,6 @@
 """What a program can be asked for: dataclasses whose fields are its options, with their bounds, wherever they come from."""
 import math
+import re
 from dataclasses import dataclass, field, fields, replace
 
 from .files import UserError
@@ -30,8 +31,28 @@ class Options:
                 raise UserError(f'--{f.name}={value!r} is outside {low}..{high}')
 
 
+def parse(parser, argv, modes, kind, request):
+    """What argparse's parser finds in argv -> one of the modes, {name: value} of those options of a kind that were given,
+    and the request, of a kind of its own"""
+    def fail(message):
+        raise UserError(f'{message} (see python {parser.prog} --help)')
+
+    parser.error = fail
+    one_of = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
+    for mode, text in modes.items():
+        one_of.add_argument(f'--{mode}', action='store_const', const=mode, dest='mode', help=text)
+    groups = {name: parser.add_argument_group(text) for name, text in GROUPS.items()}
+    for f in (*fields(kind), *fields(request)):
+        how = dict(action='store_true', default=None) if f.type is bool else dict(
+            metavar='X', **(dict(type=f.type) if f.type in (int, float, str) else dict(nargs='+')))
+        groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
+    # a leading space keeps a list such as -2,-1,0 from being taken for an option
+    args = vars(parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv]))
+    return args['mode'], given(kind, args), request(**given(request, args))
+
+
 def given(kind, args):
-    """-> {name: value} of those options of a kind that are among args, argparse's of the command line, and were given"""
+    """-> {name: value} of those options of a kind that are among args and were given, lists of words taken apart"""
     values = {f.name: args[f.name] for f in fields(kind) if args[f.name] is not None}
     for f in fields(kind):
         if f.name in values and f.type in (list, list[float]):      # 8,20 is 8 20

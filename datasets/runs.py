@@ -3,7 +3,9 @@ import contextlib
 import math
 import os
 import pickletools
+import re
 import signal
+import socket
 import sys
 import time
 import zipfile
@@ -233,6 +235,11 @@ def errors_in_one_line(name):
         common, message = isinstance(error, UserError), str(error)
     except torch.cuda.OutOfMemoryError:
         common, message = False, 'out of GPU memory: lower --batch_size or the model, or add --checkpoint_grads'
+    except (RuntimeError, ValueError) as error:
+        if 'WORLD_SIZE' not in os.environ or not re.search('gloo|nccl|connect|rendezvous', str(error), re.IGNORECASE):
+            raise
+        process = f'process {os.environ.get("RANK", 0)} on {socket.gethostname()}'
+        common, message = False, f'{process} stops, having lost another one or found none: {reason(error)}'
     except KeyboardInterrupt:
         common, message = True, 'interrupted'
     if not common or int(os.environ.get('LOCAL_RANK', 0)) == 0:

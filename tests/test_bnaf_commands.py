@@ -147,7 +147,7 @@ def test_resuming_is_as_if_it_had_never_stopped(dataset, tmp_path, monkeypatch):
         for key, value in whole[name].items():
             assert torch.equal(value, resumed[name][key]), key
     assert str(whole['optimizer']) == str(resumed['optimizer'])
-    for name in ('scheduler', 'loss', 'best', 'best_step', 'units'):
+    for name in ('scheduler', 'validation_loss', 'best', 'best_step', 'units'):
         assert whole[name] == resumed[name], name
 
 
@@ -158,7 +158,7 @@ def test_early_stopping_keeps_the_best(tmp_path):
                '--ema_decay=0', f'--output_dir={tmp_path}'])
     last, best = (bnaf.load_checkpoint(only(tmp_path.glob(f'*/{name}.pt'))) for name in ('checkpoint', 'best'))
     assert last['step'] == best['step'] + 5 * 4 < 2000 * 4 and best['step'] == last['best_step']
-    assert best['loss'] == last['best'] < last['loss']
+    assert best['validation_loss'] == last['best'] < last['validation_loss']
 
 
 def test_fewer_rows_on_request(tmp_path):

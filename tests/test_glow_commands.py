@@ -158,7 +158,7 @@ def test_resuming_is_as_if_it_had_never_stopped(tmp_path, monkeypatch):
     for i, state in whole['optimizer']['state'].items():
         for key, value in state.items():
             assert torch.equal(value, resumed['optimizer']['state'][i][key]), (i, key)
-    assert whole['bits_per_dim'] == resumed['bits_per_dim'] and whole['best'] == resumed['best']
+    assert whole['validation_loss'] == resumed['validation_loss'] and whole['best'] == resumed['best']
 
 
 def test_a_later_state_is_not_overwritten(trained, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_training_learns_and_the_average_can_be_turned_off(precision, tmp_path):
     saved = glow.load_checkpoint(only(tmp_path.glob('*/best.pt')))
     for key, value in saved['model'].items():
         assert torch.equal(value, saved['average'][f'module.{key}']), key
-    assert saved['bits_per_dim'] < 3                            # four bits a value is what guessing needs
+    assert saved['validation_loss'] < 3                            # four bits a value is what guessing needs
 
 
 def test_compiled_steps_have_the_same_gradients(monkeypatch):
@@ -429,7 +429,7 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
     torch.save({**saved, 'config': {**saved['config'], 'colour': 'red'}}, file)
     assert 'another version' in refused(capsys, '--generate', f'--restore_file={file}')
     for change in ({'config': {**saved['config'], 'depth': 'x'}}, {'config': {**saved['config'], 'n_bits': 9}},
-                   {'input_dims': [8]}, {'input_dims': [1, 8, 10**9]}, {'step': 'a'}, {'bits_per_dim': 'x'}, {'model': 3}):
+                   {'input_dims': [8]}, {'input_dims': [1, 8, 10**9]}, {'step': 'a'}, {'validation_loss': 'x'}, {'model': 3}):
         torch.save({**saved, **change}, file)
         assert 'another version' in refused(capsys, '--generate', f'--restore_file={file}'), change
     nan = {**saved['model'], 'levels.0.1.0.b': saved['model']['levels.0.1.0.b'] * math.nan}
