@@ -640,7 +640,7 @@ def train(data, config, request, process, saved=None):
                     run.validate(run_dir)
                 if run.skips_in_a_row > request.max_skips or is_due and not math.isfinite(run.validation_loss):
                     raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss, its gradients or '
-                                    f'the validation score are not finite, {run.skips_in_a_row} steps in a row were skipped; '
+                                    f'the validation score are not finite ({run.skips_in_a_row} steps skipped in a row); '
                                     f'lower --lr; the last checkpoint is {newest}')
                 if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
                     speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)

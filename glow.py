@@ -63,7 +63,7 @@ class Config(Options):
     plain_conv1x1: bool = option('model', False, 'learn the matrices of the 1x1 convolutions, not their PLU factors')
     checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
     bf16: bool = option('optimisation', False, 'networks in bfloat16; latents and densities stay float32')
-    compile: bool = option('optimisation', False, 'compile the step of flow: a minute or two at the start, faster steps')
+    compile: bool = option('optimisation', False, 'compile the step of flow: half a minute at the start, faster steps')
     n_epochs: int = option('optimisation', 100, 'epochs', 1)
     n_epochs_warmup: float = option('optimisation', 2., 'epochs over which the learning rate rises linearly from 0')
     batch_size: int = option('optimisation', 16, 'images a process', 1, 2**20)
@@ -681,7 +681,7 @@ def train(data, config, request, process, saved=None):
                     run.validate(run_dir)
                 if run.skips_in_a_row > request.max_skips or is_due and not math.isfinite(run.validation_loss):
                     raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss, its gradients or '
-                                    f'the validation score are not finite, {run.skips_in_a_row} steps in a row were skipped; '
+                                    f'the validation score are not finite ({run.skips_in_a_row} steps skipped in a row); '
                                     f'lower --lr; the last checkpoint is {newest}')
                 if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
                     speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)

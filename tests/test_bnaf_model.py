@@ -279,7 +279,7 @@ def test_samples_of_a_fitted_gaussian_are_gaussian():
 def test_temperature_of_samples():
     model, _ = fitted(steps=200)
     cold, warm = (model.sample(500, t, torch.Generator().manual_seed(0)) for t in (0., 1.))
-    assert (cold == cold[0]).all() and warm.std(0).min() > 0.5
+    assert (cold - cold[0]).abs().max() < 1e-8 and warm.std(0).min() > 0.5
 
 
 def test_plumbing_is_the_same_text_in_both_scripts():

@@ -447,7 +447,7 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
 def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
     line = refused(capsys, '--train', '--dataset=digits', '--lr=1e6', '--n_epochs_warmup=0', '--max_skips=3', *TINY,
                    f'--output_dir={tmp_path}', f'--data_dir={tmp_path}')
-    assert 'at step 5, learning rate 1e+06' in line and 'not been finite for 4 steps; lower --lr' in line
+    assert 'at step 5, learning rate 1e+06' in line and 'not finite (4 steps skipped in a row); lower --lr' in line
     assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0      # named in the line, and as good as new
     assert str(only(tmp_path.rglob('*.pt'))) in line
 
@@ -455,7 +455,7 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
 def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(glow, 'bits_per_dim', lambda *args: (math.nan, math.nan))
     line = refused(capsys, '--train', '--dataset=digits', *TINY, f'--output_dir={tmp_path}', f'--data_dir={tmp_path}')
-    assert 'diverged by step 11' in line and 'lower --lr' in line
+    assert 'diverged: at step 11' in line and 'not finite (0 steps skipped' in line
     assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
 
 
