@@ -154,8 +154,9 @@ class MaskedLinear(nn.Module):
         return F.linear(x, w, self.bias.to(x.dtype)), torch.einsum('bad,nda->ndb', diagonal, j)
 
 
-class TanhFunction(torch.autograd.Function):
-    """y = tanh(x) and tanh'(x) j, as cosh(x)^-2 j since 1 - y^2 cancels; its gradient reuses both: tanh'' = -2 y tanh'."""
+class Tanh(torch.autograd.Function):
+    """y = tanh(x) and tanh'(x) j (eq. 10), as cosh(x)^-2 j: 1 - y^2 cancels. The gradient reuses both: tanh'' = -2 y tanh'.
+    """
     @staticmethod
     def forward(ctx, x, j):
         y, slope = x.tanh(), x.cosh().pow_(-2).view(j.shape)
@@ -169,12 +170,6 @@ class TanhFunction(torch.autograd.Function):
         y, slope, j = ctx.saved_tensors
         grad_x = (grad_j * j).reshape(y.shape).mul_(y).mul_(-2).addcmul_(grad_y, slope.view(y.shape))
         return grad_x, grad_j * slope
-
-
-class Tanh(nn.Module):
-    """tanh of every unit; its derivative multiplies j (eq. 10)."""
-    def forward(self, x, j):
-        return TanhFunction.apply(x, j)
 
 
 def find_root(function, target, tol, max_steps=200):
@@ -213,7 +208,6 @@ class BlockFlow(nn.Module):
         super().__init__()
         units = [1, *[hidden_dim] * (n_hidden + 1), 1]
         self.linears = nn.ModuleList(MaskedLinear(data_dim, a, b) for a, b in zip(units, units[1:]))
-        self.tanh = Tanh()
         self.residual, self.checkpoint_grads = residual, checkpoint_grads
         if residual is None:
             # sums of tanhs are bounded: each starts between -REACH and REACH as its own variable goes from -inf to inf
@@ -237,7 +231,7 @@ class BlockFlow(nn.Module):
         """-> z and dz_i / dx_i, both (B, D): the chain rule over the blocks on the diagonal (eq. 9-11), without logs"""
         z, j = self.linears[0](x, x.new_ones(*x.shape, 1))
         for linear in self.linears[1:]:
-            z, j = linear(*self.tanh(z, j))
+            z, j = linear(*Tanh.apply(z, j))
         return self.add_residual(z, j.squeeze(2), x)
 
     def add_residual(self, y, slope, x):
@@ -414,18 +408,17 @@ class Process(NamedTuple):
 @contextlib.contextmanager
 def setup():
     """Join the process group of torchrun or torch.distributed.launch, if one started us: NCCL on GPUs, else Gloo."""
-    rank, local_rank, world_size, local_world_size, n_nodes = (
-        int(os.environ.get(name, default)) for name, default in (
-            ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1), ('GROUP_WORLD_SIZE', 1)))
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
+    world_size, n_here, n_nodes = (int(os.environ.get(f'{of}WORLD_SIZE', 1)) for of in ('', 'LOCAL_', 'GROUP_'))
     device, store, n_restarts = torch.device('cpu'), None, os.environ.get('TORCHELASTIC_RESTART_COUNT')
     if torch.cuda.is_available():
-        if local_world_size > torch.cuda.device_count():
-            raise UserError(f'{local_world_size} processes on a machine of {torch.cuda.device_count()} GPUs: '
-                            'lower --nproc_per_node')
+        if n_here > (n_gpus := torch.cuda.device_count()):
+            raise UserError(f'{n_here} processes on a machine of {n_gpus} GPUs: lower --nproc_per_node')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     if world_size > 1 or n_restarts:
         store, _, _ = next(dist.rendezvous('env://'))
+        store = getattr(store, 'underlying_store', store)       # torch 2.4 gives each start a part of its own
     if world_size > 1:
         # torchrun's store outlives the processes: those it starts anew must not find in it the addresses of the dead.
         # (Each node counts its own restarts, so that the count is of no use to several.)
@@ -533,16 +526,13 @@ def training_batch(data, config, step, process):
 @torch.no_grad()
 def row_losses(objective, rows, process):
     """-> the objective of each of the rows (N, D), by all processes together: (N,) in float64 on every one of them"""
-    own = rows[process.rank::process.world_size]
-    own = torch.cat([torch.zeros(0), *(objective.per_row(torch.from_numpy(np.array(own[i:i + 10_000])).to(process.device)).cpu()
-                                       for i in range(0, len(own), 10_000))]).double()
-    parts, losses = [own], torch.empty(len(rows), dtype=torch.float64)
+    losses = torch.zeros(len(rows), dtype=torch.float64, device=process.device)
+    own = np.arange(len(rows))[process.rank::process.world_size]
+    for index in (own[i:i + 10_000] for i in range(0, len(own), 10_000)):
+        losses[index] = objective.per_row(torch.from_numpy(rows[index]).to(process.device)).double()
     if process.world_size > 1:
-        parts = [None] * process.world_size
-        dist.all_gather_object(parts, own)
-    for rank, part in enumerate(parts):
-        losses[rank::process.world_size] = part
-    return losses
+        dist.all_reduce(losses)         # zero where another process fills in
+    return losses.cpu()
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -638,30 +628,28 @@ def train(data, config, request, process, saved=None):
                 is_due = run.step % run.validate_every == 0 or run.step == run.last_step
                 if is_due:
                     run.validate(run_dir)
+                    scalars.add(run.step, {f'{SCORE}/validation': run.validation_loss})
                 if run.skips_in_a_row > request.max_skips or is_due and not math.isfinite(run.validation_loss):
                     raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss, its gradients or '
                                     f'the validation score are not finite ({run.skips_in_a_row} steps skipped in a row); '
-                                    f'lower --lr; the last checkpoint is {newest}')
+                                    f'start again with a lower --lr; the last checkpoint is {newest}')
                 if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
                     speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
                     validation = f' (validation: {run.validation_loss:.3f})' if run.best < math.inf else ''
                     bar.set_postfix_str(f'{loss:.3f} {UNIT}{validation}, {speed:.0f} {ITEMS}/s', refresh=False)
                     scalars.add(run.step, {f'{SCORE}/train': loss.item(), 'gradient_norm': norm.item(), 'lr': lr,
                                            f'{ITEMS}_per_s': speed, 'steps_skipped': run.n_skipped})
-                if is_due:
-                    scalars.add(run.step, {f'{SCORE}/validation': run.validation_loss})
                 if is_due and run.validation_loss < run.best:
                     run.best = run.validation_loss
                     save(run, scalars, best)
                 if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never done again
                     save(run, scalars, newest)
-        if run.step < run.last_step:
+        if any_process(signals, process) or run.step < run.last_step:   # asked of all: the main one has written its files
             save(run, scalars, newest)
             if process.rank == 0:
                 print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
                       f'python {NAME}.py --train --restore_file={newest}')
             return None
-        any_process(False, process)         # the main process has written its files
         return load_checkpoint(best if best.exists() else newest)
 
 
@@ -788,9 +776,7 @@ def check(model, data, config):
 
 def parse_args(argv):
     """-> the mode, {name: value} of the options of Config that were given, and a Request"""
-    parser = argparse.ArgumentParser(f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog='In brackets: defaults. Data sets have their own of some of them.',
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
     return parse(parser, argv, MODES, Config, Request)
 

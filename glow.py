@@ -433,18 +433,17 @@ class Process(NamedTuple):
 @contextlib.contextmanager
 def setup():
     """Join the process group of torchrun or torch.distributed.launch, if one started us: NCCL on GPUs, else Gloo."""
-    rank, local_rank, world_size, local_world_size, n_nodes = (
-        int(os.environ.get(name, default)) for name, default in (
-            ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1), ('GROUP_WORLD_SIZE', 1)))
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
+    world_size, n_here, n_nodes = (int(os.environ.get(f'{of}WORLD_SIZE', 1)) for of in ('', 'LOCAL_', 'GROUP_'))
     device, store, n_restarts = torch.device('cpu'), None, os.environ.get('TORCHELASTIC_RESTART_COUNT')
     if torch.cuda.is_available():
-        if local_world_size > torch.cuda.device_count():
-            raise UserError(f'{local_world_size} processes on a machine of {torch.cuda.device_count()} GPUs: '
-                            'lower --nproc_per_node')
+        if n_here > (n_gpus := torch.cuda.device_count()):
+            raise UserError(f'{n_here} processes on a machine of {n_gpus} GPUs: lower --nproc_per_node')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     if world_size > 1 or n_restarts:
         store, _, _ = next(dist.rendezvous('env://'))
+        store = getattr(store, 'underlying_store', store)       # torch 2.4 gives each start a part of its own
     if world_size > 1:
         # torchrun's store outlives the processes: those it starts anew must not find in it the addresses of the dead.
         # (Each node counts its own restarts, so that the count is of no use to several.)
@@ -624,8 +623,7 @@ class Training:
 
     def take_step(self):
         """-> bits/dim and gradient norm of one step, as tensors"""
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(self.config, self.step, self.steps_per_epoch)
+        self.optimizer.param_groups[0]['lr'] = learning_rate(self.config, self.step, self.steps_per_epoch)
         return update(self, self.objective(*training_batch(self.data, self.config, self.step, self.process)))
 
     def validate(self, run_dir):
@@ -637,7 +635,7 @@ class Training:
             try:
                 rows = sample_rows(self.average.module, (0., 0.25, 0.7, 1.), 8, self.config.seed, self.process.device)
                 save_grid(run_dir / f'samples_at_step_{self.step:06}.png', rows, ['T = 0', 'T = 0.25', 'T = 0.7', 'T = 1'])
-            except UserError as error:      # a picture is not worth a training
+            except (UserError, torch.linalg.LinAlgError) as error:      # a picture is not worth a training
                 tqdm.write(f'no picture: {error}')
 
 
@@ -679,30 +677,28 @@ def train(data, config, request, process, saved=None):
                 is_due = run.step % run.validate_every == 0 or run.step == run.last_step
                 if is_due:
                     run.validate(run_dir)
+                    scalars.add(run.step, {f'{SCORE}/validation': run.validation_loss})
                 if run.skips_in_a_row > request.max_skips or is_due and not math.isfinite(run.validation_loss):
                     raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss, its gradients or '
                                     f'the validation score are not finite ({run.skips_in_a_row} steps skipped in a row); '
-                                    f'lower --lr; the last checkpoint is {newest}')
+                                    f'start again with a lower --lr; the last checkpoint is {newest}')
                 if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
                     speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
                     validation = f' (validation: {run.validation_loss:.3f})' if run.best < math.inf else ''
                     bar.set_postfix_str(f'{loss:.3f} {UNIT}{validation}, {speed:.0f} {ITEMS}/s', refresh=False)
                     scalars.add(run.step, {f'{SCORE}/train': loss.item(), 'gradient_norm': norm.item(), 'lr': lr,
                                            f'{ITEMS}_per_s': speed, 'steps_skipped': run.n_skipped})
-                if is_due:
-                    scalars.add(run.step, {f'{SCORE}/validation': run.validation_loss})
                 if is_due and run.validation_loss < run.best:
                     run.best = run.validation_loss
                     save(run, scalars, best)
                 if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never done again
                     save(run, scalars, newest)
-        if run.step < run.last_step:
+        if any_process(signals, process) or run.step < run.last_step:   # asked of all: the main one has written its files
             save(run, scalars, newest)
             if process.rank == 0:
                 print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
                       f'python {NAME}.py --train --restore_file={newest}')
             return None
-        any_process(False, process)         # the main process has written its files
         return load_checkpoint(best if best.exists() else newest)
 
 
@@ -818,9 +814,7 @@ def check(model, data, config, device):
 
 def parse_args(argv):
     """-> the mode, {name: value} of the options of Config that were given, and a Request"""
-    parser = argparse.ArgumentParser(f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog='In brackets: defaults. Data sets have their own of some of them.',
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
     return parse(parser, argv, MODES, Config, Request)
 

@@ -37,7 +37,8 @@ def parse(parser, argv, modes, kind, request):
     def fail(message):
         raise UserError(f'{message} (see python {parser.prog} --help)')
 
-    parser.error = fail
+    parser.error, parser.allow_abbrev = fail, False
+    parser.epilog = 'In brackets: defaults. Data sets have their own of some of them.'
     one_of = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
     for mode, text in modes.items():
         one_of.add_argument(f'--{mode}', action='store_const', const=mode, dest='mode', help=text)

@@ -236,7 +236,7 @@ def errors_in_one_line(name):
     except torch.cuda.OutOfMemoryError:
         common, message = False, 'out of GPU memory: lower --batch_size or the model, or add --checkpoint_grads'
     except (RuntimeError, ValueError) as error:
-        if 'WORLD_SIZE' not in os.environ or not re.search('gloo|nccl|connect|rendezvous', str(error), re.IGNORECASE):
+        if 'WORLD_SIZE' not in os.environ or not re.search('gloo|nccl|connect|clients|rendezvous', str(error), re.IGNORECASE):
             raise
         process = f'process {os.environ.get("RANK", 0)} on {socket.gethostname()}'
         common, message = False, f'{process} stops, having lost another one or found none: {reason(error)}'

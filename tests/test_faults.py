@@ -12,7 +12,7 @@ import torch
 import bnaf
 import glow
 from datasets import UserError
-from datasets.runs import Scalars, claim, find_run
+from datasets.runs import Scalars, claim, errors_in_one_line, find_run
 from datasets.tabular import save_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
@@ -174,3 +174,15 @@ def test_tables_on_a_full_disk(suffix, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('message', ['Timed out after 601 seconds waiting for clients. 1/2 clients joined.', 'Gloo: closed by peer',
+                                     'rendezvous: environment variable RANK expected', 'the size of tensor a must match'])
+def test_only_what_another_process_did_is_said_in_one_line(message, monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '1')
+    for world_size in ('2', None):
+        monkeypatch.setenv('WORLD_SIZE', world_size) if world_size else monkeypatch.delenv('WORLD_SIZE')
+        with pytest.raises((SystemExit, RuntimeError)) as error, errors_in_one_line('glow'):
+            raise RuntimeError(message)
+        assert (error.type is SystemExit) == bool(world_size and 'tensor' not in message)
+    assert capsys.readouterr().err.count('process 1 on') == ('tensor' not in message)

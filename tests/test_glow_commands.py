@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -447,7 +448,7 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
 def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
     line = refused(capsys, '--train', '--dataset=digits', '--lr=1e6', '--n_epochs_warmup=0', '--max_skips=3', *TINY,
                    f'--output_dir={tmp_path}', f'--data_dir={tmp_path}')
-    assert 'at step 5, learning rate 1e+06' in line and 'not finite (4 steps skipped in a row); lower --lr' in line
+    assert 'at step 5, learning rate 1e+06' in line and 'not finite (4 steps skipped in a row); start again with a lower --lr' in line
     assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0      # named in the line, and as good as new
     assert str(only(tmp_path.rglob('*.pt'))) in line
 
@@ -457,6 +458,22 @@ def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypat
     line = refused(capsys, '--train', '--dataset=digits', *TINY, f'--output_dir={tmp_path}', f'--data_dir={tmp_path}')
     assert 'diverged: at step 11' in line and 'not finite (0 steps skipped' in line
     assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
+
+
+def test_a_model_that_cannot_be_sampled_is_trained_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(glow, 'sample_rows', lambda *args: torch.linalg.inv(torch.zeros(2, 2)))
+    glow.main(['--train', '--dataset=digits', *TINY, f'--output_dir={tmp_path}', f'--data_dir={tmp_path}'])
+    assert 'no picture: linalg.inv' in capsys.readouterr().out and only(tmp_path.rglob('results.json'))
+
+
+def test_a_signal_at_the_last_validation_ends_the_program(tmp_path, monkeypatch, capsys):
+    validate = glow.Training.validate
+    monkeypatch.setattr(glow.Training, 'validate', lambda run, folder: (validate(run, folder), signal.raise_signal(signal.SIGTERM)))
+    words = ['--train', '--dataset=digits', *TINY, f'--output_dir={tmp_path}', f'--data_dir={tmp_path}']
+    glow.main(words)
+    assert 'stopped after step 11 by SIGTERM; to go on' in capsys.readouterr().out and not list(tmp_path.rglob('results.json'))
+    glow.main([*words, '--resume'])
+    assert only(tmp_path.rglob('results.json'))         # nothing was left but the evaluation
 
 
 def test_steps_without_finite_gradients_are_skipped(tmp_path, monkeypatch):
