@@ -439,7 +439,9 @@ def distribute(objective, process, **own):
     if process.world_size == 1:
         return objective
     require_agreement(process, weights=digest('', (value.cpu() for value in objective.state_dict().values())), **own)
-    return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    buffers = [name for name, _ in objective.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
 def any_process(flag, process):
@@ -499,7 +501,8 @@ def find_checkpoint(mode, request, process):
     saved = find_run(NAME, request, mode == 'train', load_checkpoint, begun)
     require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', 'validation_loss', 'best')])
     if saved and process.rank == 0:
-        print(f'restored {saved["path"]}: step {saved["step"]}, validation loss {saved["validation_loss"]:.4f} {UNIT}')
+        score = f'validation loss {saved["validation_loss"]:.4f} {UNIT}' if saved['best'] < math.inf else 'not validated yet'
+        print(f'restored {saved["path"]}: step {saved["step"]}, {score}')
         if mode == 'train' and saved['world_size'] != process.world_size:
             print(f'note: {saved["world_size"]} processes before, {process.world_size} now: the batch of a step and the number '
                   'of steps in an epoch change with them')
@@ -618,7 +621,9 @@ def train(data, config, request, process, saved=None):
         if not best.exists():
             run.best = math.inf
         if process.rank == 0:
-            print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
+            print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}')
+            if run.n_steps * (1 - config.ema_decay) < 3:
+                print('note: after so few steps the average, which is what is scored, is mostly of the first: lower --ema_decay')
         with progress(total=run.n_steps, initial=run.step, disable=process.rank > 0, unit='step') as bar:
             begin, first = time.perf_counter(), run.step
             while run.step < run.last_step and not any_process(signals, process):
@@ -735,7 +740,7 @@ def visualize(model, data, path, config, process, vis_dims):
         real = rows * data.std + data.mean
         drawn, _ = sample_rows(model, data, len(real), 1., config.seed)
         figure = draw_pairs(real[:, chosen], drawn[:, chosen], [data.columns[k] for k in chosen],
-                            f'{title}; data below, samples above')
+                            f'{title}; data grey, samples orange')
     picture = path.with_name('visualization.png')
     write_atomically(picture, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
     print(f'wrote {picture}')
@@ -768,8 +773,9 @@ def check(model, data, config):
         error = (model.inverse(z)[0] - x).abs().amax(1)
         n_lost, worst = n_lost + int(error.isnan().sum()), max(worst, error.nan_to_num(0.).max().item())
     k = int(np.argmax(errors))
+    lost = f'; the other {n_lost:,} lie beyond what the inverse reaches' if n_lost else ''
     print(f'{Path(config.dataset).name} test: {len(data.test) - n_lost:,} of {len(data.test):,} rows come back within '
-          f'{worst:.2g}, the inverse does not reach {n_lost:,}; worst layer: {k} ({type(model[k]).__name__}), {errors[k]:.2g}')
+          f'{worst:.2g}{lost}; worst layer: {k} ({type(model[k]).__name__}), {errors[k]:.2g}')
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -778,7 +784,7 @@ def parse_args(argv):
     """-> the mode, {name: value} of the options of Config that were given, and a Request"""
     parser = argparse.ArgumentParser(f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-    return parse(parser, argv, MODES, Config, Request)
+    return parse(parser, argv, MODES, Config, Request, DEFAULTS)
 
 
 def load_data(mode, request, config, saved):
@@ -794,6 +800,8 @@ def load_data(mode, request, config, saved):
 
 
 def start(mode, values, request, process):
+    if request.input and mode != 'evaluate':
+        raise UserError('--input goes with --evaluate')
     for name in ('dataset', 'test_file'):               # tables are found from wherever the model is used
         if Path(values.get(name, '')).suffix in SUFFIXES:
             values[name] = str(Path(values[name]).resolve())

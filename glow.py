@@ -84,7 +84,7 @@ class Config(Options):
 @dataclass
 class Request(RunRequest):
     """What the command line asks for beside it."""
-    z_std: float = option('output', None, 'temperature (default: a grid of them)')
+    z_std: float = option('output', None, 'temperature (default: a grid of them)', 0, 100)
     n_samples: int = option('output', 32, 'samples with --z_std', 1, 10**6)
     vis_attrs: list = option('output', None, 'attributes by index or name (default: all)')
     vis_alphas: list[float] = option('output', (-2., -1., 0., 1., 2.), 'how far to go along them (default: -2,-1,0,1,2)',
@@ -464,7 +464,9 @@ def distribute(objective, process, **own):
     if process.world_size == 1:
         return objective
     require_agreement(process, weights=digest('', (value.cpu() for value in objective.state_dict().values())), **own)
-    return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    buffers = [name for name, _ in objective.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
 def any_process(flag, process):
@@ -524,7 +526,8 @@ def find_checkpoint(mode, request, process):
     saved = find_run(NAME, request, mode == 'train', load_checkpoint, begun)
     require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', 'validation_loss', 'best')])
     if saved and process.rank == 0:
-        print(f'restored {saved["path"]}: step {saved["step"]}, validation loss {saved["validation_loss"]:.4f} {UNIT}')
+        score = f'validation loss {saved["validation_loss"]:.4f} {UNIT}' if saved['best'] < math.inf else 'not validated yet'
+        print(f'restored {saved["path"]}: step {saved["step"]}, {score}')
         if mode == 'train' and saved['world_size'] != process.world_size:
             print(f'note: {saved["world_size"]} processes before, {process.world_size} now: the batch of a step and the number '
                   'of steps in an epoch change with them')
@@ -667,7 +670,9 @@ def train(data, config, request, process, saved=None):
         if not best.exists():
             run.best = math.inf
         if process.rank == 0:
-            print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, at most {run.n_steps:,} steps')
+            print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}')
+            if run.n_steps * (1 - config.ema_decay) < 3:
+                print('note: after so few steps the average, which is what is scored, is mostly of the first: lower --ema_decay')
         with progress(total=run.n_steps, initial=run.step, disable=process.rank > 0, unit='step') as bar:
             begin, first = time.perf_counter(), run.step
             while run.step < run.last_step and not any_process(signals, process):
@@ -816,7 +821,7 @@ def parse_args(argv):
     """-> the mode, {name: value} of the options of Config that were given, and a Request"""
     parser = argparse.ArgumentParser(f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-    return parse(parser, argv, MODES, Config, Request)
+    return parse(parser, argv, MODES, Config, Request, DEFAULTS)
 
 
 def start(mode, values, request, process):

@@ -4,6 +4,7 @@ import textwrap
 import numpy as np
 from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from .files import short
 from .images import draw_grid
@@ -43,7 +44,7 @@ def draw_pairs(real, drawn, columns, title):
     k = len(columns)
     low, high = np.quantile(real, 0.002, axis=0), np.quantile(real, 0.998, axis=0)
     low, high = low - 0.1 * (high - low), high + 0.1 * (high - low)
-    figure = Figure((1.7 * k + 0.6, 1.7 * k + 0.8), layout='constrained')
+    figure = Figure((max(5, 1.7 * k + 0.6), 1.7 * k + 1.2), layout='constrained')
     for (i, j), axes in np.ndenumerate(figure.subplots(k, k, squeeze=False)):
         axes.set(xticks=[], yticks=[], xlim=(low[j], high[j]))
         if i == j:
@@ -54,10 +55,13 @@ def draw_pairs(real, drawn, columns, title):
             rows, colour = (real, '0.4') if i > j else (drawn, 'tab:orange')
             axes.scatter(rows[:, j], rows[:, i], 4, colour, alpha=0.6, linewidths=0)
             axes.set_ylim(low[i], high[i])
+        axes.tick_params(labelsize=6)
         if i == k - 1:
             axes.set_xlabel(short(columns[j], 24), fontsize=8)
-        if j == 0:
+            axes.xaxis.set_major_locator(MaxNLocator(2))
+        if j == 0 and k > 1:
             axes.set_ylabel(short(columns[i], 24), fontsize=8)
+            axes.yaxis.set_major_locator(MaxNLocator(2) if i else NullLocator())    # a histogram's height means nothing
     figure.suptitle(title)
     return figure
 
@@ -66,8 +70,9 @@ def draw_images(images, attributes, names, title):
     """Images (N, C, H, W) and their attributes (N, A) -> matplotlib figure: a grid of them, a row a class where each
     has one class, and how frequent each attribute is"""
     classes = len(names) and (attributes.sum(1) == 1).all()
+    n_across = min(10, len(images))
     shown = [np.flatnonzero(attributes[:, k])[:10] for k in range(len(names))] if classes else np.arange(
-        min(80, len(images))).reshape(-1, 10 if len(images) >= 80 else 1)
+        min(8, len(images) // n_across) * n_across).reshape(-1, n_across)
     grid = np.asarray(draw_grid([images[index] for index in shown if len(index)],
                                 [name for name, index in zip(names, shown) if len(index)] if classes else ()))
     figure = Figure((14 if len(names) else 8, 7), layout='constrained')

@@ -1,6 +1,7 @@
 """What a program can be asked for: dataclasses whose fields are its options, with their bounds, wherever they come from."""
 import math
 import re
+import textwrap
 from dataclasses import dataclass, field, fields, replace
 
 from .files import UserError
@@ -31,14 +32,18 @@ class Options:
                 raise UserError(f'--{f.name}={value!r} is outside {low}..{high}')
 
 
-def parse(parser, argv, modes, kind, request):
+def parse(parser, argv, modes, kind, request, defaults):
     """What argparse's parser finds in argv -> one of the modes, {name: value} of those options of a kind that were given,
-    and the request, of a kind of its own"""
+    and the request, of a kind of its own. defaults: {data set: {name: value}}, for --help"""
     def fail(message):
         raise UserError(f'{message} (see python {parser.prog} --help)')
 
     parser.error, parser.allow_abbrev = fail, False
-    parser.epilog = 'In brackets: defaults. Data sets have their own of some of them.'
+    own = {}
+    for name, values in defaults.items():
+        own.setdefault(' '.join(f'{key}={value:.3g}' for key, value in values.items()), []).append(name)
+    parser.epilog = 'In brackets: defaults. Data sets have their own of some of them:\n' + '\n'.join(
+        textwrap.fill(f'{", ".join(names)}: {text}', 110, subsequent_indent='  ') for text, names in own.items() if text)
     one_of = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
     for mode, text in modes.items():
         one_of.add_argument(f'--{mode}', action='store_const', const=mode, dest='mode', help=text)

@@ -119,7 +119,7 @@ def load_tensors(path):
     """-> what save_tensors wrote: tensors and plain values, never a pickled object, of no more bytes than the file has.
     UserError where it is damaged."""
     if not Path(path).is_file():
-        raise UserError(f'{path}: no such checkpoint')
+        raise UserError(f'{path}: no such checkpoint' + ', but a folder: give its best.pt' * Path(path).is_dir())
     left, storages = Path(path).stat().st_size, {}
 
     def copy(value):

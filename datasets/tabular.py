@@ -113,7 +113,8 @@ def from_units(units, n_columns, path):
 
 def require_same_units(rows, like, name):
     if not (rows.columns == like.columns and np.allclose(rows.mean, like.mean) and np.allclose(rows.std, like.std)):
-        raise UserError(f'{name} is not what it was when the model was trained: score new rows by --evaluate --input=FILE')
+        raise UserError(f'{name} is not what it was when the model was trained: score new rows by --evaluate --input=FILE, or '
+                        'train a new model')
 
 
 # ------------------------------------------------------------------------------------------ the user's tables
@@ -146,6 +147,9 @@ def load_own(path, seed, test_file, dequantize):
     if (std == 0).any():
         raise UserError(f'{path}: column {columns[int(np.argmin(std))]} is constant in the training split: leave it out')
     splits = [standardise(values[np.sort(part)], mean, std, path) for part in (train, validation)]
+    if len(columns) > 1 and np.linalg.eigvalsh(np.corrcoef(values[train], rowvar=False))[0] < 1e-10:
+        notes += ('some columns follow exactly from others, such as copies or sums. The density on such rows has no upper '
+                  'bound, and a log-likelihood no meaning: leave them out',)
     rows = Rows(*splits, None, columns, mean, std, steps=steps, notes=notes)
     if test_file:
         held_out = read_rows(test_file, rows)

@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
 
 def test_the_lines_of_the_default(tmp_path):
     out, _ = command(SCRIPT, '--train', '--n_epochs=4', '--hidden_dim=20', cwd=tmp_path)
-    assert ' parameters, at most 400 steps' in out and '8gaussians test: -' in out and 'best.pt' in out
+    assert ' parameters, step 0 of at most 400\nnote: after so few steps' in out and '8gaussians test: -' in out and 'best.pt' in out
     run = only((tmp_path / 'results').iterdir())
     assert list(run.glob('events.out.tfevents.*'))
     result = json.loads((run / 'results.json').read_text())
@@ -332,6 +332,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
 @pytest.mark.parametrize('words, part', [
     ([], 'one of the arguments --train --evaluate --generate --visualize --check is required'),
     (['--train', '--dataset=u7'], 'unknown data set'),
+    (['--train', '--input=new.csv'], '--input goes with --evaluate'),
     (['--train', '--dataset=power'], 'power/data.npy'),
     (['--train', '--dataset=gas'], 'zenodo.org/records/1161203'),
     (['--train', '--dataset=hepmass'], '1000_train.csv'),

@@ -64,7 +64,7 @@ def test_the_four_lines(tmp_path):
     """On drawn faces in an empty folder, model and data made small"""
     out, _ = command('-m', 'torch.distributed.launch', SCRIPT, '--train', '--image_size=16', '--n_levels=1', *TINY,
                      '--batch_size=256', cwd=tmp_path)
-    assert ' parameters, at most 39 steps' in out and 'faces test: ' in out and 'best.pt' in out
+    assert ' parameters, step 0 of at most 39\nnote: after so few steps' in out and 'faces test: ' in out and 'best.pt' in out
     run = only((tmp_path / 'results').iterdir())
     assert {'checkpoint.pt', 'best.pt', 'results.json'} <= {path.name for path in run.iterdir()}
     assert list(run.glob('events.out.tfevents.*')) and list(run.glob('samples_at_step_*.png'))
@@ -381,6 +381,7 @@ def test_the_readmes_python(trained, tmp_path, monkeypatch):
     (['--train', '--no_such_option'], 'unrecognized arguments'),
     (['--evaluate'], 'python glow.py --train'),
     (['--generate', '--restore_file=nowhere.pt'], 'nowhere.pt: no such checkpoint'),
+    (['--generate', '--restore_file=.'], '.: no such checkpoint, but a folder: give its best.pt'),
     (['--train', '--resume', '--max_skips=-1'], 'outside'),
     (['--visualize', '--vis_alphas', ''], '--vis_alphas is empty'),
     (['--visualize', '--vis_alphas=-1,x'], '--vis_alphas'),

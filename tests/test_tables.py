@@ -309,6 +309,14 @@ def test_discrete_columns_are_noted_and_dequantized(tmp_path):
     assert (np.floor(np.sort(grades) / 0.5) == np.sort(np.floor(grades / 0.5))).all()
 
 
+def test_columns_that_follow_from_others_are_noted(tmp_path):
+    values = np.random.default_rng(0).normal(size=(500, 3)) * [1, 1e3, 1e-3]
+    assert not tabular.load_rows(str(own(tmp_path, values))).notes
+    for column in (values[:, 1], 5 - values[:, 2], values @ [1, 1, 1]):
+        note, = tabular.load_rows(str(own(tmp_path, np.column_stack([values, column])))).notes
+        assert note.startswith('some columns follow exactly from others')
+
+
 def table_with(value, row=3, column=1, n=30):
     values = np.random.default_rng(0).normal(size=(n, 3)).astype(object)
     values[row, column] = value
