@@ -93,22 +93,21 @@ def targets_table(results):
     """What was aimed at, and what came of it: one line for each shape, one column for each variant of ours"""
     lines = {}                              # {(what, against): {variant: 'measured of target'}}
 
-    def put(row, against, what, name, measured, target, met):
-        if met is not None:
-            shape = f', {row["config"]}: {shape_text(row["script"], row["shape"])}' if row else ''
-            lines.setdefault((what + shape, against), {})[name] = f'{measured} of {target}' + ' **missed**' * (not met)
+    def put(what, against, name, measured, target, met):
+        lines.setdefault((what, against), {})[name] = f'{measured} of {target}' + ' **missed**' * (not met)
 
-    for quantity, kind in (('speed', 'rows'), ('memory', 'memory')):
-        for row in results[kind]:
-            peer, *ours = row['entries']        # the first entry of a row is who the others are compared to
-            what = f'{TITLES[row["script"]]} ' + (QUANTITIES[row['quantity']] if kind == 'rows' else 'training: memory')
-            for entry in ours:
-                ratio = entry['ratio'][1] if entry['ratio'] and kind == 'rows' else entry['ratio']
-                put(row, peer['name'], what, entry['name'], f'{significant(ratio)}x', f'{entry["target"] or 0:g}x', entry['met'])
+    for row in (*results['rows'], *results['memory']):
+        peer = row['entries'][0]['name']    # the first entry of a row is who the others are compared to
+        what = f'{TITLES[row["script"]]} {QUANTITIES[row["quantity"]] if "quantity" in row else "training: memory"}'
+        for entry in row['entries']:
+            if entry['met'] is not None:
+                ratio = entry['ratio'][1] if 'quantity' in row else entry['ratio']
+                put(f'{what}, {row["config"]}: {shape_text(row["script"], row["shape"])}', peer, entry['name'],
+                    f'{significant(ratio)}x', f'{entry["target"]:g}x', entry['met'])
     for command in results['commands']:
-        name = 'bf16' if '--bf16' in command['words'] else 'float32'
-        put(None, '', f'`{command["script"]}.py --train {command["words"].removesuffix(" --bf16")}`: time outside of steps', name,
-            f'{command["overhead"]:.1%}', f'{command["target"]:.0%}', command['met'])
+        put(f'`{command["script"]}.py --train {command["words"].removesuffix(" --bf16")}`: time outside of steps', '',
+            'bf16' if '--bf16' in command['words'] else 'float32', f'{command["overhead"]:.1%}', f'{command["target"]:.0%}',
+            command['met'])
     names = list(dict.fromkeys(name for cells in lines.values() for name in cells))
     return table(['what', 'against', *names],
                  [[*line, *(cells.get(name, '') for name in names)] for line, cells in lines.items()])

@@ -457,7 +457,7 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
 def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(glow, 'bits_per_dim', lambda *args: (math.nan, math.nan))
     line = refused(capsys, '--train', '--dataset=digits', *TINY, f'--output_dir={tmp_path}', f'--data_dir={tmp_path}')
-    assert 'diverged: at step 11' in line and 'not finite (0 steps skipped' in line
+    assert 'diverged: at step 11' in line and 'not finite (0 steps skipped' in line and 'lower --lr' in line
     assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
 
 
