@@ -39,8 +39,8 @@ from datasets.figures import draw_pairs, draw_planes, grid, histogram
 from datasets.files import digest, progress, write_atomically, write_json
 from datasets.options import Options, RunRequest, choose, option, parse
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.runs import (Scalars, claim, errors_in_one_line, find_run, read_checkpoint, require_newest, save_tensors,
-                           stop_signals)
+from datasets.runs import (Log, errors_in_one_line, find_checkpoint, own_device, read_checkpoint, require_agreement,
+                           require_finite, run_folder, save_tensors, stop_signals)
 from datasets.tabular import (SUFFIXES, TABLES, from_units, load_rows, read_rows, require_new_table, require_same_units,
                               save_table, units_of)
 from datasets.toy import ENERGIES, SAMPLERS
@@ -404,18 +404,30 @@ class Process(NamedTuple):
     device: torch.device
     store: object = None
 
+    def gather(self, value):
+        """-> what each process has, in the order of their ranks"""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, values):
+        """-> a tensor, summed in place over all processes"""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag):
+        """Whether the flag is set on any of the processes"""
+        return bool(flag) if self.world_size == 1 else self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
+
 
 @contextlib.contextmanager
 def setup():
     """Join the process group of torchrun or torch.distributed.launch, if one started us: NCCL on GPUs, else Gloo."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
     world_size, n_here, n_nodes = (int(os.environ.get(f'{of}WORLD_SIZE', 1)) for of in ('', 'LOCAL_', 'GROUP_'))
-    device, store, n_restarts = torch.device('cpu'), None, os.environ.get('TORCHELASTIC_RESTART_COUNT')
-    if torch.cuda.is_available():
-        if n_here > (n_gpus := torch.cuda.device_count()):
-            raise UserError(f'{n_here} processes on a machine of {n_gpus} GPUs: lower --nproc_per_node')
-        device = torch.device('cuda', local_rank)
-        torch.cuda.set_device(device)
+    device, store, n_restarts = own_device(local_rank, n_here), None, os.environ.get('TORCHELASTIC_RESTART_COUNT')
     if world_size > 1 or n_restarts:
         store, _, _ = next(dist.rendezvous('env://'))
         store = getattr(store, 'underlying_store', store)       # torch 2.4 gives each start a part of its own
@@ -444,46 +456,10 @@ def distribute(objective, process, **own):
     return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
-def any_process(flag, process):
-    """Whether the flag is set on any of the processes"""
-    if process.world_size == 1:
-        return bool(flag)
-    flags = torch.tensor(float(bool(flag)), device=process.device)
-    dist.all_reduce(flags)
-    return flags.item() > 0
-
-
-def require_agreement(process, **own):
-    """Refuses to go on where something is not the same on all processes, naming it"""
-    all_of_them = [own] * process.world_size
-    if process.world_size > 1:
-        dist.all_gather_object(all_of_them, own)
-    different = sorted(name for name in set().union(*all_of_them) if len({repr(one.get(name)) for one in all_of_them}) > 1)
-    if different:
-        raise UserError(f'the processes start from different {" and ".join(different)}')
-
-
-@contextlib.contextmanager
-def run_folder(config, request, process, saved):
-    """-> the folder of the run, a new one or its checkpoint's, the same for all processes"""
-    name = f'{NAME}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
-    folder = saved['path'].parent if saved else Path(request.output_dir) / name
-    with claim(folder, saved is None) if process.rank == 0 else contextlib.nullcontext() as folder:
-        folders = [folder]
-        if process.world_size > 1:
-            dist.broadcast_object_list(folders)
-        if process.rank == 0:
-            require_newest(saved, load_checkpoint)
-            if process.store:
-                process.store.set(NAME, str(folder))
-            print(f'{folder}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
-        yield folders[0]
-
-
-def save(run, scalars, path):
+def save(run, log, path):
     """All that a run needs to go on and its model to be used, what was logged before it; written by the main process"""
     if run.process.rank == 0:
-        scalars.flush()
+        log.flush()
         save_tensors(path, {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
                             'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
                             **{name: getattr(run, name).state_dict() for name in PARTS}})
@@ -492,21 +468,6 @@ def save(run, scalars, path):
 def load_checkpoint(path):
     """-> the dict in a checkpoint, its config a Config, or UserError: nothing in the file is trusted"""
     return read_checkpoint(path, f'{NAME}.py', CHECKPOINT, Config, N_DIMS, lambda *options: AveragedModel(build_model(*options)))
-
-
-def find_checkpoint(mode, request, process):
-    """-> the checkpoint of the run that torchrun starts anew, the one that --restore_file names, or the newest run's; None
-    where training starts from nothing"""
-    begun = process.store.get(NAME).decode() if process.store and process.store.check([NAME]) else None
-    saved = find_run(NAME, request, mode == 'train', load_checkpoint, begun)
-    require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', 'validation_loss', 'best')])
-    if saved and process.rank == 0:
-        score = f'validation loss {saved["validation_loss"]:.4f} {UNIT}' if saved['best'] < math.inf else 'not validated yet'
-        print(f'restored {saved["path"]}: step {saved["step"]}, {score}')
-        if mode == 'train' and saved['world_size'] != process.world_size:
-            print(f'note: {saved["world_size"]} processes before, {process.world_size} now: the batch of a step and the number '
-                  'of steps in an epoch change with them')
-    return saved
 
 
 def restore_model(saved, device):
@@ -533,9 +494,7 @@ def row_losses(objective, rows, process):
     own = np.arange(len(rows))[process.rank::process.world_size]
     for index in (own[i:i + 10_000] for i in range(0, len(own), 10_000)):
         losses[index] = objective.per_row(torch.from_numpy(rows[index]).to(process.device)).double()
-    if process.world_size > 1:
-        dist.all_reduce(losses)         # zero where another process fills in
-    return losses.cpu()
+    return process.sum(losses).cpu()        # zero where another process fills in
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -611,46 +570,29 @@ def train(data, config, request, process, saved=None):
     """Train to the end, from a checkpoint's dict if there is one; leaves checkpoint.pt, the last state, and best.pt
     -> the best one's dict, or None where a signal ended it before"""
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
-    with run_folder(config, request, process, saved) as run_dir, stop_signals() as signals:
+    with run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir, stop_signals() as signals:
         run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
-        scalars = Scalars(run_dir if process.rank == 0 else None, run.step + 1)
         if saved:
             saved.clear()       # copied; else it lay in memory until the end
-        if not newest.exists():
-            save(run, scalars, newest)
-        if not best.exists():
-            run.best = math.inf
-        if process.rank == 0:
-            print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}')
-            if run.n_steps * (1 - config.ema_decay) < 3:
-                print('note: after so few steps the average, which is what is scored, is mostly of the first: lower --ema_decay')
-        with progress(total=run.n_steps, initial=run.step, disable=process.rank > 0, unit='step') as bar:
-            begin, first = time.perf_counter(), run.step
-            while run.step < run.last_step and not any_process(signals, process):
+        with Log(run, run_dir, SCORE, UNIT, ITEMS) as log:
+            if not newest.exists():
+                save(run, log, newest)
+            if not best.exists():
+                run.best = math.inf
+            while run.step < run.last_step and not process.any(signals):
                 loss, norm = run.take_step()
-                bar.update()
-                lr = run.optimizer.param_groups[0]['lr']
                 is_due = run.step % run.validate_every == 0 or run.step == run.last_step
                 if is_due:
                     run.validate(run_dir)
-                    scalars.add(run.step, {f'{SCORE}/validation': run.validation_loss})
-                if run.skips_in_a_row > request.max_skips or is_due and not math.isfinite(run.validation_loss):
-                    raise UserError(f'training diverged: at step {run.step}, learning rate {lr:g}, the loss, its gradients or '
-                                    f'the validation score are not finite ({run.skips_in_a_row} steps skipped in a row); '
-                                    f'start again with a lower --lr; the last checkpoint is {newest}')
-                if run.step % LOG_STEPS == 0 and not run.skips_in_a_row:
-                    speed = (run.step - first) * config.batch_size * process.world_size / (time.perf_counter() - begin)
-                    validation = f' (validation: {run.validation_loss:.3f})' if run.best < math.inf else ''
-                    bar.set_postfix_str(f'{loss:.3f} {UNIT}{validation}, {speed:.0f} {ITEMS}/s', refresh=False)
-                    scalars.add(run.step, {f'{SCORE}/train': loss.item(), 'gradient_norm': norm.item(), 'lr': lr,
-                                           f'{ITEMS}_per_s': speed, 'steps_skipped': run.n_skipped})
+                require_finite(run, is_due, request.max_skips, newest)
+                log.step(loss, norm, LOG_STEPS, is_due)
                 if is_due and run.validation_loss < run.best:
                     run.best = run.validation_loss
-                    save(run, scalars, best)
+                    save(run, log, best)
                 if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never done again
-                    save(run, scalars, newest)
-        if any_process(signals, process) or run.step < run.last_step:   # asked of all: the main one has written its files
-            save(run, scalars, newest)
+                    save(run, log, newest)
+        if process.any(signals) or run.step < run.last_step:    # asked of all: the main one has written its files
+            save(run, log, newest)
             if process.rank == 0:
                 print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
                       f'python {NAME}.py --train --restore_file={newest}')
@@ -805,7 +747,7 @@ def start(mode, values, request, process):
     for name in ('dataset', 'test_file'):               # tables are found from wherever the model is used
         if Path(values.get(name, '')).suffix in SUFFIXES:
             values[name] = str(Path(values[name]).resolve())
-    saved = find_checkpoint(mode, request, process)
+    saved = find_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
     config = choose(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
     data = load_data(mode, request, config, saved)
     if mode == 'train':

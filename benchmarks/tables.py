@@ -31,6 +31,7 @@ from sklearn.neighbors import KernelDensity
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import bnaf
+from datasets.runs import find_run
 from datasets.tabular import load_rows, read_rows, spread, write_table
 from report import insert, significant, table
 from timing import START, machine_name, progress
@@ -98,7 +99,7 @@ def train_bnaf(options, source, others, seed):
         run('--train', f'--dataset={source}', f'--seed={seed}', f'--output_dir={folder}', f'--scores={files[0]}', *options)
         if others:
             run('--evaluate', f'--output_dir={folder}', f'--input={others}', f'--scores={files[1]}')
-        best = bnaf.find_run('bnaf', bnaf.Request(output_dir=str(folder)), False, bnaf.load_checkpoint)
+        best = find_run('bnaf', bnaf.Request(output_dir=str(folder)), False, bnaf.load_checkpoint)
         test, other = (np.load(file)[:, 1] if file.exists() else None for file in files)
     return test, other, {'validation': -best['best'], 'step': best['step']}
 

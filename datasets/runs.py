@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .files import UserError, alone, new_folder, reason, write_atomically, writing
+from .files import UserError, alone, new_folder, progress, reason, write_atomically, writing
 
 NAMED = {'torch._utils _rebuild_tensor_v2', 'torch FloatStorage', 'torch BoolStorage', 'torch LongStorage',
          'collections OrderedDict', 2}          # all that the pickle of a checkpoint names, and its protocol
@@ -68,6 +69,43 @@ def find_run(script, request, is_to_train, load, begun=None):
     return load(best if best.exists() else newest)
 
 
+def find_checkpoint(script, unit, mode, request, process, load):
+    """-> load(path) of the run that torchrun starts anew, or find_run's; it is said what it is, and if it goes on otherwise"""
+    begun = process.store.get(script).decode() if process.store and process.store.check([script]) else None
+    saved = find_run(script, request, mode == 'train', load, begun)
+    require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', 'validation_loss', 'best')])
+    if saved and process.rank == 0:
+        score = f'validation loss {saved["validation_loss"]:.4f} {unit}' if saved['best'] < math.inf else 'not validated yet'
+        print(f'restored {saved["path"]}: step {saved["step"]}, {score}')
+        if mode == 'train' and saved['world_size'] != process.world_size:
+            print(f'note: {saved["world_size"]} processes before, {process.world_size} now: the batch of a step and the number '
+                  'of steps in an epoch change with them')
+    return saved
+
+
+@contextlib.contextmanager
+def run_folder(script, config, request, process, saved, load):
+    """-> the folder of the run, a new one or its checkpoint's, the same for all processes"""
+    name = f'{script}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
+    folder = saved['path'].parent if saved else Path(request.output_dir) / name
+    with claim(folder, saved is None) if process.rank == 0 else contextlib.nullcontext() as folder:
+        folder, *_ = process.gather(folder)
+        if process.rank == 0:
+            require_newest(saved, load)
+            if process.store:
+                process.store.set(script, str(folder))
+            print(f'{folder}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
+        yield folder
+
+
+def require_agreement(process, **own):
+    """Refuses to go on where something is not the same on all processes, naming it"""
+    all_of_them = process.gather(own)
+    different = sorted(name for name in set().union(*all_of_them) if len({repr(one.get(name)) for one in all_of_them}) > 1)
+    if different:
+        raise UserError(f'the processes start from different {" and ".join(different)}')
+
+
 def require_newest(saved, load):
     """UserError where the last checkpoint in its folder, which is claimed, is past the one to train on from"""
     newest = saved and saved['path'].with_name('checkpoint.pt')
@@ -101,6 +139,58 @@ class Scalars:
             with writing(f'the events of {self.folder}'):
                 self.writer.flush()
         self.flushed = time.time()
+
+
+class Log(Scalars):
+    """What the main process shows of a training, all that it says being of one unit a step: Scalars, and a progress bar"""
+    def __init__(self, run, folder, score, unit, items):
+        is_main = run.process.rank == 0
+        super().__init__(folder if is_main else None, run.step + 1)
+        if is_main:
+            print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}')
+            if run.n_steps * (1 - run.config.ema_decay) < 3:
+                print('note: after so few steps the average, which is what is scored, is mostly of the first: lower --ema_decay')
+        self.run, self.score, self.unit, self.items = run, score, unit, items
+        self.begin, self.first = time.perf_counter(), run.step
+        self.bar = progress(total=run.n_steps, initial=run.step, disable=not is_main, unit='step')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def step(self, loss, norm, every, is_validated):
+        """After each step, of a loss and gradient norm that are shown every so many steps only"""
+        run, score = self.run, self.score
+        self.bar.update()
+        if is_validated:
+            self.add(run.step, {f'{score}/validation': run.validation_loss})
+        if run.step % every == 0 and not run.skips_in_a_row:
+            speed = ((run.step - self.first) * run.config.batch_size * run.process.world_size
+                     / (time.perf_counter() - self.begin))
+            validation = f' (validation: {run.validation_loss:.3f})' if run.best < math.inf else ''
+            self.bar.set_postfix_str(f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s', refresh=False)
+            self.add(run.step, {f'{score}/train': loss.item(), 'gradient_norm': norm.item(), f'{self.items}_per_s': speed,
+                                'lr': run.optimizer.param_groups[0]['lr'], 'steps_skipped': run.n_skipped})
+
+
+def require_finite(run, is_validated, max_skips, newest):
+    """UserError where a training diverged: too many steps in a row were skipped, or there is no validation score"""
+    if run.skips_in_a_row > max_skips or is_validated and not math.isfinite(run.validation_loss):
+        raise UserError(f'training diverged: at step {run.step}, learning rate {run.optimizer.param_groups[0]["lr"]:g}, the '
+                        f'loss, its gradients or the validation score are not finite ({run.skips_in_a_row} steps skipped in '
+                        f'a row); start again with a lower --lr; the last checkpoint is {newest}')
+
+
+def own_device(local_rank, n_here):
+    """-> this process's GPU, of n_here processes on this machine, or the CPU"""
+    if not torch.cuda.is_available():
+        return torch.device('cpu')
+    if n_here > (n_gpus := torch.cuda.device_count()):
+        raise UserError(f'{n_here} processes on a machine of {n_gpus} GPUs: lower --nproc_per_node')
+    torch.cuda.set_device(local_rank)
+    return torch.device('cuda', local_rank)
 
 
 def save_tensors(path, content):
@@ -154,6 +244,17 @@ def load_tensors(path):
     except Exception as error:      # a damaged file fails in too many ways to list
         raise UserError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
                         f'and plain values ({type(error).__name__})') from None
+
+
+def cached_tensor(path, shape, make):
+    """-> float32 tensor of that shape: what make() gives, kept in a file"""
+    with contextlib.suppress(UserError):        # none, or damaged: made again
+        tensor = load_tensors(path)
+        if isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (shape, torch.float32):
+            return tensor
+    tensor = make()
+    save_tensors(path, tensor)
+    return tensor
 
 
 def matches(value, form):

@@ -16,6 +16,7 @@ import bnaf
 import glow
 import tiny_tables
 from datasets import tabular
+from datasets.runs import find_run
 from test_glow_commands import command, only
 
 SCRIPT = Path(bnaf.__file__)
@@ -324,7 +325,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
         if '--input' in line or '--scores' in line:
             bnaf.main(['--train', '--dataset=my.csv', '--n_epochs=5', '--n_flows=1', '--hidden_dim=4'])
         bnaf.main(words)
-        newest = bnaf.find_run('bnaf', bnaf.Request(), False, Path)
+        newest = find_run('bnaf', bnaf.Request(), False, Path)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
