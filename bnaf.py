@@ -35,7 +35,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from datasets import UserError
-from datasets.figures import draw_pairs, draw_planes, grid, histogram
+from datasets.figures import draw_pairs, draw_plane
 from datasets.files import digest, progress, write_atomically, write_json
 from datasets.options import Options, RunRequest, choose, option, parse
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
@@ -526,7 +526,7 @@ class Training:
             for field in FIELDS:
                 setattr(self, field, saved[field])
             for part in PARTS:
-                getattr(self, part).load_state_dict(saved[part])
+                getattr(self, part).load_state_dict(saved.pop(part))    # copied; else it lay in memory until the end
         self.objective = distribute(Objective(self.model, data), process, options=asdict(replace(config, data_dir='')),
                                     data=data.fingerprint, step=self.step)
         self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
@@ -572,8 +572,6 @@ def train(data, config, request, process, saved=None):
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir, stop_signals() as signals:
         run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
-        if saved:
-            saved.clear()       # copied; else it lay in memory until the end
         with Log(run, run_dir, SCORE, UNIT, ITEMS) as log:
             if not newest.exists():
                 save(run, log, newest)
@@ -593,9 +591,7 @@ def train(data, config, request, process, saved=None):
                     save(run, log, newest)
         if process.any(signals) or run.step < run.last_step:    # asked of all: the main one has written its files
             save(run, log, newest)
-            if process.rank == 0:
-                print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
-                      f'python {NAME}.py --train --restore_file={newest}')
+            log.stopped(signals, NAME, newest)
             return None
         return load_checkpoint(best if best.exists() else newest)
 
@@ -617,18 +613,17 @@ def evaluate(model, data, saved, config, process, scores, input_file):
         return
     mean, error = losses.mean().item(), 2 * losses.std(correction=0).item() / math.sqrt(len(rows))
     name = str(input_file) if input_file else f'{Path(config.dataset).name} test'
-    about = {'dataset': name, 'n_rows': len(rows), 'two_standard_errors': error, 'step': saved['step'],
-             'checkpoint': saved['path'].name}
     if data.energy is None:
-        results = {'log_likelihood_nats': -mean, **about}
-        print(f'{name}: {-mean:.4f} ± {error:.4f} nats ({len(rows):,} rows, two standard errors)')
+        results, said = {'log_likelihood_nats': -mean}, f'{-mean:.4f} ± {error:.4f} nats ({len(rows):,} rows'
     else:
         ess = ((-losses).softmax(0).square().sum() * len(rows)).reciprocal().item()
-        results = {'kl_nats': mean, 'effective_sample_size': ess, **about}
-        print(f'{name}: KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {ess:.1%} '
-              f'({len(rows):,} samples, two standard errors)')
+        results, said = {'kl_nats': mean, 'effective_sample_size': ess}, (
+            f'KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {ess:.1%} ({len(rows):,} samples')
+    print(f'{name}: {said}, two standard errors)')
     if not input_file:
-        write_json(saved['path'].with_name('results.json'), results)
+        write_json(saved['path'].with_name('results.json'), {
+            **results, 'dataset': name, 'n_rows': len(rows), 'two_standard_errors': error, 'step': saved['step'],
+            'checkpoint': saved['path'].name})
     if scores:
         index = np.arange(len(rows)) if input_file else data.test_index
         save_table(scores, np.stack([index, -losses], 1), ('row', 'log_likelihood'))
@@ -675,30 +670,17 @@ def visualize(model, data, path, config, process, vis_dims):
     mean = row_losses(Objective(model, data), data.test, Process(0, 1, process.device)).mean().item()     # it draws alone
     title = f'{Path(config.dataset).stem}: {objective_text(data, mean)}'
     if len(data.columns) == 2:
-        figure = planes(model, data, config, title)
+        samples, _ = sample_rows(model, data, 50_000, 1., config.seed)
+        figure = draw_plane(data, samples, partial(density, model, data), title)
     else:
         chosen = [data.column_index(text) for text in vis_dims] if vis_dims else list(range(min(8, len(data.columns))))
-        rows = np.concatenate([part[:1500] for part in (data.test, data.validation, data.train)])[:1500]
-        real = rows * data.std + data.mean
+        real = data.some(1500)
         drawn, _ = sample_rows(model, data, len(real), 1., config.seed)
         figure = draw_pairs(real[:, chosen], drawn[:, chosen], [data.columns[k] for k in chosen],
                             f'{title}; data grey, samples orange')
     picture = path.with_name('visualization.png')
     write_atomically(picture, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
     print(f'wrote {picture}')
-
-
-def planes(model, data, config, title, n=300):
-    """Figure of the target, the learned density on an n x n grid, and samples"""
-    samples, _ = sample_rows(model, data, 50_000, 1., config.seed)
-    rows = data.draw(np.random.default_rng(0), 10**6) if data.draw else data.test * data.std + data.mean
-    extent = (-4.2, 4.2, -4.2, 4.2) if data.draw else np.stack([rows.min(0), rows.max(0)], 1).ravel()
-    points = grid(extent, n)
-    target = (histogram(rows, extent, 200 if data.draw else 40) if data.energy is None else
-              (-data.energy(torch.from_numpy(points))).exp().numpy().reshape(n, n))
-    panels = {'target' if data.draw else 'test data': target, title: density(model, data, points).reshape(n, n),
-              'samples': histogram(samples, extent, 120)}
-    return draw_planes(panels, data.columns, extent)
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ from datasets import IMAGE_DATASETS, UserError, load_images, load_photo, save_gr
 from datasets.files import digest, progress, write_json
 from datasets.options import Options, RunRequest, choose, option, parse
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.runs import (Log, cached_tensor, errors_in_one_line, find_checkpoint, own_device, read_checkpoint,
-                           require_agreement, require_finite, run_folder, save_tensors, stop_signals)
+from datasets.runs import (Log, cached_tensor, errors_in_one_line, find_checkpoint, optional, own_device,
+                           read_checkpoint, require_agreement, require_finite, run_folder, save_tensors, stop_signals)
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -339,11 +339,9 @@ class Glow(nn.Module):
     """
     def __init__(self, input_dims, n_levels, depth, width, n_bits=5, checkpoint_grads=False, plu=True):
         super().__init__()
-        c, h, w = input_dims
-        self.input_dims = tuple(input_dims)
+        self.input_dims = c, h, w = tuple(input_dims)
         self.dequantize = Dequantize(n_bits)
-        self.levels = nn.ModuleList()
-        self.z_shapes = []
+        self.levels, self.z_shapes = nn.ModuleList(), []
         for level in range(n_levels + 1):
             is_last = level == n_levels
             self.levels.append(FlowLevel(c, depth, width, is_last, plu, checkpoint_grads))
@@ -576,7 +574,7 @@ class Training:
             for field in FIELDS:
                 setattr(self, field, saved[field])
             for part in PARTS:
-                getattr(self, part).load_state_dict(saved[part])
+                getattr(self, part).load_state_dict(saved.pop(part))    # copied; else it lay in memory until the end
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()        # steps of one shape share what was compiled for the first
@@ -594,11 +592,9 @@ class Training:
                                                4 * self.config.batch_size, self.process)
         if self.process.rank == 0:
             tqdm.write(f'step {self.step}: validation {self.validation_loss:.4f} bits/dim')
-            try:
+            with optional('picture'):
                 rows = sample_rows(self.average.module, (0., 0.25, 0.7, 1.), 8, self.config.seed, self.process.device)
                 save_grid(run_dir / f'samples_at_step_{self.step:06}.png', rows, ['T = 0', 'T = 0.25', 'T = 0.7', 'T = 1'])
-            except (UserError, torch.linalg.LinAlgError) as error:      # a picture is not worth a training
-                tqdm.write(f'no picture: {error}')
 
 
 def update(run, loss):
@@ -621,8 +617,6 @@ def train(data, config, request, process, saved=None):
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir, stop_signals() as signals:
         run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
-        if saved:
-            saved.clear()       # copied; else it lay in memory until the end
         with Log(run, run_dir, SCORE, UNIT, ITEMS) as log:
             if not newest.exists():
                 save(run, log, newest)
@@ -642,9 +636,7 @@ def train(data, config, request, process, saved=None):
                     save(run, log, newest)
         if process.any(signals) or run.step < run.last_step:    # asked of all: the main one has written its files
             save(run, log, newest)
-            if process.rank == 0:
-                print(f'stopped after step {run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
-                      f'python {NAME}.py --train --restore_file={newest}')
+            log.stopped(signals, NAME, newest)
             return None
         return load_checkpoint(best if best.exists() else newest)
 
@@ -713,15 +705,7 @@ def attribute_directions(model, data, path, config, device):
 
 def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img):
     """Decode z + alpha * dz: one row an attribute, one column an alpha, the unchanged image in the middle."""
-    names = data.attribute_names
-    if not names:
-        raise UserError(f'{config.dataset} in {config.data_dir} has no attributes to visualize')
-    has = data.train.attributes[:DZ_IMAGES]
-    varies = has.any(0) & ~has.all(0)
-    chosen = [data.attribute_index(text) for text in vis_attrs] if vis_attrs else list(np.flatnonzero(varies))
-    for i in chosen:
-        if not varies[i]:
-            raise UserError(f'attribute {i} ({names[i]}) is the same in all training images: it cannot be edited')
+    names, chosen = data.attribute_names, data.editable(vis_attrs, DZ_IMAGES)
     image = load_photo(vis_img, config.dataset, config.image_size) if vis_img else data.test.images[0]
     dz = attribute_directions(model, data, path, config, device)
     z = encode(model, image[None], device)

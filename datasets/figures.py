@@ -2,6 +2,7 @@
 import textwrap
 
 import numpy as np
+import torch
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -36,6 +37,18 @@ def draw_planes(panels, columns, extent):
                     interpolation='nearest', vmin=0, vmax=np.quantile(values, 0.998))
         axes.set(title=short(title), xlabel=short(columns[0]), ylabel=short(columns[1]))
     return figure
+
+
+def draw_plane(data, samples, density, title, n=300):
+    """Two columns -> matplotlib figure of the target, the learned density(points (n^2, 2)) and the samples (N, 2)"""
+    rows = data.draw(np.random.default_rng(0), 10**6) if data.draw else data.test * data.std + data.mean
+    extent = (-4.2, 4.2, -4.2, 4.2) if data.draw else np.stack([rows.min(0), rows.max(0)], 1).ravel()
+    points = grid(extent, n)
+    target = (histogram(rows, extent, 200 if data.draw else 40) if data.energy is None else
+              (-data.energy(torch.from_numpy(points))).exp().numpy().reshape(n, n))
+    panels = {'target' if data.draw else 'test data': target, title: density(points).reshape(n, n),
+              'samples': histogram(samples, extent, 120)}
+    return draw_planes(panels, data.columns, extent)
 
 
 def draw_pairs(real, drawn, columns, title):

@@ -17,6 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from tqdm import tqdm
 
 from .files import UserError, alone, new_folder, progress, reason, write_atomically, writing
 
@@ -160,6 +161,12 @@ class Log(Scalars):
     def __exit__(self, *error):
         self.bar.close()
 
+    def stopped(self, signals, script, newest):
+        """Says, after a signal, how to go on"""
+        if self.writer:
+            print(f'stopped after step {self.run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
+                  f'python {script}.py --train --restore_file={newest}')
+
     def step(self, loss, norm, every, is_validated):
         """After each step, of a loss and gradient norm that are shown every so many steps only"""
         run, score = self.run, self.score
@@ -181,6 +188,15 @@ def require_finite(run, is_validated, max_skips, newest):
         raise UserError(f'training diverged: at step {run.step}, learning rate {run.optimizer.param_groups[0]["lr"]:g}, the '
                         f'loss, its gradients or the validation score are not finite ({run.skips_in_a_row} steps skipped in '
                         f'a row); start again with a lower --lr; the last checkpoint is {newest}')
+
+
+@contextlib.contextmanager
+def optional(what):
+    """For what is not worth a training: where it fails, it is said why, and that is all"""
+    try:
+        yield
+    except (UserError, torch.linalg.LinAlgError) as error:
+        tqdm.write(f'no {what}: {error}')
 
 
 def own_device(local_rank, n_here):

@@ -69,6 +69,10 @@ class Rows:
         """'2' or a column's name -> 2; raises UserError with the nearest names"""
         return index_of(text, self.columns, 'column')
 
+    def some(self, n):
+        """-> up to n rows in the data's own units, first those of the test split"""
+        return np.concatenate([part[:n] for part in (self.test, self.validation, self.train)])[:n] * self.std + self.mean
+
 
 def load_rows(name, data_dir='data', seed=0, test_file='', dequantize=False):
     """-> Rows of a two-dimensional problem, of one of TABLES, or of a table of the user's own. Raises UserError."""
