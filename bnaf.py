@@ -35,14 +35,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from datasets import UserError
-from datasets.figures import draw_pairs, draw_plane
-from datasets.files import digest, progress, write_atomically, write_json
+from datasets.figures import draw_pairs, draw_plane, save_figure
+from datasets.files import digest, progress, write_json
 from datasets.options import Options, RunRequest, choose, option, parse
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
 from datasets.runs import (Log, errors_in_one_line, find_checkpoint, own_device, read_checkpoint, require_agreement,
-                           require_finite, run_folder, save_tensors, stop_signals)
-from datasets.tabular import (SUFFIXES, TABLES, from_units, load_rows, read_rows, require_new_table, require_same_units,
-                              save_table, units_of)
+                           require_finite, restore_run, run_folder, save_run, stop_signals)
+from datasets.tabular import SUFFIXES, TABLES, load_for, read_rows, require_new_table, save_table, units_of
 from datasets.toy import ENERGIES, SAMPLERS
 
 
@@ -69,7 +68,7 @@ class Config(Options):
     n_flows: int = option('model', 5, 'flows, the variables flipped between them', 1, 2**8)
     n_hidden: int = option('model', 1, 'inner layers of a flow, hidden to hidden', 0, 2**6)
     hidden_dim: int = option('model', 10, 'hidden units a variable', 1, 2**12)
-    residual: str = option('model', 'gated', ', '.join(RESIDUALS) + '; none on the last flow')
+    residual: str = option('model', 'gated', ', '.join(RESIDUALS) + '; none on the last flow', choices=RESIDUALS)
     checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
     n_epochs: int = option('optimisation', 1000, 'epochs, at most; of 100 steps where each draws new rows', 1)
     n_epochs_warmup: float = option('optimisation', 0., 'epochs over which the learning rate rises linearly from 0')
@@ -82,11 +81,6 @@ class Config(Options):
     grad_norm_clip: float = option('optimisation', 0.1, 'gradients are clipped at this norm')
     ema_decay: float = option('optimisation', 0.998, 'Polyak average, used for all but training; 0 turns it off', 0, 1)
     seed: int = option('optimisation', 0, 'of initialisation, splits, shuffling, noise and samples', 0, 2**63 - 1)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.residual not in RESIDUALS:
-            raise UserError(f'--residual={self.residual}: it is one of {", ".join(RESIDUALS)}')
 
 
 @dataclass
@@ -327,11 +321,9 @@ class BNAF(Sequence):
     an energy, from noise to rows. hidden_dim counts units a variable; the last flow has no residual.
     """
     def __init__(self, data_dim, n_flows=5, n_hidden=1, hidden_dim=10, residual='gated', checkpoint_grads=False):
-        layers = []
-        for k in range(n_flows):
-            own = residual if k < n_flows - 1 else None
-            layers += [BlockFlow(data_dim, n_hidden, hidden_dim, own, checkpoint_grads), Flip()]
-        super().__init__(layers[:-1])
+        residuals = [residual] * (n_flows - 1) + [None]
+        flows = [BlockFlow(data_dim, n_hidden, hidden_dim, own, checkpoint_grads) for own in residuals]
+        super().__init__([layer for flow in flows for layer in (flow, Flip())][:-1])
         self.data_dim = data_dim
 
     def log_prob(self, x):
@@ -456,15 +448,6 @@ def distribute(objective, process, **own):
     return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
-def save(run, log, path):
-    """All that a run needs to go on and its model to be used, what was logged before it; written by the main process"""
-    if run.process.rank == 0:
-        log.flush()
-        save_tensors(path, {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
-                            'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
-                            **{name: getattr(run, name).state_dict() for name in PARTS}})
-
-
 def load_checkpoint(path):
     """-> the dict in a checkpoint, its config a Config, or UserError: nothing in the file is trusted"""
     return read_checkpoint(path, f'{NAME}.py', CHECKPOINT, Config, N_DIMS, lambda *options: AveragedModel(build_model(*options)))
@@ -523,10 +506,7 @@ class Training:
         self.n_steps = config.n_epochs * self.steps_per_epoch
         self.n_annealing = config.annealing * self.n_steps          # as planned at first, however long it goes on
         if saved is not None:
-            for field in FIELDS:
-                setattr(self, field, saved[field])
-            for part in PARTS:
-                getattr(self, part).load_state_dict(saved.pop(part))    # copied; else it lay in memory until the end
+            restore_run(self, saved, FIELDS, PARTS)
         self.objective = distribute(Objective(self.model, data), process, options=asdict(replace(config, data_dir='')),
                                     data=data.fingerprint, step=self.step)
         self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
@@ -548,7 +528,8 @@ class Training:
     def validate(self, run_dir):
         """The objective on the validation split with the averaged weights, and the learning rate that follows from it"""
         loss = row_losses(Objective(self.average.module, self.data), self.data.validation, self.process).mean().item()
-        self.scheduler.step(loss)
+        if math.isfinite(loss):
+            self.scheduler.step(loss)
         self.best_step, self.validation_loss = self.step if loss < self.best else self.best_step, loss
 
 
@@ -572,25 +553,28 @@ def train(data, config, request, process, saved=None):
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir, stop_signals() as signals:
         run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
-        with Log(run, run_dir, SCORE, UNIT, ITEMS) as log:
-            if not newest.exists():
-                save(run, log, newest)
-            if not best.exists():
-                run.best = math.inf
+        log = Log(run, run_dir, SCORE, UNIT, ITEMS)
+        save = partial(save_run, run, log, NAME, FIELDS, PARTS)
+        if not newest.exists():
+            save(newest)
+        if not best.exists():
+            run.best = math.inf
+        with log:
             while run.step < run.last_step and not process.any(signals):
                 loss, norm = run.take_step()
+                log.step(loss, norm, LOG_STEPS)
                 is_due = run.step % run.validate_every == 0 or run.step == run.last_step
                 if is_due:
                     run.validate(run_dir)
+                    log.validated()
                 require_finite(run, is_due, request.max_skips, newest)
-                log.step(loss, norm, LOG_STEPS, is_due)
                 if is_due and run.validation_loss < run.best:
                     run.best = run.validation_loss
-                    save(run, log, best)
+                    save(best)
                 if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never done again
-                    save(run, log, newest)
+                    save(newest)
         if process.any(signals) or run.step < run.last_step:    # asked of all: the main one has written its files
-            save(run, log, newest)
+            save(newest)
             log.stopped(signals, NAME, newest)
             return None
         return load_checkpoint(best if best.exists() else newest)
@@ -614,12 +598,12 @@ def evaluate(model, data, saved, config, process, scores, input_file):
     mean, error = losses.mean().item(), 2 * losses.std(correction=0).item() / math.sqrt(len(rows))
     name = str(input_file) if input_file else f'{Path(config.dataset).name} test'
     if data.energy is None:
-        results, said = {'log_likelihood_nats': -mean}, f'{-mean:.4f} ± {error:.4f} nats ({len(rows):,} rows'
+        results, said = {'log_likelihood_nats': -mean}, f'{-mean:.4f} ± {error:.4f} nats'
     else:
         ess = ((-losses).softmax(0).square().sum() * len(rows)).reciprocal().item()
-        results, said = {'kl_nats': mean, 'effective_sample_size': ess}, (
-            f'KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {ess:.1%} ({len(rows):,} samples')
-    print(f'{name}: {said}, two standard errors)')
+        results = {'kl_nats': mean, 'effective_sample_size': ess}
+        said = f'KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {ess:.1%}'
+    print(f'{name}: {said} ({len(rows):,} {"samples" if data.energy else "rows"}, two standard errors)')
     if not input_file:
         write_json(saved['path'].with_name('results.json'), {
             **results, 'dataset': name, 'n_rows': len(rows), 'two_standard_errors': error, 'step': saved['step'],
@@ -658,10 +642,8 @@ def density(model, data, points):
     """p at points (N, D) in the data's own units; 0 where the flow does not reach"""
     _, pull = directions(model.double(), data)
     x = (torch.from_numpy(points) - torch.from_numpy(data.mean)) / torch.from_numpy(data.std)
-    log_p = []
-    for part in x.to(next(model.parameters()).device).split(10_000):
-        z, logdet = pull(part)
-        log_p.append(log_normal(z) + logdet)
+    x = x.to(next(model.parameters()).device)
+    log_p = [log_normal(z) + logdet for z, logdet in map(pull, x.split(10_000))]
     return torch.cat(log_p).exp().nan_to_num(0.).cpu().numpy() / data.std.prod()
 
 
@@ -678,9 +660,7 @@ def visualize(model, data, path, config, process, vis_dims):
         drawn, _ = sample_rows(model, data, len(real), 1., config.seed)
         figure = draw_pairs(real[:, chosen], drawn[:, chosen], [data.columns[k] for k in chosen],
                             f'{title}; data grey, samples orange')
-    picture = path.with_name('visualization.png')
-    write_atomically(picture, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
-    print(f'wrote {picture}')
+    save_figure(path.with_name('visualization.png'), figure)
 
 
 @torch.no_grad()
@@ -711,18 +691,6 @@ def parse_args(argv):
     return parse(parser, argv, MODES, Config, Request, DEFAULTS)
 
 
-def load_data(mode, request, config, saved):
-    """-> Rows; in a checkpoint's units, and without any rows where only those are needed"""
-    like = saved and from_units(saved['units'], saved['input_dims'][0], saved['path'])
-    if like and config.dataset not in DEFAULTS and (mode == 'generate' or mode == 'evaluate' and request.input):
-        return like
-    seed = saved['config'].seed if saved else config.seed       # the splits are those of the training
-    data = load_rows(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
-    if like:
-        require_same_units(data, like, config.dataset)
-    return replace(data, train=data.train[:config.max_rows]) if config.max_rows and not data.draw else data
-
-
 def start(mode, values, request, process):
     if request.input and mode != 'evaluate':
         raise UserError('--input goes with --evaluate')
@@ -731,7 +699,7 @@ def start(mode, values, request, process):
             values[name] = str(Path(values[name]).resolve())
     saved = find_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
     config = choose(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
-    data = load_data(mode, request, config, saved)
+    data = load_for(config, saved, no_split=mode == 'generate' or bool(request.input))
     if mode == 'train':
         for note in data.notes * (process.rank == 0):
             print(f'note: {note}')

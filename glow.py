@@ -36,8 +36,8 @@ from datasets import IMAGE_DATASETS, UserError, load_images, load_photo, save_gr
 from datasets.files import digest, progress, write_json
 from datasets.options import Options, RunRequest, choose, option, parse
 from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.runs import (Log, cached_tensor, errors_in_one_line, find_checkpoint, optional, own_device,
-                           read_checkpoint, require_agreement, require_finite, run_folder, save_tensors, stop_signals)
+from datasets.runs import (Log, cached_tensor, errors_in_one_line, find_checkpoint, optional, own_device, read_checkpoint,
+                           require_agreement, require_finite, restore_run, run_folder, save_run, stop_signals)
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -479,15 +479,6 @@ def distribute(objective, process, **own):
     return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
-def save(run, log, path):
-    """All that a run needs to go on and its model to be used, what was logged before it; written by the main process"""
-    if run.process.rank == 0:
-        log.flush()
-        save_tensors(path, {'script': f'{NAME}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
-                            'world_size': run.process.world_size, **{name: getattr(run, name) for name in FIELDS},
-                            **{name: getattr(run, name).state_dict() for name in PARTS}})
-
-
 def load_checkpoint(path):
     """-> the dict in a checkpoint, its config a Config, or UserError: nothing in the file is trusted"""
     return read_checkpoint(path, f'{NAME}.py', CHECKPOINT, Config, N_DIMS, lambda *options: AveragedModel(build_model(*options)))
@@ -571,10 +562,7 @@ class Training:
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         if saved is not None:
-            for field in FIELDS:
-                setattr(self, field, saved[field])
-            for part in PARTS:
-                getattr(self, part).load_state_dict(saved.pop(part))    # copied; else it lay in memory until the end
+            restore_run(self, saved, FIELDS, PARTS)
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()        # steps of one shape share what was compiled for the first
@@ -617,25 +605,28 @@ def train(data, config, request, process, saved=None):
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir, stop_signals() as signals:
         run, best, newest = Training(config, data, process, saved), run_dir / 'best.pt', run_dir / 'checkpoint.pt'
-        with Log(run, run_dir, SCORE, UNIT, ITEMS) as log:
-            if not newest.exists():
-                save(run, log, newest)
-            if not best.exists():
-                run.best = math.inf
+        log = Log(run, run_dir, SCORE, UNIT, ITEMS)
+        save = partial(save_run, run, log, NAME, FIELDS, PARTS)
+        if not newest.exists():
+            save(newest)
+        if not best.exists():
+            run.best = math.inf
+        with log:
             while run.step < run.last_step and not process.any(signals):
                 loss, norm = run.take_step()
+                log.step(loss, norm, LOG_STEPS)
                 is_due = run.step % run.validate_every == 0 or run.step == run.last_step
                 if is_due:
                     run.validate(run_dir)
+                    log.validated()
                 require_finite(run, is_due, request.max_skips, newest)
-                log.step(loss, norm, LOG_STEPS, is_due)
                 if is_due and run.validation_loss < run.best:
                     run.best = run.validation_loss
-                    save(run, log, best)
+                    save(best)
                 if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never done again
-                    save(run, log, newest)
+                    save(newest)
         if process.any(signals) or run.step < run.last_step:    # asked of all: the main one has written its files
-            save(run, log, newest)
+            save(newest)
             log.stopped(signals, NAME, newest)
             return None
         return load_checkpoint(best if best.exists() else newest)
@@ -659,11 +650,12 @@ def evaluate(model, data, saved, config, process):
 def generate(model, path, config, device, z_std, n_samples):
     """Samples at one temperature, or the grid of TEMPERATURES, beside the checkpoint."""
     if z_std is None:
-        rows, labels = sample_rows(model, TEMPERATURES, 4, config.seed, device), [f'T = {t:g}' for t in TEMPERATURES]
+        name, labels = 'range', [f'T = {t:g}' for t in TEMPERATURES]
+        rows = sample_rows(model, TEMPERATURES, 4, config.seed, device)
     else:
+        name, labels = f'{z_std:g}', ()
         samples = sample_rows(model, [z_std], n_samples, config.seed, device)[0]
-        rows, labels = [samples[i:i + 8] for i in range(0, n_samples, 8)], ()
-    name = 'range' if z_std is None else f'{z_std:g}'
+        rows = [samples[i:i + 8] for i in range(0, n_samples, 8)]
     save_grid(path.with_name(f'generated_samples_at_z_std_{name}.png'), rows, labels)
 
 
@@ -686,26 +678,21 @@ def attribute_directions(model, data, path, config, device):
     NaN where an attribute has no positives or no negatives. Kept beside the checkpoint under a key of its content.
     """
     images, attributes = data.train.images[:DZ_IMAGES], torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
-    shape = attributes.shape[1], math.prod(images.shape[1:])
+    weights = (attributes / attributes.sum(0) - (1 - attributes) / (1 - attributes).sum(0)).T    # of a difference of means
+    n = 4 * config.batch_size
 
     def compute():
-        sums = torch.zeros(2, *shape, dtype=torch.float64)
-        for i in progress(range(0, len(images), 4 * config.batch_size), 'encoding training images'):
-            z = encode(model, images[i:i + 4 * config.batch_size], device).double().cpu()
-            has = attributes[i:i + len(z)].T
-            sums += torch.stack([has @ z, (1 - has) @ z])
-        count = attributes.sum(0)
-        with_it, without = sums / torch.stack([count, len(images) - count])[..., None]
-        return DZ_SCALE * (with_it - without).float()
+        return DZ_SCALE * sum(weights[:, i:i + n] @ encode(model, images[i:i + n], device).double().cpu()
+                              for i in progress(range(0, len(images), n), 'encoding training images')).float()
 
     key = digest([data.fingerprint, DZ_IMAGES, DZ_SCALE, torch.is_autocast_enabled(device.type)],
                  (value.cpu() for value in model.state_dict().values()))
-    return cached_tensor(path.with_name(f'attribute_directions_{key}.pt'), shape, compute)
+    return cached_tensor(path.with_name(f'attribute_directions_{key}.pt'), (len(weights), math.prod(images.shape[1:])), compute)
 
 
 def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img):
     """Decode z + alpha * dz: one row an attribute, one column an alpha, the unchanged image in the middle."""
-    names, chosen = data.attribute_names, data.editable(vis_attrs, DZ_IMAGES)
+    names, chosen = data.attribute_names, data.editable(vis_attrs, DZ_IMAGES, f'{config.dataset} in {config.data_dir}')
     image = load_photo(vis_img, config.dataset, config.image_size) if vis_img else data.test.images[0]
     dz = attribute_directions(model, data, path, config, device)
     z = encode(model, image[None], device)

@@ -7,7 +7,7 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from .files import short
+from .files import short, write_atomically
 from .images import draw_grid
 
 rcParams['text.parse_math'] = False         # a column's name is its name, with whatever dollars there are in it
@@ -39,8 +39,14 @@ def draw_planes(panels, columns, extent):
     return figure
 
 
-def draw_plane(data, samples, density, title, n=300):
-    """Two columns -> matplotlib figure of the target, the learned density(points (n^2, 2)) and the samples (N, 2)"""
+def save_figure(path, figure):
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
+    print(f'wrote {path}')
+
+
+def draw_plane(data, samples, density, title):
+    """Rows of two columns -> matplotlib figure of the target, the learned density(points (N, 2)), and samples (N, 2)"""
+    n = 300
     rows = data.draw(np.random.default_rng(0), 10**6) if data.draw else data.test * data.std + data.mean
     extent = (-4.2, 4.2, -4.2, 4.2) if data.draw else np.stack([rows.min(0), rows.max(0)], 1).ravel()
     points = grid(extent, n)

@@ -62,13 +62,13 @@ class ImageData:
         """'8' or 'Black_Hair' -> 8; raises UserError with the nearest names"""
         return index_of(text, self.attribute_names, 'attribute')
 
-    def editable(self, texts, n):
+    def editable(self, texts, n, source):
         """-> indices of the attributes that texts name, by default of all, that differ among the first n training images.
         UserError where there are none, or one that is named does not."""
-        if not self.attribute_names:
-            raise UserError('these images have no attributes to edit: a folder has those of an attributes.csv in it')
         has = self.train.attributes[:n]
         differs = has.any(0) & ~has.all(0)
+        if not differs.any():
+            raise UserError(f'the images of {source} have no attributes that differ: a folder has those of its attributes.csv')
         chosen = [self.attribute_index(text) for text in texts] if texts else np.flatnonzero(differs).tolist()
         for i in chosen:
             if not differs[i]:

@@ -10,10 +10,10 @@ GROUPS = {'data': 'data', 'model': 'model (a checkpoint knows its own)', 'optimi
           'run': 'runs and processes (torchrun or torch.distributed.launch start them)', 'output': 'output'}
 
 
-def option(group, default, text, low=0, high=1e18):
+def option(group, default, text, low=0, high=1e18, choices=()):
     """-> a field of Options; its bounds, included in what it may be, are those of each number where it holds a list of them"""
     shown = '' if default in (None, '') or default is False or '(default' in text else f' [{default}]'
-    return field(default=default, metadata=dict(group=group, help=text + shown, low=low, high=high))
+    return field(default=default, metadata=dict(group=group, help=text + shown, low=low, high=high, choices=choices))
 
 
 class Options:
@@ -26,6 +26,8 @@ class Options:
             if f.type in (str, bool, list):
                 if type(value) is not f.type or f.type is str and not value.isprintable():
                     raise UserError(f'--{f.name}={value!r} is no printable text or of another type')
+                if f.metadata['choices'] and value not in f.metadata['choices']:
+                    raise UserError(f'--{f.name}={value}: it is one of {", ".join(f.metadata["choices"])}')
                 continue
             kind, numbers = (float, value) if f.type == list[float] else (f.type, [value])
             if not all(type(number) is kind and low <= number <= high and number < math.inf for number in numbers):

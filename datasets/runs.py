@@ -1,4 +1,5 @@
-"""Runs as they lie on the disk: their folders, events and checkpoints, whole or not there, and none of them trusted."""
+"""Runs: what their processes must agree on, what is shown of them, and how they lie on the disk, their folders, events
+and checkpoints, whole or not there, and none of them trusted."""
 import contextlib
 import math
 import os
@@ -71,7 +72,7 @@ def find_run(script, request, is_to_train, load, begun=None):
 
 
 def find_checkpoint(script, unit, mode, request, process, load):
-    """-> load(path) of the run that torchrun starts anew, or find_run's; it is said what it is, and if it goes on otherwise"""
+    """-> load(path) of the run that torchrun starts anew, else what find_run gives, perhaps None; prints which it is"""
     begun = process.store.get(script).decode() if process.store and process.store.check([script]) else None
     saved = find_run(script, request, mode == 'train', load, begun)
     require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', 'validation_loss', 'best')])
@@ -143,47 +144,50 @@ class Scalars:
 
 
 class Log(Scalars):
-    """What the main process shows of a training, all that it says being of one unit a step: Scalars, and a progress bar"""
+    """What the main process shows of a training of a score, in units, on items: scalars and, as a context, a progress bar"""
     def __init__(self, run, folder, score, unit, items):
-        is_main = run.process.rank == 0
-        super().__init__(folder if is_main else None, run.step + 1)
-        if is_main:
+        self.is_main = run.process.rank == 0
+        super().__init__(folder if self.is_main else None, run.step + 1)
+        self.run, self.score, self.unit, self.items = run, score, unit, items
+
+    def __enter__(self):
+        run = self.run
+        if self.is_main:
             print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}')
             if run.n_steps * (1 - run.config.ema_decay) < 3:
                 print('note: after so few steps the average, which is what is scored, is mostly of the first: lower --ema_decay')
-        self.run, self.score, self.unit, self.items = run, score, unit, items
         self.begin, self.first = time.perf_counter(), run.step
-        self.bar = progress(total=run.n_steps, initial=run.step, disable=not is_main, unit='step')
-
-    def __enter__(self):
+        self.bar = progress(total=run.n_steps, initial=run.step, disable=not self.is_main, unit='step')
         return self
 
     def __exit__(self, *error):
         self.bar.close()
 
-    def stopped(self, signals, script, newest):
-        """Says, after a signal, how to go on"""
-        if self.writer:
-            print(f'stopped after step {self.run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
-                  f'python {script}.py --train --restore_file={newest}')
-
-    def step(self, loss, norm, every, is_validated):
-        """After each step, of a loss and gradient norm that are shown every so many steps only"""
-        run, score = self.run, self.score
+    def step(self, loss, norm, every):
+        """After each step of the optimizer; loss and gradient norm are shown every so many steps"""
+        run = self.run
         self.bar.update()
-        if is_validated:
-            self.add(run.step, {f'{score}/validation': run.validation_loss})
         if run.step % every == 0 and not run.skips_in_a_row:
             speed = ((run.step - self.first) * run.config.batch_size * run.process.world_size
                      / (time.perf_counter() - self.begin))
             validation = f' (validation: {run.validation_loss:.3f})' if run.best < math.inf else ''
             self.bar.set_postfix_str(f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s', refresh=False)
-            self.add(run.step, {f'{score}/train': loss.item(), 'gradient_norm': norm.item(), f'{self.items}_per_s': speed,
-                                'lr': run.optimizer.param_groups[0]['lr'], 'steps_skipped': run.n_skipped})
+            self.add(run.step, {f'{self.score}/train': loss.item(), 'gradient_norm': norm.item(),
+                                'lr': run.optimizer.param_groups[0]['lr'], f'{self.items}_per_s': speed,
+                                'steps_skipped': run.n_skipped})
+
+    def validated(self):
+        self.add(self.run.step, {f'{self.score}/validation': self.run.validation_loss})
+
+    def stopped(self, signals, script, newest):
+        """Says, after a signal, how to go on"""
+        if self.is_main:
+            print(f'stopped after step {self.run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
+                  f'python {script}.py --train --restore_file={newest}')
 
 
 def require_finite(run, is_validated, max_skips, newest):
-    """UserError where a training diverged: too many steps in a row were skipped, or there is no validation score"""
+    """UserError where a training diverged: too many steps in a row were skipped, or the validation score is not finite"""
     if run.skips_in_a_row > max_skips or is_validated and not math.isfinite(run.validation_loss):
         raise UserError(f'training diverged: at step {run.step}, learning rate {run.optimizer.param_groups[0]["lr"]:g}, the '
                         f'loss, its gradients or the validation score are not finite ({run.skips_in_a_row} steps skipped in '
@@ -192,7 +196,7 @@ def require_finite(run, is_validated, max_skips, newest):
 
 @contextlib.contextmanager
 def optional(what):
-    """For what is not worth a training: where it fails, it is said why, and that is all"""
+    """For what is not worth a training: a UserError or a singular matrix in it is printed, and that is all"""
     try:
         yield
     except (UserError, torch.linalg.LinAlgError) as error:
@@ -219,6 +223,23 @@ def save_tensors(path, content):
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
     write_atomically(path, write)
+
+
+def save_run(run, log, script, fields, parts, path):
+    """All that a run needs to go on and its model to be used, after what was logged before it; by the main process"""
+    if run.process.rank == 0:
+        log.flush()
+        save_tensors(path, {'script': f'{script}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
+                            'world_size': run.process.world_size, **{name: getattr(run, name) for name in fields},
+                            **{name: getattr(run, name).state_dict() for name in parts}})
+
+
+def restore_run(run, saved, fields, parts):
+    """What save_run has saved; the parts are taken out of it, lest they lie in memory until the end"""
+    for name in fields:
+        setattr(run, name, saved[name])
+    for name in parts:
+        getattr(run, name).load_state_dict(saved.pop(name))
 
 
 def load_tensors(path):

@@ -70,7 +70,7 @@ class Rows:
         return index_of(text, self.columns, 'column')
 
     def some(self, n):
-        """-> up to n rows in the data's own units, first those of the test split"""
+        """-> up to n rows of a table in its own units, first those of the test split"""
         return np.concatenate([part[:n] for part in (self.test, self.validation, self.train)])[:n] * self.std + self.mean
 
 
@@ -86,6 +86,19 @@ def load_rows(name, data_dir='data', seed=0, test_file='', dequantize=False):
     near = difflib.get_close_matches(name, known, n=1)
     raise UserError(f'unknown data set {name!r}{f", perhaps {near[0]}" if near else ""}: there are {", ".join(known)}, '
                     f'and any table ({" ".join(SUFFIXES)})')
+
+
+def load_for(config, saved, no_split=False):
+    """-> Rows of a run's options or, where there is a checkpoint's dict, in its units and as it split them; UserError where
+    they are others now. Without rows of any split where these are not needed and the data has units of its own."""
+    like = saved and from_units(saved['units'], saved['input_dims'][0], saved['path'])
+    if like and no_split and config.dataset not in SAMPLERS and config.dataset not in ENERGIES:
+        return like
+    seed = saved['config'].seed if saved else config.seed
+    data = load_rows(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
+    if like:
+        require_same_units(data, like, config.dataset)
+    return replace(data, train=data.train[:config.max_rows]) if config.max_rows and not data.draw else data
 
 
 def load_toy(name):

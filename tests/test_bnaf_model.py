@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import bnaf
 import glow
-from datasets.tabular import Rows
+from datasets.tabular import Rows, load_rows
 
 FLOWS = {
     'no residual': lambda d: bnaf.BlockFlow(d, 1, 4),
@@ -239,7 +239,7 @@ def test_checkpoint_grads_changes_no_gradient():
 def fitted(dataset='8gaussians', steps=600, **options):
     """A small model after some steps of training, in float64, and its data"""
     config = bnaf.Config(**{**bnaf.TOY, 'dataset': dataset, 'hidden_dim': 20, 'n_epochs': steps // 100, **options})
-    data = bnaf.load_rows(dataset)
+    data = load_rows(dataset)
     run = bnaf.Training(config, data, bnaf.Process(0, 1, torch.device('cpu')))
     for _ in range(steps):
         run.take_step()
@@ -283,7 +283,7 @@ def test_temperature_of_samples():
 
 
 def test_plumbing_is_the_same_text_in_both_scripts():
-    names = ('Sequence', 'log_normal', 'Process', 'setup', 'distribute', 'save', 'load_checkpoint', 'restore_model', 'update',
+    names = ('Sequence', 'log_normal', 'Process', 'setup', 'distribute', 'load_checkpoint', 'restore_model', 'update',
              'train', 'parse_args', 'main')
     for name in names:
         assert inspect.getsource(getattr(glow, name)) == inspect.getsource(getattr(bnaf, name)), name

@@ -11,7 +11,7 @@ import torch
 
 import bnaf
 import glow
-from datasets import UserError
+from datasets import UserError, runs, tabular
 from datasets.runs import Scalars, claim, errors_in_one_line, find_run
 from datasets.tabular import save_table
 
@@ -69,7 +69,7 @@ def test_numbers(bench):
 
 def test_scalars_are_in_the_file_before_the_checkpoint_that_is_past_them(tmp_path, monkeypatch):
     """Whichever checkpoint a kill leaves: what it will not do again is there"""
-    save_tensors, steps = glow.save_tensors, []
+    save_tensors, steps = runs.save_tensors, []
 
     def checked(path, content):
         steps.append(content['step'])
@@ -77,7 +77,7 @@ def test_scalars_are_in_the_file_before_the_checkpoint_that_is_past_them(tmp_pat
         assert ('bits_per_dim/train' in tags) == (steps[-1] > 0) and ('bits_per_dim/validation' in tags) == (steps[-1] in (11, 22))
         save_tensors(path, content)
 
-    monkeypatch.setattr(glow, 'save_tensors', checked)
+    monkeypatch.setattr(runs, 'save_tensors', checked)
     for name, value in {**faults.STEPS, 'VALIDATE_STEPS': 11}.items():
         monkeypatch.setattr(glow, name, value)
     glow.main(['--train', *faults.DIGITS, '--n_epochs=2', '--batch_size=128', f'--output_dir={tmp_path}'])
@@ -132,14 +132,14 @@ def test_a_run_that_another_has_taken_further_is_not_overwritten(tmp_path, monke
     words = ['--train', *faults.TABLE[1:], '--dataset=rings', f'--output_dir={tmp_path}', '--resume']
     monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
     bnaf.main([*words, '--n_epochs=1'])
-    load_rows = bnaf.load_rows
+    load_rows = tabular.load_rows
 
     def slow_load_rows(*args):
-        monkeypatch.setattr(bnaf, 'load_rows', load_rows)
+        monkeypatch.setattr(tabular, 'load_rows', load_rows)
         bnaf.main([*words, '--n_epochs=3'])
         return load_rows(*args)
 
-    monkeypatch.setattr(bnaf, 'load_rows', slow_load_rows)
+    monkeypatch.setattr(tabular, 'load_rows', slow_load_rows)
     with pytest.raises(SystemExit):
         bnaf.main([*words, '--n_epochs=2'])
     assert 'is at a later step than' in capsys.readouterr().err
