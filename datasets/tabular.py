@@ -256,6 +256,9 @@ def read_numbers(path):
 def read_csv(path):
     with open(path, newline='', encoding='utf-8-sig') as file:
         first = next((row for row in csv.reader(file) if row), [''])
+    separator = next((character for character in ';\t' if character in first[0]), '')
+    if len(first) == 1 and separator:
+        raise UserError(f'{path} has {separator!r} between its cells: save it with commas there, and points in its numbers')
     if len(first) > MAX_COLUMNS:
         raise UserError(f'{path} has {len(first)} columns, {MAX_COLUMNS} are the most')
     numbered = [cell.strip() for cell in first] == [str(k) for k in range(len(first))]      # by pandas, for want of names
@@ -265,6 +268,8 @@ def read_csv(path):
     table = pd.read_csv(path, header=header, skipinitialspace=True, encoding='utf-8-sig')
     if not isinstance(table.index, pd.RangeIndex):      # pandas takes the first cells for names of rows then
         raise UserError(f'{path}: its rows have more cells than its header')
+    if table.empty:
+        raise UserError(f'{path} has no rows')
     columns = tuple(str(name) if header == 0 else f'column {name}' for name in table.columns)
     for name, column in zip(columns, table):
         if not pd.api.types.is_numeric_dtype(table[column]) or table[column].dtype == bool:

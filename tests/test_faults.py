@@ -84,6 +84,25 @@ def test_scalars_are_in_the_file_before_the_checkpoint_that_is_past_them(tmp_pat
     assert sorted(set(steps)) == [0, 5, 10, 11, 15, 20, 22]
 
 
+def test_the_learning_rate_that_is_logged_is_that_of_the_step(tmp_path, monkeypatch):
+    """Not the one to which the validation after it lowers it"""
+    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 5)
+    rates, take_step = [], bnaf.Training.take_step
+
+    def watched(run):
+        result = take_step(run)
+        rates.append(run.optimizer.param_groups[0]['lr'])
+        return result
+
+    monkeypatch.setattr(bnaf.Training, 'take_step', watched)
+    monkeypatch.setattr(bnaf, 'LOG_STEPS', 1)
+    bnaf.main(['--train', '--dataset=rings', '--n_flows=1', '--hidden_dim=4', '--batch_size=40', '--n_epochs=30',
+               '--lr_patience=0', '--lr=0.3', f'--output_dir={tmp_path}'])
+    logged = faults.logged(next(tmp_path.iterdir()))
+    assert len(set(rates)) > 2
+    assert [logged['lr', step] for step in range(1, len(rates) + 1)] == pytest.approx(rates)
+
+
 def test_what_a_start_makes_void(tmp_path, monkeypatch):
     for first, n in ((1, 4), (3, 4)):
         monkeypatch.setattr(os, 'getpid', lambda: first)        # is in the name of its file

@@ -338,6 +338,16 @@ def test_bad_own_tables(values, part, tmp_path):
     assert part in str(error.value) and str(path) in str(error.value)
 
 
+@pytest.mark.parametrize('text, part', [
+    ('a;b\n1,5;2\n', "has ';' between its cells: save it with commas"), ('a\tb\n1\t2\n', "between its cells"),
+    ('1;2\n3;4\n', 'between its cells'), ('a,b\n', 'has no rows'), ('a,b\n\n', 'has no rows')])
+def test_csv_files_of_other_kinds(text, part, tmp_path):
+    (tmp_path / 'my.csv').write_text(text)
+    with pytest.raises(UserError) as error:
+        tabular.load_rows(str(tmp_path / 'my.csv'))
+    assert part in str(error.value) and 'my.csv' in str(error.value)
+
+
 def test_bad_files(tmp_path):
     rng = np.random.default_rng(0)
     cases = {'missing.csv': None, 'empty.csv': b'', 'text.npy': b'hello', 'object.npy': None, 'cube.npy': None,
