@@ -1,4 +1,4 @@
-"""Block Neural Autoregressive Flow (De Cao, Titov & Aziz, 2019, arXiv 1904.04676), with an exact numerical inverse.
+"""Block Neural Autoregressive Flow (De Cao, Titov & Aziz, 2019, arXiv 1904.04676), with a numerical inverse.
 
     python bnaf.py --train                                 8gaussians, a minute or two on a CPU core
     python bnaf.py --evaluate                              log-likelihood of the newest model on the whole test split
@@ -9,7 +9,7 @@
 
 Bijections have one protocol: forward(x) -> (z, logdet) and inverse(z) -> (x, logdet), where logdet of shape (B,) is the
 log |det| of the Jacobian of the direction that was called, in nats. Rows are (B, D). The layers inside a flow map d
-blocks of a units each, (B, d a), and carry j (B, d, a), the units' derivatives by the variable of their own block.
+blocks of a units each, (B, d a), and carry j (B, d, a), each unit's derivative with respect to its block's own variable.
 """
 import argparse
 import contextlib
@@ -59,7 +59,7 @@ MODES = {'train': 'train a new model, or go on with --resume or --restore_file',
 
 @dataclass
 class Config(Options):
-    """What a run is. The command line sets it; the checkpoint keeps it as a plain dict, to rebuild the model from."""
+    """A run's options, set on the command line and kept in the checkpoint as a plain dict, to rebuild the model from."""
     dataset: str = option('data', '8gaussians', ', '.join([*SAMPLERS, *ENERGIES, *TABLES]) + ', or a .csv, .npy or .h5')
     data_dir: str = option('data', 'data', 'where the data lies')
     test_file: str = option('data', '', 'a table that is the test split of your own one (default: a tenth of its rows)')
@@ -69,29 +69,29 @@ class Config(Options):
     n_hidden: int = option('model', 1, 'inner layers of a flow, hidden to hidden', 0, 2**6)
     hidden_dim: int = option('model', 10, 'hidden units a variable', 1, 2**12)
     residual: str = option('model', 'gated', ', '.join(RESIDUALS) + '; none on the last flow', choices=RESIDUALS)
-    checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
+    checkpoint_grads: bool = option('optimisation', False, 'less memory, slower: the backward pass recomputes activations')
     n_epochs: int = option('optimisation', 1000, 'epochs, at most; of 100 steps where each draws new rows', 1)
     n_epochs_warmup: float = option('optimisation', 0., 'epochs over which the learning rate rises linearly from 0')
     batch_size: int = option('optimisation', 200, 'rows a process', 1, 2**20)
     lr: float = option('optimisation', 1e-2, "Adam's learning rate", 0, 1e6)
-    lr_patience: int = option('optimisation', 20, 'epochs without a better validation score until it is halved')
-    min_lr: float = option('optimisation', 5e-4, 'but not below this')
-    annealing: float = option('optimisation', 0.5, 'first share of the training over which an energy is turned on', 0, 1)
+    lr_patience: int = option('optimisation', 20, 'epochs without a better validation score before the rate is halved')
+    min_lr: float = option('optimisation', 5e-4, 'lower bound of the rate when it is halved')
+    annealing: float = option('optimisation', 0.5, 'initial fraction of the training over which an energy is turned on', 0, 1)
     early_stop: int = option('optimisation', 100, 'epochs without a better validation score that end the training', 1)
     grad_norm_clip: float = option('optimisation', 0.1, 'gradients are clipped at this norm')
-    ema_decay: float = option('optimisation', 0.998, 'Polyak average, used for all but training; 0 turns it off', 0, 1)
+    ema_decay: float = option('optimisation', 0.998, 'Polyak average of weights, for all but training; 0 turns it off', 0, 1)
     seed: int = option('optimisation', 0, 'of initialisation, splits, shuffling, noise and samples', 0, 2**63 - 1)
 
 
 @dataclass
 class Request(RunRequest):
-    """What the command line asks for beside it."""
+    """Options of one invocation, not kept in the checkpoint."""
     scores: str = option('output', '', 'write the log-likelihood of each row of the test split, or of --input, to this file')
     input: str = option('output', '', 'evaluate the rows of this table instead of the test split')
     z_std: float = option('output', 1., 'temperature of samples')
     n_samples: int = option('output', 1000, 'how many', 1, 10**9)
     output: str = option('output', '', 'where samples go, .csv, .npy or .h5 (default: beside the checkpoint)')
-    inverse_tol: float = option('output', None, 'largest error of the inverse', 1e-14)
+    inverse_tol: float = option('output', None, 'tolerance of each root search of the inverse', 1e-14)
     vis_dims: list = option('output', None, 'columns to draw, by index or name (default: the first 8)')
 
     def __post_init__(self):
@@ -103,8 +103,8 @@ class Request(RunRequest):
 # The defaults are the official ones for tables, but for n_hidden (0 there); these for the two-dimensional problems.
 TOY = dict(n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1., lr=0.1, early_stop=200)
 DEFAULTS = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
-MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # of a checkpoint's options, when
-              False: {'data_dir', 'batch_size', 'seed'}}                            # training goes on, and else
+MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'},     # options that may differ from the
+              False: {'data_dir', 'batch_size', 'seed'}}                            # checkpoint's: to train on, to use it
 FIELDS = {'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]}, 'step': int, 'n_skipped': int,
           'skips_in_a_row': int, 'n_annealing': float, 'validation_loss': float, 'best': float, 'best_step': int}
 PARTS = {'model': dict, 'average': dict, 'optimizer': {'state': dict, 'param_groups': [dict]},
@@ -112,7 +112,7 @@ PARTS = {'model': dict, 'average': dict, 'optimizer': {'state': dict, 'param_gro
 CHECKPOINT = {'script': str, 'config': dict, 'input_dims': [int], 'world_size': int, **FIELDS, **PARTS}
 EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
 REACH = 5.                          # of a flow without a residual at first, in standard deviations of the noise
-SMALLEST = 1e-25                    # terms that float32 loses are below 1e-37, so what is above this has lost nothing
+MIN_SLOPE = 1e-25                   # terms that float32 loses are below 1e-37, so what is above this has lost nothing
 FARTHEST = 1e6                      # in standardised units: where the inverse gives up looking for a root
 
 
@@ -121,8 +121,8 @@ FARTHEST = 1e6                      # in standardised units: where the inverse g
 class MaskedLinear(nn.Module):
     """Weight-normalised linear map of d blocks of a units to d blocks of b, block lower triangular (eq. 8).
 
-    Blocks on the diagonal are exp(.) > 0: block i of the output grows with block i of the input, and depends else on the
-    blocks before it only. Rows are w = exp(log_g) v / |v|. forward: x (B, d a), j (B, d, a) -> the same with b.
+    Blocks on the diagonal are exp(.) > 0: block i of the output grows with block i of the input, and otherwise depends on
+    earlier blocks only. Rows are w = exp(log_g) v / |v|. forward: x (B, d a), j (B, d, a) -> the same with b.
     """
     def __init__(self, d, a, b):
         super().__init__()
@@ -167,8 +167,8 @@ class Tanh(torch.autograd.Function):
 
 
 def find_root(function, target, tol, max_steps=200):
-    """Where increasing functions reach their targets (B, 1), all rows at once -> u (B, 1), NaN where they do not, and
-    what else function(u, rows) -> value, slope, anything says there. It is asked for the rows that are still on the way.
+    """Solve function(u) = target (B, 1) of increasing functions, all rows at once -> u (B, 1), NaN where there is none, and
+    the extra of function(u, rows) -> value, slope, extra there. Only rows that have not converged are evaluated.
 
     Newton's method in a bracket: a step that leaves the bracket, or is more than half the one before, is a bisection;
     while there is no bracket yet it is at most twice the one before. The step that is below tol is the last.
@@ -204,7 +204,7 @@ class BlockFlow(nn.Module):
         self.linears = nn.ModuleList(MaskedLinear(data_dim, a, b) for a, b in zip(units, units[1:]))
         self.residual, self.checkpoint_grads = residual, checkpoint_grads
         if residual is None:
-            # sums of tanhs are bounded: each starts between -REACH and REACH as its own variable goes from -inf to inf
+            # sums of tanhs are bounded: each at first spans 2 REACH as its own variable goes from -inf to inf
             last = self.linears[-1]
             last.log_g.data += math.log(REACH) - last.weights(last.bias.dtype)[1].sum(1).T.log().data
         if residual == 'gated':
@@ -217,7 +217,7 @@ class BlockFlow(nn.Module):
 
     def transform(self, x):
         z, slope = self.derive(x)
-        if slope.dtype == torch.float32 and slope.min() < SMALLEST:
+        if slope.dtype == torch.float32 and slope.min() < MIN_SLOPE:
             z, slope = self.derive(x.double())
         return z.to(x.dtype), slope.clamp_min(torch.finfo(slope.dtype).tiny).log().sum(1).to(x.dtype)
 
@@ -243,7 +243,7 @@ class BlockFlow(nn.Module):
         found = x.isfinite().all(1, keepdim=True)
         x = torch.where(found, x, 0.)               # what was not found must not reach the gradients of the others
         if torch.is_grad_enabled():
-            x = attach(self, x, torch.where(found, z, 0.))
+            x = attach_gradients(self, x, torch.where(found, z, 0.))
         logdet = -self(x)[1]
         return torch.where(found, x, math.nan), torch.where(found.squeeze(1), logdet, math.nan)
 
@@ -278,8 +278,8 @@ def solve(flow, z, tol):
     return inputs[0]
 
 
-def attach(flow, x, z):
-    """x, with the gradients of the inverse: dx = (df/dx)^-1 (dz - df/dtheta dtheta)"""
+def attach_gradients(flow, x, z):
+    """x after one more Newton step, with the inverse's gradients: dx = (df/dx)^-1 (dz - df/dtheta dtheta)"""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         f = flow(x)[0]
@@ -351,7 +351,7 @@ def draw(push, n, data_dim, like, z_std=1., generator=None):
         kept.append((x[found], (log_normal(z) - logdet)[found]))
         n_kept, n_drawn = n_kept + int(found.sum()), n_drawn + len(z)
         if n_drawn >= 1000 and n_kept < 0.01 * n_drawn:
-            raise UserError(f'of {n_drawn:,} draws only {n_kept} could be inverted: the model is not trained, or '
+            raise UserError(f'of {n_drawn:,} draws only {n_kept} gave finite rows: the model is not trained, or '
                             '--inverse_tol is below its precision')
     x, log_p = (torch.cat(parts)[:n] for parts in zip(*kept))
     return x, log_p, n_drawn - n_kept
@@ -432,13 +432,13 @@ def setup():
     try:
         yield Process(rank, world_size, device, store)
     finally:
-        if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):      # a lost process is first to be named
+        if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):      # report a lost process first
             time.sleep(0.1)     # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
 
 def distribute(objective, process, **own):
-    """-> the objective, its gradients averaged over all processes, which must agree on what is each one's own and on the
+    """-> the objective, its gradients averaged over all processes, once these are found to agree on all of own and on the
     weights; its buffers never change and are not sent"""
     if process.world_size == 1:
         return objective
@@ -521,7 +521,7 @@ class Training:
         if self.step < n_warmup:
             self.optimizer.param_groups[0]['lr'] = self.config.lr * min(1., (self.step + 1) / n_warmup)
         batch = torch.from_numpy(training_batch(self.data, self.config, self.step, self.process)).to(self.process.device)
-        # an energy is turned on little by little, lest the flow settles in one of its valleys
+        # an energy is turned on gradually, lest the flow collapse onto one of its modes
         beta = min(1., 0.01 + self.step / max(1., self.n_annealing))
         return update(self, self.objective(batch if self.rows is None else self.rows[batch], beta))
 
@@ -536,7 +536,7 @@ class Training:
 def update(run, loss):
     """One step of the optimizer -> loss, gradient norm. Where these are not finite, no process changes its weights."""
     run.optimizer.zero_grad()
-    loss.backward(torch.where(loss.isfinite(), 1., math.nan))       # NaN is in the gradients then, and reaches the others
+    loss.backward(torch.where(loss.isfinite(), 1., math.nan))       # else NaN gradients, on all processes
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_norm_clip)
     run.skips_in_a_row = 0 if norm.isfinite() else run.skips_in_a_row + 1
     run.n_skipped += run.skips_in_a_row > 0
@@ -571,9 +571,9 @@ def train(data, config, request, process, saved=None):
                 if is_due and run.validation_loss < run.best:
                     run.best = run.validation_loss
                     save(best)
-                if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never done again
+                if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never redone
                     save(newest)
-        if process.any(signals) or run.step < run.last_step:    # asked of all: the main one has written its files
+        if process.any(signals) or run.step < run.last_step:    # a collective call: by now rank 0 has written its files
             save(newest)
             log.stopped(signals, NAME, newest)
             return None
@@ -613,15 +613,15 @@ def evaluate(model, data, saved, config, process, scores, input_file):
         save_table(scores, np.stack([index, -losses], 1), ('row', 'log_likelihood'))
 
 
-def directions(model, data):
-    """-> push, from noise to rows, and pull, back: trained on data a flow is pulled, matched to an energy it is pushed"""
+def push_and_pull(model, data):
+    """-> push, from noise to rows, and pull, back: a model of data is itself pull, one matched to an energy is push"""
     return (model.inverse, model) if data.energy is None else (model, model.inverse)
 
 
 @torch.no_grad()
 def sample_rows(model, data, n, z_std, seed):
     """-> n rows in the data's own units (n, D), and log p of each; in float64, as the inverse is exact to 1e-10 there"""
-    push, pull = directions(model.double(), data)
+    push, pull = push_and_pull(model.double(), data)
     start = time.perf_counter()
     x, log_p, n_lost = draw(push, n, len(data.columns), next(model.parameters()), z_std, seeded_generator('cpu', seed))
     print(f'{n:,} samples, {n / (time.perf_counter() - start):,.0f} a second; ' + (
@@ -640,7 +640,7 @@ def generate(model, data, path, config, z_std, n_samples, output):
 @torch.no_grad()
 def density(model, data, points):
     """p at points (N, D) in the data's own units; 0 where the flow does not reach"""
-    _, pull = directions(model.double(), data)
+    _, pull = push_and_pull(model.double(), data)
     x = (torch.from_numpy(points) - torch.from_numpy(data.mean)) / torch.from_numpy(data.std)
     x = x.to(next(model.parameters()).device)
     log_p = [log_normal(z) + logdet for z, logdet in map(pull, x.split(10_000))]

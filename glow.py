@@ -52,7 +52,7 @@ MODES = {'train': 'train a new model, or go on with --resume or --restore_file',
 
 @dataclass
 class Config(Options):
-    """What a run is. The command line sets it; the checkpoint keeps it as a plain dict, to rebuild the model from."""
+    """A run's options, set on the command line and kept in the checkpoint as a plain dict, to rebuild the model from."""
     dataset: str = option('data', 'faces', ', '.join(IMAGE_DATASETS))
     data_dir: str = option('data', 'data', 'where the data lies, or is kept once drawn')
     image_size: int = option('data', 64, 'pixels a side, of faces, celeba and folder', 1)
@@ -61,7 +61,7 @@ class Config(Options):
     depth: int = option('model', 32, 'steps of flow a level, K in the paper', 1, 2**10)
     width: int = option('model', 512, "channels of the coupling networks' hidden layers", 1, 2**14)
     plain_conv1x1: bool = option('model', False, 'learn the matrices of the 1x1 convolutions, not their PLU factors')
-    checkpoint_grads: bool = option('optimisation', False, 'less memory, more time: compute activations again backward')
+    checkpoint_grads: bool = option('optimisation', False, 'less memory, slower: the backward pass recomputes activations')
     bf16: bool = option('optimisation', False, 'networks in bfloat16; latents and densities stay float32')
     compile: bool = option('optimisation', False, 'compile the step of flow: half a minute at the start, faster steps')
     n_epochs: int = option('optimisation', 100, 'epochs', 1)
@@ -69,9 +69,9 @@ class Config(Options):
     batch_size: int = option('optimisation', 16, 'images a process', 1, 2**20)
     batch_size_init: int = option('optimisation', 256, "images for actnorm's initialisation", 1)
     lr: float = option('optimisation', 1e-3, "Adam's learning rate", 0, 1e6)
-    lr_decay: float = option('optimisation', 0., 'last share of the training over which it falls linearly to 0', 0, 1)
+    lr_decay: float = option('optimisation', 0., 'final fraction of the training over which it falls linearly to 0', 0, 1)
     grad_norm_clip: float = option('optimisation', 50., 'gradients are clipped at this norm')
-    ema_decay: float = option('optimisation', 0.999, 'Polyak average, used for all but training; 0 turns it off', 0, 1)
+    ema_decay: float = option('optimisation', 0.999, 'Polyak average of weights, for all but training; 0 turns it off', 0, 1)
     seed: int = option('optimisation', 0, 'of initialisation, shuffling, noise and samples', 0, 2**63 - 1)
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class Config(Options):
 
 @dataclass
 class Request(RunRequest):
-    """What the command line asks for beside it."""
+    """Options of one invocation, not kept in the checkpoint."""
     z_std: float = option('output', None, 'temperature (default: a grid of them)', 0, 100)
     n_samples: int = option('output', 32, 'samples with --z_std', 1, 10**6)
     vis_attrs: list = option('output', None, 'attributes by index or name (default: all)')
@@ -92,7 +92,7 @@ class Request(RunRequest):
     vis_img: str = option('output', '', 'a photo of your own (default: the first test image)')
 
 
-# What a data set changes of the above. celeba and mnist: as the first PyTorch reimplementation trained them.
+# What a data set changes of the above. celeba and mnist: as github.com/kamenbliznashki/normalizing_flows trains them.
 DEFAULTS = {
     'faces': dict(image_size=32, n_levels=2, depth=8, width=64, n_epochs=12, n_epochs_warmup=0.5, batch_size=32,
                   lr=5e-3, lr_decay=1 / 3, ema_decay=0.99),
@@ -103,8 +103,8 @@ DEFAULTS = {
     'celeba': dict(n_epochs=80),
     'folder': dict(),
 }
-MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'},    # of a checkpoint's options, when
-              False: {'data_dir', 'batch_size', 'seed', 'bf16'}}                        # training goes on, and else
+MAY_CHANGE = {True: {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'},    # options that may differ from the
+              False: {'data_dir', 'batch_size', 'seed', 'bf16'}}                        # checkpoint's: to train on, to use it
 VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = 500, 1000, 20   # validation comes at the end of an epoch, at least so far apart
 FIELDS = {'step': int, 'n_skipped': int, 'skips_in_a_row': int, 'validation_loss': float, 'best': float}   # of Training
 PARTS = {'model': dict, 'average': dict, 'optimizer': {'state': dict, 'param_groups': [dict]}}
@@ -117,9 +117,9 @@ S_MIN, LOG_STD_MAX = 0.5, 2.                            # bounds that keep the i
 # ---------------------------------------------------------------------------------------------------- layers
 
 class Dequantize(nn.Module):
-    """Discrete images to densities: n_bits of the uint8 image, plus uniform noise u, scaled to [-0.5, 0.5).
+    """Discrete images to continuous values: the top n_bits of the uint8 image, plus uniform noise u, scaled to [-0.5, 0.5).
 
-    x = (floor(x_8bit / 2^(8 - n)) + u) / 2^n - 0.5 and log|det| = -D n log 2 for D values an image: with it the density
+    x = (floor(x_8bit / 2^(8 - n)) + u) / 2^n - 0.5 and log|det| = -D n log 2 for D values an image; with it the log-density
     is, on average over u, a lower bound of the n-bit image's log-probability (Theis et al., 2016).
     """
     def __init__(self, n_bits):
@@ -171,7 +171,7 @@ class Actnorm(nn.Module):
 
 
 class Invertible1x1Conv(nn.Module):
-    """Invertible 1x1 convolution (sec. 3.2): y_ij = W x_ij, log|det| = H W log|det W|, W a rotation at first.
+    """Invertible 1x1 convolution (sec. 3.2): y_ij = W x_ij, log|det| = H W log|det W|, W orthogonal at first.
 
     With plu it learns the factors of W = P L (U + diag(s)) (eq. 10), whose log|det W| is sum(log|s|) (eq. 11).
     """
@@ -225,7 +225,7 @@ class ConvActnorm(nn.Module):
 
 
 class ZeroConv(nn.Conv2d):
-    """3x3 convolution that starts at zero, its output channels scaled by exp(3 log_scale) (sec. 3.3)"""
+    """3x3 convolution that starts at zero (sec. 3.3), its outputs scaled by exp(3 log_scale) as in the official code"""
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.log_scale = nn.Parameter(torch.zeros(out_channels))
@@ -240,7 +240,7 @@ class ZeroConv(nn.Conv2d):
 class AffineCoupling(nn.Module):
     """Affine coupling (sec. 3.3, table 1): y_a = s * x_a + t, y_b = x_b with (s, t) = NN(x_b), log|det| = sum(log s).
 
-    s = sigmoid(raw + 2) as in the official code, but kept above S_MIN: a step of the inverse enlarges by 2 at most.
+    s = sigmoid(raw + 2) as in the official code, but rescaled to (S_MIN, 1): the inverse stretches y_a - t at most twofold.
     """
     def __init__(self, n_channels, width):
         super().__init__()
@@ -279,7 +279,7 @@ class Gaussianize(Actnorm):
 
 
 class Split(AffineCoupling):
-    """Half the channels as Gaussians given the others (sec. 3.6 of RealNVP): x_a ~ N(mean(x_b), std(x_b)).
+    """Half the channels as Gaussians given the others (sec. 3.6 of RealNVP): x_a ~ N(mean(x_b), std(x_b)^2).
 
     A coupling, z_a = (x_a - mean) / std, whose first half is a finished latent; x_b goes on to the next level.
     """
@@ -311,7 +311,7 @@ class Sequence(nn.ModuleList):
 
 
 class FlowStep(Sequence):
-    """One step of flow (fig. 2a). checkpoint_grads trades time for memory: activations are computed again backward."""
+    """One step of flow (fig. 2a). checkpoint_grads trades time for memory: the backward pass recomputes activations."""
     def __init__(self, n_channels, width, plu=True, checkpoint_grads=False):
         super().__init__([Actnorm(n_channels), Invertible1x1Conv(n_channels, plu), AffineCoupling(n_channels, width)])
         self.checkpoint_grads = checkpoint_grads
@@ -463,13 +463,13 @@ def setup():
     try:
         yield Process(rank, world_size, device, store)
     finally:
-        if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):      # a lost process is first to be named
+        if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):      # report a lost process first
             time.sleep(0.1)     # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
 
 def distribute(objective, process, **own):
-    """-> the objective, its gradients averaged over all processes, which must agree on what is each one's own and on the
+    """-> the objective, its gradients averaged over all processes, once these are found to agree on all of own and on the
     weights; its buffers never change and are not sent"""
     if process.world_size == 1:
         return objective
@@ -588,7 +588,7 @@ class Training:
 def update(run, loss):
     """One step of the optimizer -> loss, gradient norm. Where these are not finite, no process changes its weights."""
     run.optimizer.zero_grad()
-    loss.backward(torch.where(loss.isfinite(), 1., math.nan))       # NaN is in the gradients then, and reaches the others
+    loss.backward(torch.where(loss.isfinite(), 1., math.nan))       # else NaN gradients, on all processes
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_norm_clip)
     run.skips_in_a_row = 0 if norm.isfinite() else run.skips_in_a_row + 1
     run.n_skipped += run.skips_in_a_row > 0
@@ -623,9 +623,9 @@ def train(data, config, request, process, saved=None):
                 if is_due and run.validation_loss < run.best:
                     run.best = run.validation_loss
                     save(best)
-                if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never done again
+                if is_due or run.step % SAVE_STEPS == 0:    # last: what a checkpoint is past is never redone
                     save(newest)
-        if process.any(signals) or run.step < run.last_step:    # asked of all: the main one has written its files
+        if process.any(signals) or run.step < run.last_step:    # a collective call: by now rank 0 has written its files
             save(newest)
             log.stopped(signals, NAME, newest)
             return None
@@ -661,7 +661,7 @@ def generate(model, path, config, device, z_std, n_samples):
 
 @torch.no_grad()
 def encode(model, images, device):
-    """uint8 images (N, C, H, W) -> latents (N, D) of the middles of their bins, so that decoding gives them back"""
+    """uint8 images (N, C, H, W) -> latents (N, D) of the middles of their bins, so that decoding returns the same bins"""
     x = torch.tensor(images, device=device)
     return model(model.dequantize(x, torch.full(x.shape, 0.5, device=device))[0])[0]
 
@@ -673,7 +673,7 @@ def decode(model, z):
 
 
 def attribute_directions(model, data, path, config, device):
-    """-> dz (A, D): mean latent of the training images with an attribute minus that of those without (sec. 6)
+    """-> dz (A, D): DZ_SCALE times the mean latent of training images with an attribute minus that without it (sec. 6)
 
     NaN where an attribute has no positives or no negatives. Kept beside the checkpoint under a key of its content.
     """

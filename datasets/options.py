@@ -25,9 +25,9 @@ class Options:
                 continue
             if f.type in (str, bool, list):
                 if type(value) is not f.type or f.type is str and not value.isprintable():
-                    raise UserError(f'--{f.name}={value!r} is no printable text or of another type')
+                    raise UserError(f'--{f.name}={value!r} is not printable text or has the wrong type')
                 if f.metadata['choices'] and value not in f.metadata['choices']:
-                    raise UserError(f'--{f.name}={value}: it is one of {", ".join(f.metadata["choices"])}')
+                    raise UserError(f'--{f.name}={value} must be one of {", ".join(f.metadata["choices"])}')
                 continue
             kind, numbers = (float, value) if f.type == list[float] else (f.type, [value])
             if not all(type(number) is kind and low <= number <= high and number < math.inf for number in numbers):
@@ -93,6 +93,6 @@ class RunRequest(Options):
     output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
     restore_file: str = option('run', '', 'a checkpoint (default: of the newest run)')
     resume: bool = option('run', False, 'go on with the newest run in output_dir if there is one, else start one')
-    max_skips: int = option('run', 20, 'steps in a row that are skipped, their gradients not being finite, before it stops')
+    max_skips: int = option('run', 20, 'steps in a row that may be skipped for gradients that are not finite, before it stops')
     detect_anomaly: bool = option('run', False, 'slow: name the operation that gave the first gradient that is not finite')
     distributed: bool = option('run', False, 'accepted, but the launcher decides')

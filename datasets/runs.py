@@ -24,7 +24,7 @@ from .files import UserError, alone, new_folder, progress, reason, write_atomica
 
 NAMED = {'torch._utils _rebuild_tensor_v2', 'torch FloatStorage', 'torch BoolStorage', 'torch LongStorage',
          'collections OrderedDict', 2}          # all that the pickle of a checkpoint names, and its protocol
-LARGEST = 2**62                                 # number that a step, or what is reckoned from it, may be
+LARGEST = 2**62                                 # bound on a step number and on what is computed from it
 
 
 @contextlib.contextmanager
@@ -117,7 +117,7 @@ def require_newest(saved, load):
 
 
 class Scalars:
-    """What tensorboard shows of a run, in an events file that makes void what others there say of first_step and later
+    """Scalars of a run for tensorboard, in an events file that supersedes what earlier files say of first_step and later
     ones. (SummaryWriter writes by a thread, which loses what it still holds when it is killed, and tells no one of a full
     disk.) Does nothing without a folder."""
     def __init__(self, folder, first_step):
@@ -155,7 +155,7 @@ class Log(Scalars):
         if self.is_main:
             print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}')
             if run.n_steps * (1 - run.config.ema_decay) < 3:
-                print('note: after so few steps the average, which is what is scored, is mostly of the first: lower --ema_decay')
+                print('note: after so few steps the averaged weights, which are scored, are mostly the first: lower --ema_decay')
         self.begin, self.first = time.perf_counter(), run.step
         self.bar = progress(total=run.n_steps, initial=run.step, disable=not self.is_main, unit='step')
         return self
@@ -364,7 +364,7 @@ def read_checkpoint(path, script, form, Config, n_dims, build):
 
 @contextlib.contextmanager
 def errors_in_one_line(name):
-    """Ends the program with exit code 2 and one line on stderr, which is said once a machine where all its processes have
+    """Ends the program with exit code 2 and one line on stderr, printed only once per machine where all its processes have
     the error in common."""
     try:
         yield

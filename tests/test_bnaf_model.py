@@ -252,7 +252,7 @@ def test_densities_integrate_to_one(dataset):
     axis = np.linspace(-8, 8, 401)
     points = np.stack(np.meshgrid(axis, axis), 2).reshape(-1, 2)
     total = bnaf.density(model, data, points).sum() * (axis[1] - axis[0])**2
-    x, _, n_lost = bnaf.draw(bnaf.directions(model, data)[0], 20_000, 2, torch.zeros((), dtype=torch.float64))
+    x, _, n_lost = bnaf.draw(bnaf.push_and_pull(model, data)[0], 20_000, 2, torch.zeros((), dtype=torch.float64))
     lost = n_lost / (n_lost + 20_000)       # what lies beyond the range of the last tanhs, when it is pulled
     assert total + lost == pytest.approx(1, abs=1e-3 + 3 * math.sqrt(lost / 20_000))
 
