@@ -91,7 +91,7 @@ def choose(kind, values, defaults, saved, may_change):
 class RunRequest(Options):
     """What the command line asks of any training, for this run of the program only"""
     output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
-    restore_file: str = option('run', '', 'a checkpoint (default: of the newest run)')
+    restore_file: str = option('run', '', 'a checkpoint (default: of the newest run; to train, none)')
     resume: bool = option('run', False, 'go on with the newest run in output_dir if there is one, else start one')
     max_skips: int = option('run', 20, 'steps in a row that may be skipped for gradients that are not finite, before it stops')
     detect_anomaly: bool = option('run', False, 'slow: name the operation that gave the first gradient that is not finite')
