@@ -211,14 +211,11 @@ class BlockFlow(nn.Module):
             self.gate = nn.Parameter(torch.randn(()))
 
     def forward(self, x):
-        if self.checkpoint_grads and torch.is_grad_enabled():
-            return checkpoint(self.transform, x, use_reentrant=False)
-        return self.transform(x)
-
-    def transform(self, x):
-        z, slope = self.derive(x)
+        recompute = self.checkpoint_grads and torch.is_grad_enabled()
+        derive = partial(checkpoint, self.derive, use_reentrant=False) if recompute else self.derive
+        z, slope = derive(x)
         if slope.dtype == torch.float32 and slope.min() < MIN_SLOPE:
-            z, slope = self.derive(x.double())
+            z, slope = derive(x.double())
         return z.to(x.dtype), slope.clamp_min(torch.finfo(slope.dtype).tiny).log().sum(1).to(x.dtype)
 
     def derive(self, x):

@@ -378,9 +378,8 @@ class Glow(nn.Module):
     @torch.no_grad()
     def sample(self, n, z_std=1., generator=None):
         """-> n uint8 images (n, C, H, W), drawn at temperature z_std (sec. 6: the prior's deviation is scaled)"""
-        device = self.levels[0][1][0].b.device
-        z = z_std * torch.randn(n, math.prod(self.input_dims), generator=generator).to(device)
-        return self.dequantize.inverse(self.inverse(z)[0])[0]
+        z = z_std * torch.randn(n, math.prod(self.input_dims), generator=generator)
+        return self.dequantize.inverse(self.inverse(z.to(next(self.parameters()).device))[0])[0]
 
 
 @torch.no_grad()
