@@ -677,16 +677,17 @@ def attribute_directions(model, data, path, config, device):
     NaN where an attribute has no positives or no negatives. Kept beside the checkpoint under a key of its content.
     """
     images, attributes = data.train.images[:DZ_IMAGES], torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
-    weights = (attributes / attributes.sum(0) - (1 - attributes) / (1 - attributes).sum(0)).T    # of a difference of means
-    n = 4 * config.batch_size
 
     def compute():
+        weights = (attributes / attributes.sum(0) - (1 - attributes) / (1 - attributes).sum(0)).T    # of a difference of means
+        n = 4 * config.batch_size
         return DZ_SCALE * sum(weights[:, i:i + n] @ encode(model, images[i:i + n], device).double().cpu()
                               for i in progress(range(0, len(images), n), 'encoding training images')).float()
 
     key = digest([data.fingerprint, DZ_IMAGES, DZ_SCALE, torch.is_autocast_enabled(device.type)],
                  (value.cpu() for value in model.state_dict().values()))
-    return cached_tensor(path.with_name(f'attribute_directions_{key}.pt'), (len(weights), math.prod(images.shape[1:])), compute)
+    shape = attributes.shape[1], math.prod(images.shape[1:])
+    return cached_tensor(path.with_name(f'attribute_directions_{key}.pt'), shape, compute)
 
 
 def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img):

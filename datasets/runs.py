@@ -146,18 +146,17 @@ class Scalars:
 class Log(Scalars):
     """What the main process shows of a training of a score, in units, on items: scalars and, as a context, a progress bar"""
     def __init__(self, run, folder, score, unit, items):
-        self.is_main = run.process.rank == 0
-        super().__init__(folder if self.is_main else None, run.step + 1)
+        super().__init__(folder if run.process.rank == 0 else None, run.step + 1)
         self.run, self.score, self.unit, self.items = run, score, unit, items
 
     def __enter__(self):
         run = self.run
-        if self.is_main:
+        if self.writer:
             print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}')
             if run.n_steps * (1 - run.config.ema_decay) < 3:
                 print('note: after so few steps the averaged weights, which are scored, are mostly the first: lower --ema_decay')
         self.begin, self.first = time.perf_counter(), run.step
-        self.bar = progress(total=run.n_steps, initial=run.step, disable=not self.is_main, unit='step')
+        self.bar = progress(total=run.n_steps, initial=run.step, disable=not self.writer, unit='step')
         return self
 
     def __exit__(self, *error):
@@ -181,7 +180,7 @@ class Log(Scalars):
 
     def stopped(self, signals, script, newest):
         """Says, after a signal, how to go on"""
-        if self.is_main:
+        if self.writer:
             print(f'stopped after step {self.run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
                   f'python {script}.py --train --restore_file={newest}')
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import glow
-from datasets import load_images
+from datasets import UserError, load_images
 from datasets.files import new_folder
 from tiny_data import attribute_rows, noise_image, write_celeba, write_folder, write_mnist, write_table
 
@@ -490,6 +490,15 @@ def test_steps_without_finite_gradients_are_skipped(tmp_path, monkeypatch):
     same = [all(torch.equal(before[key], after[key]) for key in before) for before, after in zip(states, states[1:])]
     assert same == [True, False] and run.step == 3 and run.n_skipped == 1 and run.skips_in_a_row == 0
     assert next(iter(run.optimizer.state.values()))['step'] == 2
+
+
+def test_attributes_that_never_differ_cannot_be_visualized():
+    data = load_images('digits')
+    alike = replace(data, train=replace(data.train, attributes=np.ones_like(data.train.attributes)))
+    for texts in (None, ['3']):
+        with pytest.raises(UserError, match='the images of digits have no attributes that differ'):
+            alike.editable(texts, 100, 'digits')
+    assert data.editable(None, 100, 'digits') == list(range(10))
 
 
 def test_folder_without_attributes_cannot_be_visualized(tmp_path, capsys):
