@@ -4,6 +4,7 @@
 
 A run is called by the name before its =, else by its folder without the date.
 """
+
 import argparse
 import re
 import struct
@@ -18,18 +19,21 @@ from tensorboardX.proto.event_pb2 import Event
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import UserError
 
-OBJECTIVES = {'bits_per_dim': ('bits/dim', 1), 'loss': ('log-likelihood in nats', -1)}     # its name, and its sign here
+OBJECTIVES = {
+    'bits_per_dim': ('bits/dim', 1),
+    'loss': ('log-likelihood in nats', -1),
+}  # its name, and its sign here
 
 
 def read_events(path):
     """-> the events of a file: records of a length, its checksum, as many bytes, and theirs; a torn one ends it"""
     content, start = path.read_bytes(), 0
     while start + 12 <= len(content):
-        length, = struct.unpack_from('<Q', content, start)
+        (length,) = struct.unpack_from('<Q', content, start)
         if start + length + 16 > len(content):
             return
         try:
-            yield Event.FromString(content[start + 12:start + 12 + length])
+            yield Event.FromString(content[start + 12 : start + 12 + length])
         except DecodeError:
             raise UserError(f'{path} is damaged: it holds no events at byte {start}') from None
         start += length + 16
@@ -38,7 +42,7 @@ def read_events(path):
 def read_scalars(folder):
     """-> {tag: (steps, minutes, values)}. Minutes are of training: pauses between the events files of resumed runs are
     left out, and so is what a resumed run did again."""
-    points, minutes = {}, 0.
+    points, minutes = {}, 0.0
     for path in sorted(folder.glob('events.out.tfevents.*')):
         events = list(read_events(path))
         for event in events:
@@ -46,7 +50,10 @@ def read_scalars(folder):
                 at = minutes + (event.wall_time - events[0].wall_time) / 60
                 points.setdefault(value.tag, {})[event.step] = at, value.simple_value
         minutes += (events[-1].wall_time - events[0].wall_time) / 60 if events else 0
-    return {tag: np.array([(step, *p) for step, p in sorted(by_step.items())]).T for tag, by_step in points.items()}
+    return {
+        tag: np.array([(step, *p) for step, p in sorted(by_step.items())]).T
+        for tag, by_step in points.items()
+    }
 
 
 def draw(runs):
@@ -67,7 +74,10 @@ def draw(runs):
         for axes, x in ((left, 0), (right, 1)):
             axes.plot(medians[x], sign * medians[2], f'C{k}', alpha=0.5, label=f'{name}, training')
             axes.plot(validation[x], sign * validation[2], line, label=f'{name}, validation')
-        shown += [*sign * medians[2, 3:], *sign * validation[2, len(validation[2]) // 20:]]     # not where it all began
+        shown += [
+            *sign * medians[2, 3:],
+            *sign * validation[2, len(validation[2]) // 20 :],
+        ]  # not where it all began
     left.set(xlabel='step', ylabel=label)
     shown = [value for value in shown if np.isfinite(value)]
     if len(set(shown)) > 1:
@@ -81,8 +91,12 @@ def draw(runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='+', metavar='[NAME=]RUN', help='folders of runs of one of the scripts')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'runs', nargs='+', metavar='[NAME=]RUN', help='folders of runs of one of the scripts'
+    )
     parser.add_argument('--out', default='curves.png', metavar='FILE')
     args = parser.parse_args(argv)
     runs = {}

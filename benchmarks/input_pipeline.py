@@ -3,6 +3,7 @@ faces, and of a cache of CelebA's shape, of random pixels, for the model that is
 
     python benchmarks/input_pipeline.py [--data_dir=data]
 """
+
 import argparse
 import statistics
 import sys
@@ -49,16 +50,27 @@ def measure(name, data, config, n_steps):
             start = time.perf_counter()
             run.take_step()
             step.append(time.perf_counter() - start)
-    batch, step = (1e3 * statistics.median(times[1:]) for times in (batch, step))       # the first also warms up
+    batch, step = (
+        1e3 * statistics.median(times[1:]) for times in (batch, step)
+    )  # the first also warms up
     print(f'{name}: {batch:.2f} ms of {step:.0f} ms a step, {100 * batch / step:.2f}%')
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--data_dir', default='data', help='where the drawn faces are kept')
     args = parser.parse_args()
     config = glow.Config(**{**glow.DEFAULTS['faces'], 'dataset': 'faces'})
-    measure('faces, default model, batch 32', load_images('faces', args.data_dir, config.image_size), config, 40)
-    config = glow.Config(**{**glow.DEFAULTS['celeba'], 'dataset': 'celeba', 'batch_size': 2, 'batch_size_init': 2})
+    measure(
+        'faces, default model, batch 32',
+        load_images('faces', args.data_dir, config.image_size),
+        config,
+        40,
+    )
+    config = glow.Config(
+        **{**glow.DEFAULTS['celeba'], 'dataset': 'celeba', 'batch_size': 2, 'batch_size_init': 2}
+    )
     with tempfile.TemporaryDirectory() as folder:
         measure('CelebA-shaped, default model, batch 2', random_celeba(Path(folder)), config, 6)

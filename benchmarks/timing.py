@@ -1,4 +1,5 @@
 """Clocks: functions timed in turn, and what the machine itself can do."""
+
 import contextlib
 import math
 import platform
@@ -24,7 +25,10 @@ def prefer_tf32():
 
 def cpu_name():
     lines = Path('/proc/cpuinfo').read_text().splitlines()
-    return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())
+    return next(
+        (line.split(':')[1].strip() for line in lines if line.startswith('model name')),
+        platform.machine(),
+    )
 
 
 def machine_name():
@@ -58,14 +62,18 @@ def out_of_memory_is_said(what):
 
 def in_turn(functions, device, budget, least=3):
     """All functions in turn, A B C A B C ..., for about budget seconds -> {name: seconds of a call, one a round}"""
-    repeats, round_seconds = {}, 0.
+    repeats, round_seconds = {}, 0.0
     for name, function in functions.items():
         with out_of_memory_is_said(name):
-            for _ in range(5 if device.type == 'cuda' else 2):      # the last is warm; a long one is at once
+            for _ in range(
+                5 if device.type == 'cuda' else 2
+            ):  # the last is warm; a long one is at once
                 seconds = seconds_of(function, device)
                 if seconds > 1 and device.type == 'cpu' and 'compile' not in name.split():
                     break
-            repeats[name] = max(1, math.ceil(0.03 / seconds))       # a look at the clock is nothing to 30 ms
+            repeats[name] = max(
+                1, math.ceil(0.03 / seconds)
+            )  # a look at the clock is nothing to 30 ms
             round_seconds += seconds * repeats[name]
     times = {name: [] for name in repeats}
     for _ in range(min(30, max(least, int(budget / (round_seconds or 1))))):
@@ -86,10 +94,16 @@ def measure_peaks(device, quick):
     for name, dtype in (('float32', torch.float32), ('bf16', torch.bfloat16)):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         peaks[f'gemm_{name}_gflops'] = 2e-9 * n**3 / best(lambda: a @ b)
-        x = torch.randn(n // 32, 128, 32, 32, device=device).to(dtype, memory_format=torch.channels_last)
+        x = torch.randn(n // 32, 128, 32, 32, device=device).to(
+            dtype, memory_format=torch.channels_last
+        )
         w = torch.randn(128, 128, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-        peaks[f'conv3x3_{name}_gflops'] = 2e-9 * 9 * 128 * x.numel() / best(lambda: F.conv2d(x, w, padding=1))
-    source = torch.zeros(2**24 if quick else 2**27, device=device)          # 4 bytes each, read once and written once
+        peaks[f'conv3x3_{name}_gflops'] = (
+            2e-9 * 9 * 128 * x.numel() / best(lambda: F.conv2d(x, w, padding=1))
+        )
+    source = torch.zeros(
+        2**24 if quick else 2**27, device=device
+    )  # 4 bytes each, read once and written once
     target = torch.empty_like(source)
     peaks['copy_gb_s'] = 8e-9 * len(source) / best(lambda: target.copy_(source))
     return peaks

@@ -1,6 +1,23 @@
 """The data sets, apart from the algorithms: images, for which see images.py, and rows of numbers (tabular.py, toy.py)."""
-from .files import UserError
-from .images import IMAGE_DATASETS, ImageData, ImageSplit, load_images, load_photo, save_grid, shift_randomly
 
-__all__ = ['IMAGE_DATASETS', 'UserError', 'ImageData', 'ImageSplit', 'load_images', 'load_photo', 'save_grid',
-           'shift_randomly']
+from .files import UserError
+from .images import (
+    IMAGE_DATASETS,
+    ImageData,
+    ImageSplit,
+    load_images,
+    load_photo,
+    save_grid,
+    shift_randomly,
+)
+
+__all__ = [
+    'IMAGE_DATASETS',
+    'UserError',
+    'ImageData',
+    'ImageSplit',
+    'load_images',
+    'load_photo',
+    'save_grid',
+    'shift_randomly',
+]

@@ -1,4 +1,5 @@
 """Figures of data sets and of rows of numbers. (Grids of images alone are drawn by images.py.)"""
+
 import textwrap
 
 import numpy as np
@@ -10,14 +11,18 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from .files import short, write_atomically
 from .images import draw_grid
 
-rcParams['text.parse_math'] = False         # a column's name is its name, with whatever dollars there are in it
+rcParams['text.parse_math'] = (
+    False  # a column's name is its name, with whatever dollars there are in it
+)
 
 
 def grid(extent, n):
     """-> the centres (n^2, 2) of n x n cells of a plane, row by row; extent as for draw_planes"""
     left, right, bottom, top = extent
     middles = (np.arange(n) + 0.5) / n
-    return np.stack(np.meshgrid(left + middles * (right - left), bottom + middles * (top - bottom)), 2).reshape(-1, 2)
+    return np.stack(
+        np.meshgrid(left + middles * (right - left), bottom + middles * (top - bottom)), 2
+    ).reshape(-1, 2)
 
 
 def histogram(rows, extent, n):
@@ -32,9 +37,19 @@ def draw_planes(panels, columns, extent):
     """
     figure = Figure((4 * len(panels), 4.3), layout='constrained')
     square = np.isclose(extent[1] - extent[0], extent[3] - extent[2])
-    for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        axes.imshow(values, cmap='inferno', origin='lower', extent=extent, aspect='equal' if square else 'auto',
-                    interpolation='nearest', vmin=0, vmax=np.quantile(values, 0.998))
+    for axes, (title, values) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
+    ):
+        axes.imshow(
+            values,
+            cmap='inferno',
+            origin='lower',
+            extent=extent,
+            aspect='equal' if square else 'auto',
+            interpolation='nearest',
+            vmin=0,
+            vmax=np.quantile(values, 0.998),
+        )
         axes.set(title=short(title), xlabel=short(columns[0]), ylabel=short(columns[1]))
     return figure
 
@@ -47,13 +62,25 @@ def save_figure(path, figure):
 def draw_plane(data, samples, density, title):
     """Rows of two columns -> matplotlib figure of the target, the learned density(points (N, 2)), and samples (N, 2)"""
     n = 300
-    rows = data.draw(np.random.default_rng(0), 10**6) if data.draw else data.test * data.std + data.mean
-    extent = (-4.2, 4.2, -4.2, 4.2) if data.draw else np.stack([rows.min(0), rows.max(0)], 1).ravel()
+    rows = (
+        data.draw(np.random.default_rng(0), 10**6)
+        if data.draw
+        else data.test * data.std + data.mean
+    )
+    extent = (
+        (-4.2, 4.2, -4.2, 4.2) if data.draw else np.stack([rows.min(0), rows.max(0)], 1).ravel()
+    )
     points = grid(extent, n)
-    target = (histogram(rows, extent, 200 if data.draw else 40) if data.energy is None else
-              (-data.energy(torch.from_numpy(points))).exp().numpy().reshape(n, n))
-    panels = {'target' if data.draw else 'test data': target, title: density(points).reshape(n, n),
-              'samples': histogram(samples, extent, 120)}
+    target = (
+        histogram(rows, extent, 200 if data.draw else 40)
+        if data.energy is None
+        else (-data.energy(torch.from_numpy(points))).exp().numpy().reshape(n, n)
+    )
+    panels = {
+        'target' if data.draw else 'test data': target,
+        title: density(points).reshape(n, n),
+        'samples': histogram(samples, extent, 120),
+    }
     return draw_planes(panels, data.columns, extent)
 
 
@@ -69,7 +96,9 @@ def draw_pairs(real, drawn, columns, title):
         if i == j:
             bins = np.linspace(low[i], high[i], 30)
             axes.hist(real[:, i], bins, density=True, color='0.75')
-            axes.hist(drawn[:, i], bins, density=True, color='tab:orange', histtype='step', linewidth=1.5)
+            axes.hist(
+                drawn[:, i], bins, density=True, color='tab:orange', histtype='step', linewidth=1.5
+            )
         else:
             rows, colour = (real, '0.4') if i > j else (drawn, 'tab:orange')
             axes.scatter(rows[:, j], rows[:, i], 4, colour, alpha=0.6, linewidths=0)
@@ -80,7 +109,9 @@ def draw_pairs(real, drawn, columns, title):
             axes.xaxis.set_major_locator(MaxNLocator(2))
         if j == 0 and k > 1:
             axes.set_ylabel(short(columns[i], 24), fontsize=8)
-            axes.yaxis.set_major_locator(MaxNLocator(2) if i else NullLocator())    # a histogram's height means nothing
+            axes.yaxis.set_major_locator(
+                MaxNLocator(2) if i else NullLocator()
+            )  # a histogram's height means nothing
     figure.suptitle(title)
     return figure
 
@@ -90,17 +121,29 @@ def draw_images(images, attributes, names, title):
     has one class, and how frequent each attribute is"""
     classes = len(names) and (attributes.sum(1) == 1).all()
     n_across = min(10, len(images))
-    shown = [np.flatnonzero(attributes[:, k])[:10] for k in range(len(names))] if classes else np.arange(
-        min(8, len(images) // n_across) * n_across).reshape(-1, n_across)
-    grid = np.asarray(draw_grid([images[index] for index in shown if len(index)],
-                                [name for name, index in zip(names, shown) if len(index)] if classes else ()))
+    shown = (
+        [np.flatnonzero(attributes[:, k])[:10] for k in range(len(names))]
+        if classes
+        else np.arange(min(8, len(images) // n_across) * n_across).reshape(-1, n_across)
+    )
+    grid = np.asarray(
+        draw_grid(
+            [images[index] for index in shown if len(index)],
+            [name for name, index in zip(names, shown) if len(index)] if classes else (),
+        )
+    )
     figure = Figure((14 if len(names) else 8, 7), layout='constrained')
     ratios = [3, 2] if len(names) else [1]
     left, *right = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
     left.imshow(grid)
     left.axis('off')
     for axes in right:
-        axes.barh(range(len(names)), attributes.mean(0), color='0.6', tick_label=[short(name) for name in names])
+        axes.barh(
+            range(len(names)),
+            attributes.mean(0),
+            color='0.6',
+            tick_label=[short(name) for name in names],
+        )
         axes.set(xlabel='frequency', ylim=(len(names) - 0.5, -0.5))
         axes.tick_params(labelsize=9 if len(names) <= 20 else 6)
     figure.suptitle(title)
@@ -123,7 +166,11 @@ def draw_table(values, columns, title):
     axes = right.subplots()
     whole = values[np.isfinite(values).all(1)]
     with np.errstate(invalid='ignore', divide='ignore'):
-        correlation = np.atleast_2d(np.corrcoef(whole, rowvar=False)) if len(whole) > 1 else np.full((1, 1), np.nan)
+        correlation = (
+            np.atleast_2d(np.corrcoef(whole, rowvar=False))
+            if len(whole) > 1
+            else np.full((1, 1), np.nan)
+        )
     right.colorbar(axes.imshow(correlation, cmap='RdBu_r', vmin=-1, vmax=1), ax=axes)
     axes.set(title='correlation', xticks=[], yticks=[])
     figure.suptitle(title)

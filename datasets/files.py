@@ -1,4 +1,5 @@
 """What all loaders need: one kind of error, files found and known by their stamp, arrays kept memory-mapped on disk."""
+
 import contextlib
 import difflib
 import errno
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """One clear line for the user: what is wrong and what to do."""
-    def __str__(self):      # what comes from a file or its name must not reach a terminal as it is
+
+    def __str__(self):  # what comes from a file or its name must not reach a terminal as it is
         return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
@@ -37,7 +39,9 @@ def index_of(text, names, what):
 
 def find(data_dir, name, candidates):
     """-> the first candidate there is in data_dir or in its sub-folder of the data set's name, else None"""
-    paths = [folder / candidate for folder in (data_dir, data_dir / name) for candidate in candidates]
+    paths = [
+        folder / candidate for folder in (data_dir, data_dir / name) for candidate in candidates
+    ]
     return next((path for path in paths if path.exists()), None)
 
 
@@ -77,15 +81,23 @@ def cached(data_dir, name, source, make, fits):
     def write(temporary):
         def create(shape, dtype):
             size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
-            if size > free:     # writing to a mapped file for which there is no room is no error but the end (SIGBUS)
-                raise UserError(f'the cache of {name} takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} left')
+            if (
+                size > free
+            ):  # writing to a mapped file for which there is no room is no error but the end (SIGBUS)
+                raise UserError(
+                    f'the cache of {name} takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} left'
+                )
             return np.lib.format.open_memmap(temporary, 'w+', dtype, shape)
+
         make(create)
 
     with alone(folder / f'.{name}.lock', f'another process prepares {name}'):
-        if (array := load(folder)) is not None:             # made while this process waited
+        if (array := load(folder)) is not None:  # made while this process waited
             return array
-        for stale in (*folder.glob(f'{name}_*.npy'), *folder.glob(f'.{name}_*.npy.*')):     # of before, of the killed
+        for stale in (
+            *folder.glob(f'{name}_*.npy'),
+            *folder.glob(f'.{name}_*.npy.*'),
+        ):  # of before, of the killed
             stale.unlink()
         write_atomically(folder / file, write)
         return map_array(folder / file)
@@ -95,7 +107,7 @@ def map_array(path):
     """-> the array in a .npy file, memory-mapped. Raises ValueError, also where np.load would read archives or pickles."""
     try:
         return np.lib.format.open_memmap(path, mode='r')
-    except Exception as error:      # a damaged header fails in too many ways to list
+    except Exception as error:  # a damaged header fails in too many ways to list
         raise ValueError(reason(error)) from None
 
 
@@ -106,7 +118,7 @@ def reason(error):
 
 def short(name, n=40):
     """A name as there is room for in a picture or a line"""
-    return name if len(name) <= n else f'{name[:n - 1]}…'
+    return name if len(name) <= n else f'{name[: n - 1]}…'
 
 
 @contextlib.contextmanager
@@ -152,7 +164,9 @@ def write_atomically(path, write):
 
 
 def write_json(path, content):
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + '\n'))
+    write_atomically(
+        path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + '\n')
+    )
 
 
 def sync(path):
@@ -168,7 +182,9 @@ def sync(path):
 
 def progress(*args, **options):
     """tqdm, seldom updated where its output goes to a file"""
-    return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15, **options)
+    return tqdm(
+        *args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15, **options
+    )
 
 
 def new_folder(path):

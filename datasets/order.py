@@ -1,5 +1,6 @@
 """In which order rows are drawn: functions of seed, step and process alone, so that a resumed run goes on exactly as an
 unbroken one, and nothing of it needs to be saved."""
+
 from functools import lru_cache
 
 import numpy as np

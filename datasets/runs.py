@@ -1,5 +1,6 @@
 """Runs: what their processes must agree on, what is shown of them, and how they lie on the disk, their folders, events
 and checkpoints, whole or not there, and none of them trusted."""
+
 import contextlib
 import math
 import os
@@ -22,9 +23,15 @@ from tqdm import tqdm
 
 from .files import UserError, alone, new_folder, progress, reason, write_atomically, writing
 
-NAMED = {'torch._utils _rebuild_tensor_v2', 'torch FloatStorage', 'torch BoolStorage', 'torch LongStorage',
-         'collections OrderedDict', 2}          # all that the pickle of a checkpoint names, and its protocol
-LARGEST = 2**62                                 # bound on a step number and on what is computed from it
+NAMED = {
+    'torch._utils _rebuild_tensor_v2',
+    'torch FloatStorage',
+    'torch BoolStorage',
+    'torch LongStorage',
+    'collections OrderedDict',
+    2,
+}  # all that the pickle of a checkpoint names, and its protocol
+LARGEST = 2**62  # bound on a step number and on what is computed from it
 
 
 @contextlib.contextmanager
@@ -33,7 +40,9 @@ def claim(folder, is_new):
     folder = new_folder(folder) if is_new else folder
     with alone(folder / '.lock', f'another process trains in {folder}', wait=False):
         for kind in ('pt', 'png', 'json'):
-            for stale in folder.glob(f'.*.{kind}.[0-9]*'):      # of a process that was killed while it wrote
+            for stale in folder.glob(
+                f'.*.{kind}.[0-9]*'
+            ):  # of a process that was killed while it wrote
                 if stale.suffix[1:].isdigit():
                     stale.unlink()
         yield folder
@@ -43,8 +52,12 @@ def claim(folder, is_new):
 def stop_signals():
     """-> list of the names of SIGTERM and SIGINT as they come: they end nothing, so that a step can be finished and saved"""
     seen = []
-    before = {number: signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
-              for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.signal(
+            number, lambda number, frame: seen.append(signal.Signals(number).name)
+        )
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield seen
     finally:
@@ -65,23 +78,37 @@ def find_run(script, request, is_to_train, load, begun=None):
     if is_to_train:
         return load(newest) if newest and request.resume else None
     if newest is None:
-        raise UserError(f'no checkpoint of {script}.py under {request.output_dir}: train first '
-                        f'(python {script}.py --train), or give --restore_file or --output_dir')
+        raise UserError(
+            f'no checkpoint of {script}.py under {request.output_dir}: train first '
+            f'(python {script}.py --train), or give --restore_file or --output_dir'
+        )
     best = newest.with_name('best.pt')
     return load(best if best.exists() else newest)
 
 
 def find_checkpoint(script, unit, mode, request, process, load):
     """-> load(path) of the run that torchrun starts anew, else what find_run gives, perhaps None; prints which it is"""
-    begun = process.store.get(script).decode() if process.store and process.store.check([script]) else None
+    begun = (
+        process.store.get(script).decode()
+        if process.store and process.store.check([script])
+        else None
+    )
     saved = find_run(script, request, mode == 'train', load, begun)
-    require_agreement(process, checkpoint=saved and [saved[key] for key in ('step', 'validation_loss', 'best')])
+    require_agreement(
+        process, checkpoint=saved and [saved[key] for key in ('step', 'validation_loss', 'best')]
+    )
     if saved and process.rank == 0:
-        score = f'validation loss {saved["validation_loss"]:.4f} {unit}' if saved['best'] < math.inf else 'not validated yet'
+        score = (
+            f'validation loss {saved["validation_loss"]:.4f} {unit}'
+            if saved['best'] < math.inf
+            else 'not validated yet'
+        )
         print(f'restored {saved["path"]}: step {saved["step"]}, {score}')
         if mode == 'train' and saved['world_size'] != process.world_size:
-            print(f'note: {saved["world_size"]} processes before, {process.world_size} now: the batch of a step and the number '
-                  'of steps in an epoch change with them')
+            print(
+                f'note: {saved["world_size"]} processes before, {process.world_size} now: the batch of a step and the number '
+                'of steps in an epoch change with them'
+            )
     return saved
 
 
@@ -96,14 +123,21 @@ def run_folder(script, config, request, process, saved, load):
             require_newest(saved, load)
             if process.store:
                 process.store.set(script, str(folder))
-            print(f'{folder}: ' + ' '.join(f'{name}={value}' for name, value in asdict(config).items()))
+            print(
+                f'{folder}: '
+                + ' '.join(f'{name}={value}' for name, value in asdict(config).items())
+            )
         yield folder
 
 
 def require_agreement(process, **own):
     """Refuses to go on where something is not the same on all processes, naming it"""
     all_of_them = process.gather(own)
-    different = sorted(name for name in set().union(*all_of_them) if len({repr(one.get(name)) for one in all_of_them}) > 1)
+    different = sorted(
+        name
+        for name in set().union(*all_of_them)
+        if len({repr(one.get(name)) for one in all_of_them}) > 1
+    )
     if different:
         raise UserError(f'the processes start from different {" and ".join(different)}')
 
@@ -112,16 +146,22 @@ def require_newest(saved, load):
     """UserError where the last checkpoint in its folder, which is claimed, is past the one to train on from"""
     newest = saved and saved['path'].with_name('checkpoint.pt')
     if newest and newest.exists() and load(newest)['step'] > saved['step']:
-        raise UserError(f'{newest} is at a later step than {saved["path"]} was and would be overwritten: go on from it, or '
-                        f'copy {saved["path"].name} to a folder of its own')
+        raise UserError(
+            f'{newest} is at a later step than {saved["path"]} was and would be overwritten: go on from it, or '
+            f'copy {saved["path"].name} to a folder of its own'
+        )
 
 
 class Scalars:
     """Scalars of a run for tensorboard, in an events file that supersedes what earlier files say of first_step and later
     ones. (SummaryWriter writes by a thread, which loses what it still holds when it is killed, and tells no one of a full
     disk.) Does nothing without a folder."""
+
     def __init__(self, folder, first_step):
-        self.folder, self.writer = folder, folder and EventsWriter(str(folder / 'events'), f'.{os.getpid()}')
+        self.folder, self.writer = (
+            folder,
+            folder and EventsWriter(str(folder / 'events'), f'.{os.getpid()}'),
+        )
         self.flushed = time.time()
         self.write(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
@@ -131,7 +171,12 @@ class Scalars:
                 self.writer.write_event(Event(wall_time=time.time(), **content))
 
     def add(self, step, values):
-        self.write(step=step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+        self.write(
+            step=step,
+            summary=Summary(
+                value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+            ),
+        )
         if time.time() > self.flushed + 30:
             self.flush()
 
@@ -145,6 +190,7 @@ class Scalars:
 
 class Log(Scalars):
     """What the main process shows of a training of a score, in units, on items: scalars and, as a context, a progress bar"""
+
     def __init__(self, run, folder, score, unit, items):
         super().__init__(folder if run.process.rank == 0 else None, run.step + 1)
         self.run, self.score, self.unit, self.items = run, score, unit, items
@@ -152,11 +198,17 @@ class Log(Scalars):
     def __enter__(self):
         run = self.run
         if self.writer:
-            print(f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}')
+            print(
+                f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}'
+            )
             if run.n_steps * (1 - run.config.ema_decay) < 3:
-                print('note: after so few steps the averaged weights, which are scored, are mostly the first: lower --ema_decay')
+                print(
+                    'note: after so few steps the averaged weights, which are scored, are mostly the first: lower --ema_decay'
+                )
         self.begin, self.first = time.perf_counter(), run.step
-        self.bar = progress(total=run.n_steps, initial=run.step, disable=not self.writer, unit='step')
+        self.bar = progress(
+            total=run.n_steps, initial=run.step, disable=not self.writer, unit='step'
+        )
         return self
 
     def __exit__(self, *error):
@@ -167,13 +219,26 @@ class Log(Scalars):
         run = self.run
         self.bar.update()
         if run.step % every == 0 and not run.skips_in_a_row:
-            speed = ((run.step - self.first) * run.config.batch_size * run.process.world_size
-                     / (time.perf_counter() - self.begin))
+            speed = (
+                (run.step - self.first)
+                * run.config.batch_size
+                * run.process.world_size
+                / (time.perf_counter() - self.begin)
+            )
             validation = f' (validation: {run.validation_loss:.3f})' if run.best < math.inf else ''
-            self.bar.set_postfix_str(f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s', refresh=False)
-            self.add(run.step, {f'{self.score}/train': loss.item(), 'gradient_norm': norm.item(),
-                                'lr': run.optimizer.param_groups[0]['lr'], f'{self.items}_per_s': speed,
-                                'steps_skipped': run.n_skipped})
+            self.bar.set_postfix_str(
+                f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s', refresh=False
+            )
+            self.add(
+                run.step,
+                {
+                    f'{self.score}/train': loss.item(),
+                    'gradient_norm': norm.item(),
+                    'lr': run.optimizer.param_groups[0]['lr'],
+                    f'{self.items}_per_s': speed,
+                    'steps_skipped': run.n_skipped,
+                },
+            )
 
     def validated(self):
         self.add(self.run.step, {f'{self.score}/validation': self.run.validation_loss})
@@ -181,16 +246,20 @@ class Log(Scalars):
     def stopped(self, signals, script, newest):
         """Says, after a signal, how to go on"""
         if self.writer:
-            print(f'stopped after step {self.run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
-                  f'python {script}.py --train --restore_file={newest}')
+            print(
+                f'stopped after step {self.run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
+                f'python {script}.py --train --restore_file={newest}'
+            )
 
 
 def require_finite(run, is_validated, max_skips, newest):
     """UserError where a training diverged: too many steps in a row were skipped, or the validation score is not finite"""
     if run.skips_in_a_row > max_skips or is_validated and not math.isfinite(run.validation_loss):
-        raise UserError(f'training diverged: at step {run.step}, learning rate {run.optimizer.param_groups[0]["lr"]:g}, the '
-                        f'loss, its gradients or the validation score are not finite ({run.skips_in_a_row} steps skipped in '
-                        f'a row); start again with a lower --lr; the last checkpoint is {newest}')
+        raise UserError(
+            f'training diverged: at step {run.step}, learning rate {run.optimizer.param_groups[0]["lr"]:g}, the '
+            f'loss, its gradients or the validation score are not finite ({run.skips_in_a_row} steps skipped in '
+            f'a row); start again with a lower --lr; the last checkpoint is {newest}'
+        )
 
 
 @contextlib.contextmanager
@@ -214,11 +283,12 @@ def own_device(local_rank, n_here):
 
 def save_tensors(path, content):
     """torch.save, atomically; UserError where there is no room for it"""
+
     def write(temporary):
         try:
             with open(temporary, 'wb') as file:
                 torch.save(content, file)
-        except RuntimeError as error:           # torch's own, of its zip file, hides the system's
+        except RuntimeError as error:  # torch's own, of its zip file, hides the system's
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
     write_atomically(path, write)
@@ -228,9 +298,17 @@ def save_run(run, log, script, fields, parts, path):
     """All that a run needs to go on and its model to be used, after what was logged before it; by the main process"""
     if run.process.rank == 0:
         log.flush()
-        save_tensors(path, {'script': f'{script}.py', 'config': asdict(run.config), 'input_dims': run.input_dims,
-                            'world_size': run.process.world_size, **{name: getattr(run, name) for name in fields},
-                            **{name: getattr(run, name).state_dict() for name in parts}})
+        save_tensors(
+            path,
+            {
+                'script': f'{script}.py',
+                'config': asdict(run.config),
+                'input_dims': run.input_dims,
+                'world_size': run.process.world_size,
+                **{name: getattr(run, name) for name in fields},
+                **{name: getattr(run, name).state_dict() for name in parts},
+            },
+        )
 
 
 def restore_run(run, saved, fields, parts):
@@ -245,7 +323,9 @@ def load_tensors(path):
     """-> what save_tensors wrote: tensors and plain values, never a pickled object, of no more bytes than the file has.
     UserError where it is damaged."""
     if not Path(path).is_file():
-        raise UserError(f'{path}: no such checkpoint' + ', but a folder: give its best.pt' * Path(path).is_dir())
+        raise UserError(
+            f'{path}: no such checkpoint' + ', but a folder: give its best.pt' * Path(path).is_dir()
+        )
     left, storages = Path(path).stat().st_size, {}
 
     def copy(value):
@@ -266,27 +346,38 @@ def load_tensors(path):
     try:
         with zipfile.ZipFile(path) as archive:
             parts = sorted(archive.infolist(), key=lambda part: part.header_offset)
-            pickled, = (part for part in parts if part.filename.lower().endswith('.pkl'))
-            if (len({part.filename.lower() for part in parts}) < len(parts) or any(part.compress_type for part in parts)
-                    or sum(part.file_size for part in parts) > left or archive.testzip()):
-                raise zipfile.BadZipFile        # stored once and as they are, nothing small unfolds to something huge
+            (pickled,) = (part for part in parts if part.filename.lower().endswith('.pkl'))
+            if (
+                len({part.filename.lower() for part in parts}) < len(parts)
+                or any(part.compress_type for part in parts)
+                or sum(part.file_size for part in parts) > left
+                or archive.testzip()
+            ):
+                raise zipfile.BadZipFile  # stored once and as they are, nothing small unfolds to something huge
             for opcode, name, _ in pickletools.genops(archive.read(pickled)):
                 if opcode.name in ('GLOBAL', 'PROTO') and name not in NAMED:
                     raise ValueError
         content = copy(torch.load(path, map_location='cpu', weights_only=True, mmap=True))
-        if [storages[at] for at in sorted(storages)] != [part.file_size for part in parts if '/data/' in part.filename]:
-            raise ValueError                    # a tensor that claims to be larger than it is would show what lies behind it
+        if [storages[at] for at in sorted(storages)] != [
+            part.file_size for part in parts if '/data/' in part.filename
+        ]:
+            raise ValueError  # a tensor that claims to be larger than it is would show what lies behind it
         return content
-    except Exception as error:      # a damaged file fails in too many ways to list
-        raise UserError(f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
-                        f'and plain values ({type(error).__name__})') from None
+    except Exception as error:  # a damaged file fails in too many ways to list
+        raise UserError(
+            f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than tensors '
+            f'and plain values ({type(error).__name__})'
+        ) from None
 
 
 def cached_tensor(path, shape, make):
     """-> float32 tensor of that shape: what make() gives, kept in a file"""
-    with contextlib.suppress(UserError):        # none, or damaged: made again
+    with contextlib.suppress(UserError):  # none, or damaged: made again
         tensor = load_tensors(path)
-        if isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (shape, torch.float32):
+        if isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (
+            shape,
+            torch.float32,
+        ):
             return tensor
     tensor = make()
     save_tensors(path, tensor)
@@ -296,15 +387,24 @@ def cached_tensor(path, shape, make):
 def matches(value, form):
     """Whether a value is of the type that form is or, form being a dict or a list of one, holds what matches that"""
     if isinstance(form, dict):
-        return type(value) is dict and value.keys() == form.keys() and all(matches(value[key], form[key]) for key in form)
+        return (
+            type(value) is dict
+            and value.keys() == form.keys()
+            and all(matches(value[key], form[key]) for key in form)
+        )
     if isinstance(form, list):
         return type(value) is list and all(matches(item, form[0]) for item in value)
-    return isinstance(value, form) if form is dict else type(value) is form and (form is not int or 0 <= value < LARGEST)
+    return (
+        isinstance(value, form)
+        if form is dict
+        else type(value) is form and (form is not int or 0 <= value < LARGEST)
+    )
 
 
 @contextlib.contextmanager
 def at_most(n_values):
     """Stops, by ValueError, what builds a model of more values"""
+
     def count(module, name, parameter):
         nonlocal n_values
         n_values -= parameter.numel()
@@ -324,13 +424,20 @@ def load_adam(parameters, saved):
     fresh = dict(optimizer.param_groups[0])
     optimizer.load_state_dict(saved)
     group = optimizer.param_groups[0]
-    if (type(group['lr']) is not float or not 0 <= group['lr'] < math.inf
-            or {type(group['amsgrad']), type(group['fused'])} != {bool}
-            or any(group[key] != fresh[key] for key in fresh.keys() - {'params', 'lr', 'amsgrad', 'fused'})):
+    if (
+        type(group['lr']) is not float
+        or not 0 <= group['lr'] < math.inf
+        or {type(group['amsgrad']), type(group['fused'])} != {bool}
+        or any(
+            group[key] != fresh[key] for key in fresh.keys() - {'params', 'lr', 'amsgrad', 'fused'}
+        )
+    ):
         raise ValueError("its optimizer's options are not those of a training")
     names = {'step', 'exp_avg', 'exp_avg_sq', *['max_exp_avg_sq'] * group['amsgrad']}
     for p, state in optimizer.state.items():
-        if state.keys() != names or any(state[name].shape != (() if name == 'step' else p.shape) for name in names):
+        if state.keys() != names or any(
+            state[name].shape != (() if name == 'step' else p.shape) for name in names
+        ):
             raise ValueError("its optimizer's state has other shapes than its weights")
     return optimizer.state.values()
 
@@ -346,19 +453,28 @@ def read_checkpoint(path, script, form, Config, n_dims, build):
         if not matches(saved, form):
             raise ValueError('parts are missing, unknown or of another type')
         config, dims = Config(**saved['config']), saved['input_dims']
-        if len(dims) != n_dims or not all(type(n) is int and 0 < n < 2**16 for n in dims) or math.prod(dims) >= 2**24:
+        if (
+            len(dims) != n_dims
+            or not all(type(n) is int and 0 < n < 2**16 for n in dims)
+            or math.prod(dims) >= 2**24
+        ):
             raise ValueError(f'its input_dims are {dims}')
         with torch.device('meta'), at_most(sum(value.numel() for value in saved['model'].values())):
             average = build(config, dims)
         average.module.load_state_dict(saved['model'], assign=True)
         average.load_state_dict(saved['average'], assign=True)
         states = load_adam(average.module.parameters(), saved['optimizer'])
-        if not all(value.isfinite().all() for part in (saved['model'], saved['average'], *states)
-                   for value in part.values()):
+        if not all(
+            value.isfinite().all()
+            for part in (saved['model'], saved['average'], *states)
+            for value in part.values()
+        ):
             raise ValueError('its weights are not finite')
         return {**saved, 'config': config, 'path': Path(path)}
-    except Exception as error:      # likewise
-        raise UserError(f'{path} is a checkpoint of another version of {script}, or damaged: {reason(error)}') from None
+    except Exception as error:  # likewise
+        raise UserError(
+            f'{path} is a checkpoint of another version of {script}, or damaged: {reason(error)}'
+        ) from None
 
 
 @contextlib.contextmanager
@@ -371,12 +487,20 @@ def errors_in_one_line(name):
     except (UserError, OSError, torch.linalg.LinAlgError) as error:
         common, message = isinstance(error, UserError), str(error)
     except torch.cuda.OutOfMemoryError:
-        common, message = False, 'out of GPU memory: lower --batch_size or the model, or add --checkpoint_grads'
+        common, message = (
+            False,
+            'out of GPU memory: lower --batch_size or the model, or add --checkpoint_grads',
+        )
     except (RuntimeError, ValueError) as error:
-        if 'WORLD_SIZE' not in os.environ or not re.search('gloo|nccl|connect|clients|rendezvous', str(error), re.IGNORECASE):
+        if 'WORLD_SIZE' not in os.environ or not re.search(
+            'gloo|nccl|connect|clients|rendezvous', str(error), re.IGNORECASE
+        ):
             raise
         process = f'process {os.environ.get("RANK", 0)} on {socket.gethostname()}'
-        common, message = False, f'{process} stops, having lost another one or found none: {reason(error)}'
+        common, message = (
+            False,
+            f'{process} stops, having lost another one or found none: {reason(error)}',
+        )
     except KeyboardInterrupt:
         common, message = True, 'interrupted'
     if not common or int(os.environ.get('LOCAL_RANK', 0)) == 0:

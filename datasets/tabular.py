@@ -3,6 +3,7 @@
 The tables are prepared as by their authors (Papamakarios et al., 2017, appendix D), whose files are at Zenodo, record
 1161203; all but BSDS300's also from the raw downloads of the UCI repository.
 """
+
 import csv
 import difflib
 import gzip
@@ -22,43 +23,68 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from .files import UserError, cached, digest, find, index_of, map_array, reason, short, stamp, write_atomically
+from .files import (
+    UserError,
+    cached,
+    digest,
+    find,
+    index_of,
+    map_array,
+    reason,
+    short,
+    stamp,
+    write_atomically,
+)
 from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, log_normaliser
 
 SUFFIXES = ('.csv', '.npy', '.h5', '.hdf5')
-CACHE_VERSION = 1       # raised whenever the same source would give other rows
-N_VALIDATION, N_TEST = 5_000, 50_000    # rows of the two-dimensional problems
-CHUNK = 50_000                          # rows of a text that are parsed at once; a multiple of 4, for GAS
+CACHE_VERSION = 1  # raised whenever the same source would give other rows
+N_VALIDATION, N_TEST = 5_000, 50_000  # rows of the two-dimensional problems
+CHUNK = 50_000  # rows of a text that are parsed at once; a multiple of 4, for GAS
 MAX_LINE, MAX_ROWS = 4_096, 20_000_000  # bytes and rows that no text of a published table reaches
-MAX_PIXELS = 2**20                      # of a Berkeley image; they have 481 x 321
-MAX_COLUMNS = 2**16 - 1                 # of a text of the user's own; a million take pandas minutes
-MAX_RATIO = 1_000                       # by how much compression may make a table of the user's own smaller
+MAX_PIXELS = 2**20  # of a Berkeley image; they have 481 x 321
+MAX_COLUMNS = 2**16 - 1  # of a text of the user's own; a million take pandas minutes
+MAX_RATIO = 1_000  # by how much compression may make a table of the user's own smaller
 
 # Rows of the three splits, columns, and where the files lie: the MAF authors' first, the raw ones after it
 TABLES = {
-    'power': ((1_659_917, 184_435, 204_928), 6, ['power/data.npy', 'household_power_consumption.txt']),
+    'power': (
+        (1_659_917, 184_435, 204_928),
+        6,
+        ['power/data.npy', 'household_power_consumption.txt'],
+    ),
     'gas': ((852_174, 94_685, 105_206), 8, ['gas/ethylene_CO.pickle', 'ethylene_CO.txt']),
-    'hepmass': ((315_123, 35_013, 174_987), 21, ['hepmass/1000_train.csv', '1000_train.csv', '1000_train.csv.gz']),
+    'hepmass': (
+        (315_123, 35_013, 174_987),
+        21,
+        ['hepmass/1000_train.csv', '1000_train.csv', '1000_train.csv.gz'],
+    ),
     'miniboone': ((29_556, 3_284, 3_648), 43, ['miniboone/data.npy', 'MiniBooNE_PID.txt']),
-    'bsds300': ((1_000_000, 50_000, 250_000), 63, ['BSDS300/BSDS300.hdf5', 'bsds300_gray.zip', 'BSDS300-images.tgz']),
+    'bsds300': (
+        (1_000_000, 50_000, 250_000),
+        63,
+        ['BSDS300/BSDS300.hdf5', 'bsds300_gray.zip', 'BSDS300-images.tgz'],
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Rows:
-    train: np.ndarray       # (N, D) float32, standardised: the data's own units are mean + std * row
+    train: np.ndarray  # (N, D) float32, standardised: the data's own units are mean + std * row
     validation: np.ndarray
     test: np.ndarray
     columns: tuple
-    mean: np.ndarray = None         # (D,) float64
+    mean: np.ndarray = None  # (D,) float64
     std: np.ndarray = None
-    draw: object = None             # draw(numpy Generator, n) -> n new training rows (n, D) float32, instead of train
-    energy: object = None           # U(x) of a density exp(-U) / Z; the rows are noise then
-    log_z: float = 0.
-    test_index: np.ndarray = None   # which rows of the table are its test split
+    draw: object = (
+        None  # draw(numpy Generator, n) -> n new training rows (n, D) float32, instead of train
+    )
+    energy: object = None  # U(x) of a density exp(-U) / Z; the rows are noise then
+    log_z: float = 0.0
+    test_index: np.ndarray = None  # which rows of the table are its test split
     notes: tuple = ()
-    steps: object = 0.              # (D,) over which discrete columns are spread; 0 where they are not
+    steps: object = 0.0  # (D,) over which discrete columns are spread; 0 where they are not
 
     @property
     def fingerprint(self):
@@ -71,7 +97,11 @@ class Rows:
 
     def some(self, n):
         """-> up to n rows of a table in its own units, first those of the test split"""
-        return np.concatenate([part[:n] for part in (self.test, self.validation, self.train)])[:n] * self.std + self.mean
+        return (
+            np.concatenate([part[:n] for part in (self.test, self.validation, self.train)])[:n]
+            * self.std
+            + self.mean
+        )
 
 
 def load_rows(name, data_dir='data', seed=0, test_file='', dequantize=False):
@@ -84,8 +114,10 @@ def load_rows(name, data_dir='data', seed=0, test_file='', dequantize=False):
         return load_own(Path(name), seed, test_file, dequantize)
     known = [*SAMPLERS, *ENERGIES, *TABLES]
     near = difflib.get_close_matches(name, known, n=1)
-    raise UserError(f'unknown data set {name!r}{f", perhaps {near[0]}" if near else ""}: there are {", ".join(known)}, '
-                    f'and any table ({" ".join(SUFFIXES)})')
+    raise UserError(
+        f'unknown data set {name!r}{f", perhaps {near[0]}" if near else ""}: there are {", ".join(known)}, '
+        f'and any table ({" ".join(SUFFIXES)})'
+    )
 
 
 def load_for(config, saved, no_split=False):
@@ -98,7 +130,11 @@ def load_for(config, saved, no_split=False):
     data = load_rows(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
     if like:
         require_same_units(data, like, config.dataset)
-    return replace(data, train=data.train[:config.max_rows]) if config.max_rows and not data.draw else data
+    return (
+        replace(data, train=data.train[: config.max_rows])
+        if config.max_rows and not data.draw
+        else data
+    )
 
 
 def load_toy(name):
@@ -108,40 +144,68 @@ def load_toy(name):
     def draw(rng, n):
         return sampler(rng, n).astype(np.float32)
 
-    held_out = [draw(np.random.default_rng((10**9, i)), n) for i, n in enumerate((N_VALIDATION, N_TEST))]
-    return Rows(None, *held_out, ('x1', 'x2'), np.zeros(2), np.ones(2), draw, energy,
-                log_normaliser(energy) if energy else 0., np.arange(N_TEST))
+    held_out = [
+        draw(np.random.default_rng((10**9, i)), n) for i, n in enumerate((N_VALIDATION, N_TEST))
+    ]
+    return Rows(
+        None,
+        *held_out,
+        ('x1', 'x2'),
+        np.zeros(2),
+        np.ones(2),
+        draw,
+        energy,
+        log_normaliser(energy) if energy else 0.0,
+        np.arange(N_TEST),
+    )
 
 
 def units_of(rows):
     """-> the units of Rows as plain values, for a checkpoint"""
-    return {'columns': list(rows.columns), 'mean': rows.mean.tolist(), 'std': rows.std.tolist(),
-            'steps': np.broadcast_to(rows.steps, len(rows.columns)).tolist()}
+    return {
+        'columns': list(rows.columns),
+        'mean': rows.mean.tolist(),
+        'std': rows.std.tolist(),
+        'steps': np.broadcast_to(rows.steps, len(rows.columns)).tolist(),
+    }
 
 
 def from_units(units, n_columns, path):
     """-> Rows without any, in the units that a checkpoint at path has. UserError unless they are units of so many columns."""
     numbers = {key: np.array(units[key]) for key in ('mean', 'std', 'steps')}
-    if not (all(len(values) == n_columns for values in units.values()) and ''.join(units['columns']).isprintable()
-            and np.isfinite([*numbers.values()]).all() and (numbers['std'] > 0).all()):
+    if not (
+        all(len(values) == n_columns for values in units.values())
+        and ''.join(units['columns']).isprintable()
+        and np.isfinite([*numbers.values()]).all()
+        and (numbers['std'] > 0).all()
+    ):
         raise UserError(f'{path} is damaged: its columns and its units do not fit')
     return Rows(None, None, None, tuple(units['columns']), **numbers)
 
 
 def require_same_units(rows, like, name):
-    if not (rows.columns == like.columns and np.allclose(rows.mean, like.mean) and np.allclose(rows.std, like.std)):
-        raise UserError(f'{name} is not what it was when the model was trained: score new rows by --evaluate --input=FILE, or '
-                        'train a new model')
+    if not (
+        rows.columns == like.columns
+        and np.allclose(rows.mean, like.mean)
+        and np.allclose(rows.std, like.std)
+    ):
+        raise UserError(
+            f'{name} is not what it was when the model was trained: score new rows by --evaluate --input=FILE, or '
+            'train a new model'
+        )
 
 
 # ------------------------------------------------------------------------------------------ the user's tables
+
 
 def load_own(path, seed, test_file, dequantize):
     """80/10/10 by seed or, with a test_file, 90/10 and that; standardised by the training split."""
     values, columns = read_table(path)
     check(values, columns, path)
     rng = np.random.default_rng(seed)
-    discrete = [k for k in range(len(columns)) if len(np.unique(values[:, k])) <= max(10, len(values) // 20)]
+    discrete = [
+        k for k in range(len(columns)) if len(np.unique(values[:, k])) <= max(10, len(values) // 20)
+    ]
     notes = ()
     steps = np.zeros(len(columns))
     if discrete and dequantize:
@@ -149,8 +213,10 @@ def load_own(path, seed, test_file, dequantize):
         values = spread(values, steps)
     elif discrete:
         names = ', '.join(columns[k] for k in discrete[:8]) + ' ...' * (len(discrete) > 8)
-        notes = (f'{names}: few distinct values. A density on them has no upper bound, and a log-likelihood no meaning: '
-                 'leave such columns out, or add --dequantize',)
+        notes = (
+            f'{names}: few distinct values. A density on them has no upper bound, and a log-likelihood no meaning: '
+            'leave such columns out, or add --dequantize',
+        )
     order = rng.permutation(len(values))
     n = len(values) // 10
     train, validation, test = np.split(order, [len(order) - 2 * n, len(order) - n])
@@ -158,21 +224,29 @@ def load_own(path, seed, test_file, dequantize):
         train = np.concatenate([train, validation])
         validation, test = test, None
     if min(len(train), n) < 1 or len(train) < len(columns):
-        raise UserError(f'{path} has {len(values)} rows of {len(columns)} columns: too few to train, validate and test on')
+        raise UserError(
+            f'{path} has {len(values)} rows of {len(columns)} columns: too few to train, validate and test on'
+        )
     with np.errstate(over='ignore'):
         mean, std = values[train].mean(0), values[train].std(0)
     if (std == 0).any():
-        raise UserError(f'{path}: column {columns[int(np.argmin(std))]} is constant in the training split: leave it out')
+        raise UserError(
+            f'{path}: column {columns[int(np.argmin(std))]} is constant in the training split: leave it out'
+        )
     splits = [standardise(values[np.sort(part)], mean, std, path) for part in (train, validation)]
     if len(columns) > 1 and np.linalg.eigvalsh(np.corrcoef(values[train], rowvar=False))[0] < 1e-10:
-        notes += ('some columns follow exactly from others, such as copies or sums. The density on such rows has no upper '
-                  'bound, and a log-likelihood no meaning: leave them out',)
+        notes += (
+            'some columns follow exactly from others, such as copies or sums. The density on such rows has no upper '
+            'bound, and a log-likelihood no meaning: leave them out',
+        )
     rows = Rows(*splits, None, columns, mean, std, steps=steps, notes=notes)
     if test_file:
         held_out = read_rows(test_file, rows)
         return replace(rows, test=held_out, test_index=np.arange(len(held_out)))
     test_index = np.sort(test)
-    return replace(rows, test=standardise(values[test_index], mean, std, path), test_index=test_index)
+    return replace(
+        rows, test=standardise(values[test_index], mean, std, path), test_index=test_index
+    )
 
 
 def standardise(values, mean, std, path):
@@ -196,12 +270,16 @@ def read_rows(path, like):
     if names[-1] == 'log_likelihood' and len(names) == len(like.columns) + 1:
         values, names = values[:, :-1], names[:-1]
     if len(names) != len(like.columns):
-        raise UserError(f'{path} has {len(names)} columns, and the model was trained on {len(like.columns)}: '
-                        f'{", ".join(like.columns)}')
+        raise UserError(
+            f'{path} has {len(names)} columns, and the model was trained on {len(like.columns)}: '
+            f'{", ".join(like.columns)}'
+        )
     if names != like.columns and not (is_unnamed(names) or is_unnamed(like.columns)):
         if set(names) != set(like.columns):
-            raise UserError(f'{path} has columns {", ".join(names)}, and the model was trained on '
-                            f'{", ".join(like.columns)}')
+            raise UserError(
+                f'{path} has columns {", ".join(names)}, and the model was trained on '
+                f'{", ".join(like.columns)}'
+            )
         values = values[:, [names.index(name) for name in like.columns]]
     return standardise(spread(values, like.steps), like.mean, like.std, path)
 
@@ -212,8 +290,10 @@ def is_unnamed(columns):
 
 def check(values, columns, path):
     if len(values) < len(columns) or len(values) < 10:
-        raise UserError(f'{path} has {len(values)} rows and {len(columns)} columns: a density needs many more rows than '
-                        'columns')
+        raise UserError(
+            f'{path} has {len(values)} rows and {len(columns)} columns: a density needs many more rows than '
+            'columns'
+        )
     constant = (values == values[:1]).all(0)
     if constant.any():
         names = [columns[k] for k in np.flatnonzero(constant)]
@@ -226,8 +306,10 @@ def read_table(path):
     bad = ~np.isfinite(values)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        raise UserError(f'{path}: {int(bad.sum())} missing or infinite values, the first in column {columns[column]}, '
-                        f'row {row}: drop those rows or fill them in')
+        raise UserError(
+            f'{path}: {int(bad.sum())} missing or infinite values, the first in column {columns[column]}, '
+            f'row {row}: drop those rows or fill them in'
+        )
     return values, columns
 
 
@@ -241,15 +323,17 @@ def read_numbers(path):
         raise UserError(f'{path} should end in {", ".join(readers)}')
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')         # of columns of several types, refused below
+            warnings.simplefilter('ignore')  # of columns of several types, refused below
             values, columns = readers[path.suffix](path)
     except UserError:
         raise
-    except Exception as error:      # a damaged table fails in too many ways to list
+    except Exception as error:  # a damaged table fails in too many ways to list
         raise UserError(f'{path} cannot be read as a table: {reason(error)}') from None
     for name, n in Counter(columns).items():
         if not name.isprintable() or n > 1:
-            raise UserError(f'{path}: the column name {short(name)!r} is no printable text, or comes twice')
+            raise UserError(
+                f'{path}: the column name {short(name)!r} is no printable text, or comes twice'
+            )
     return values, columns
 
 
@@ -258,15 +342,23 @@ def read_csv(path):
         first = next((row for row in csv.reader(file) if row), [''])
     separator = next((character for character in ';\t' if character in first[0]), '')
     if len(first) == 1 and separator:
-        raise UserError(f'{path} has {separator!r} between its cells: save it with commas there, and points in its numbers')
+        raise UserError(
+            f'{path} has {separator!r} between its cells: save it with commas there, and points in its numbers'
+        )
     if len(first) > MAX_COLUMNS:
         raise UserError(f'{path} has {len(first)} columns, {MAX_COLUMNS} are the most')
-    numbered = [cell.strip() for cell in first] == [str(k) for k in range(len(first))]      # by pandas, for want of names
+    numbered = [cell.strip() for cell in first] == [
+        str(k) for k in range(len(first))
+    ]  # by pandas, for want of names
     header = None if all(is_number(cell) for cell in first) and not numbered else 0
     if not first[0].strip() and header == 0:
-        raise UserError(f"{path}: the first column has no name. Is it pandas' index? Leave it out (index=False), or name it")
+        raise UserError(
+            f"{path}: the first column has no name. Is it pandas' index? Leave it out (index=False), or name it"
+        )
     table = pd.read_csv(path, header=header, skipinitialspace=True, encoding='utf-8-sig')
-    if not isinstance(table.index, pd.RangeIndex):      # pandas takes the first cells for names of rows then
+    if not isinstance(
+        table.index, pd.RangeIndex
+    ):  # pandas takes the first cells for names of rows then
         raise UserError(f'{path}: its rows have more cells than its header')
     if table.empty:
         raise UserError(f'{path} has no rows')
@@ -275,8 +367,10 @@ def read_csv(path):
         if not pd.api.types.is_numeric_dtype(table[column]) or table[column].dtype == bool:
             numbers = pd.to_numeric(table[column], errors='coerce')
             row = int(np.argmax((numbers.isna() & table[column].notna()).to_numpy()))
-            raise UserError(f'{path}: column {name} is not numeric: {str(table[column].iloc[row])[:40]!r} in row {row}; '
-                            'leave it out or encode it as numbers')
+            raise UserError(
+                f'{path}: column {name} is not numeric: {str(table[column].iloc[row])[:40]!r} in row {row}; '
+                'leave it out or encode it as numbers'
+            )
     return table.to_numpy(np.float64), columns
 
 
@@ -294,15 +388,23 @@ def read_npy(path):
 
 def read_h5(path):
     with h5py.File(path) as file:
-        own = [file[name] for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
+        own = [
+            file[name] for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)
+        ]
         tables = [item for item in own if isinstance(item, h5py.Dataset) and item.ndim == 2]
         if len(tables) != 1:
-            raise UserError(f'{path} has {len(tables)} two-dimensional data sets at its top, not one')
+            raise UserError(
+                f'{path} has {len(tables)} two-dimensional data sets at its top, not one'
+            )
         if tables[0].external or tables[0].is_virtual:
             raise UserError(f'{path} takes its table from other files')
-        n_read = max(tables[0].size, math.prod(tables[0].chunks or ()))     # chunks are read whole
-        if n_read * tables[0].dtype.itemsize > MAX_RATIO * path.stat().st_size:    # HDF5 need not store what it declares
-            raise UserError(f'{path} claims to hold a table of shape {tables[0].shape}, but has not the size for it')
+        n_read = max(tables[0].size, math.prod(tables[0].chunks or ()))  # chunks are read whole
+        if (
+            n_read * tables[0].dtype.itemsize > MAX_RATIO * path.stat().st_size
+        ):  # HDF5 need not store what it declares
+            raise UserError(
+                f'{path} claims to hold a table of shape {tables[0].shape}, but has not the size for it'
+            )
         values, columns = require_table(tables[0][:], path)
         names = tuple(str(name) for name in np.atleast_1d(tables[0].attrs.get('columns', ())))
         return values, names if len(names) == len(columns) else columns
@@ -310,7 +412,9 @@ def read_h5(path):
 
 def require_table(values, path):
     if values.ndim != 2 or values.dtype.kind not in 'fiu' or not values.size:
-        raise UserError(f'{path} holds {values.dtype} of shape {values.shape}, not a table of numbers')
+        raise UserError(
+            f'{path} holds {values.dtype} of shape {values.shape}, not a table of numbers'
+        )
     return np.asarray(values, np.float64), tuple(f'column {k}' for k in range(values.shape[1]))
 
 
@@ -336,7 +440,7 @@ def write_table(path, suffix, values, columns):
         table = pd.DataFrame(values, columns=columns)
         table.astype({'row': int} if 'row' in columns else {}).to_csv(path, index=False)
         return
-    content = io.BytesIO()          # lest numpy or h5py meet a full disk, which they do not name
+    content = io.BytesIO()  # lest numpy or h5py meet a full disk, which they do not name
     if suffix == '.npy':
         np.save(content, values)
     else:
@@ -347,43 +451,60 @@ def write_table(path, suffix, values, columns):
 
 # ------------------------------------------------------------------------------------------- published tables
 
+
 def load_published(name, data_dir):
     counts, n_columns, places = TABLES[name]
     path = find(data_dir, name, places)
     if path is None:
-        raise UserError(f'{name} is not in {data_dir}: it needs {places[0]} as the MAF authors have it '
-                        f'(zenodo.org/records/1161203: python -m datasets fetch {name} --data_dir={data_dir}) or, as '
-                        f'downloaded, {" or ".join(places[1:])}')
-    prepare = {'power': prepare_power, 'gas': prepare_gas, 'hepmass': prepare_hepmass, 'miniboone': prepare_miniboone,
-               'bsds300': prepare_bsds300}[name]
+        raise UserError(
+            f'{name} is not in {data_dir}: it needs {places[0]} as the MAF authors have it '
+            f'(zenodo.org/records/1161203: python -m datasets fetch {name} --data_dir={data_dir}) or, as '
+            f'downloaded, {" or ".join(places[1:])}'
+        )
+    prepare = {
+        'power': prepare_power,
+        'gas': prepare_gas,
+        'hepmass': prepare_hepmass,
+        'miniboone': prepare_miniboone,
+        'bsds300': prepare_bsds300,
+    }[name]
     source = [name, CACHE_VERSION, counts, stamp(path)]
 
     def make(create):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter('ignore')     # of means of nothing: such splits are refused below
+                warnings.simplefilter(
+                    'ignore'
+                )  # of means of nothing: such splits are refused below
                 splits = prepare(path)
-        except Exception as error:      # likewise
+        except Exception as error:  # likewise
             raise UserError(f'{path} cannot be read as {name}: {reason(error)}') from None
         shapes = [part.shape for part in splits]
         if shapes != [(n, n_columns) for n in counts]:
-            raise UserError(f'{path} gives {" / ".join(map(str, shapes))} rows and columns where {name} has '
-                            f'{" / ".join(map(str, counts))} rows of {n_columns}: truncated, or another version of it')
+            raise UserError(
+                f'{path} gives {" / ".join(map(str, shapes))} rows and columns where {name} has '
+                f'{" / ".join(map(str, counts))} rows of {n_columns}: truncated, or another version of it'
+            )
         rows = create(shape, np.float32)
         for part, end in zip(splits, np.cumsum(counts)):
-            rows[end - len(part):end] = part
+            rows[end - len(part) : end] = part
         if not np.isfinite(rows).all():
             raise UserError(f'{path} holds missing or infinite values: download it again')
 
     shape = sum(counts), n_columns
-    rows = cached(data_dir, name, source, make, lambda rows: (rows.shape, rows.dtype) == (shape, np.float32))
+    rows = cached(
+        data_dir, name, source, make, lambda rows: (rows.shape, rows.dtype) == (shape, np.float32)
+    )
     columns = tuple(f'{name} {k}' for k in range(n_columns))
     splits = np.split(rows, np.cumsum(counts)[:2])
-    return Rows(*splits, columns, np.zeros(n_columns), np.ones(n_columns), test_index=np.arange(counts[2]))
+    return Rows(
+        *splits, columns, np.zeros(n_columns), np.ones(n_columns), test_index=np.arange(counts[2])
+    )
 
 
 class TextLines(io.RawIOBase):
     """A text, gzipped or not, as bytes; raises ValueError at a line that no table has, so that memory stays bounded"""
+
     def __init__(self, file):
         self.file, self.line = file, b''
 
@@ -395,22 +516,34 @@ class TextLines(io.RawIOBase):
         *lines, self.line = (self.line + content).split(b'\n')
         if max(map(len, [self.line, *lines])) > MAX_LINE:
             raise ValueError(f'it has a line of more than {MAX_LINE:,} bytes')
-        buffer[:len(content)] = content
+        buffer[: len(content)] = content
         return len(content)
 
 
 def read_chunks(path, **options):
     """The rows of a text, gzipped or not, in DataFrames of CHUNK rows; options are those of pandas.read_csv"""
-    with open(path, 'rb') as file, tqdm(desc=f'reading {path.name}', total=path.stat().st_size, unit='B',
-                                        unit_scale=True, dynamic_ncols=True) as bar:
-        text = io.BufferedReader(TextLines(gzip.open(file) if path.suffix == '.gz' else file), 2**18)
+    with (
+        open(path, 'rb') as file,
+        tqdm(
+            desc=f'reading {path.name}',
+            total=path.stat().st_size,
+            unit='B',
+            unit_scale=True,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
+        text = io.BufferedReader(
+            TextLines(gzip.open(file) if path.suffix == '.gz' else file), 2**18
+        )
         n = 0
         for part in pd.read_csv(text, chunksize=CHUNK, **options):
             n += len(part)
             if n > MAX_ROWS:
                 raise ValueError(f'it has more than {MAX_ROWS:,} rows')
             yield part
-            bar.set_postfix_str(f'{n / max(bar.format_dict["elapsed"], 1e-3):,.0f} rows/s', refresh=False)
+            bar.set_postfix_str(
+                f'{n / max(bar.format_dict["elapsed"], 1e-3):,.0f} rows/s', refresh=False
+            )
             bar.update(file.tell() - bar.n)
 
 
@@ -434,11 +567,17 @@ def prepare_power(path):
     if path.suffix == '.npy':
         data = map_array(path)
     else:
-        data = np.concatenate([power_rows(part.dropna()) for part in read_chunks(
-            path, sep=';', na_values='?', usecols=range(1, 9), dtype={'Time': 'category'})])
+        data = np.concatenate(
+            [
+                power_rows(part.dropna())
+                for part in read_chunks(
+                    path, sep=';', na_values='?', usecols=range(1, 9), dtype={'Time': 'category'}
+                )
+            ]
+        )
         data[:, -1] += np.random.default_rng(42).random(len(data))
     order = np.arange(len(data))
-    rng.shuffle(order)                              # draws what shuffling the rows themselves would
+    rng.shuffle(order)  # draws what shuffling the rows themselves would
     data = data[order][:, [0, 2, 4, 5, 6, 7]]
     n = len(data)
     voltage, power, metering = 0.01 * rng.rand(n, 1), 0.001 * rng.rand(n, 1), rng.rand(n, 3)
@@ -471,11 +610,15 @@ def prepare_gas(path):
 
 def prepare_hepmass(path):
     """The signal (label 1) of the mass-1000 files, without the features whose smallest value comes more than 5 times"""
+
     def signal(path):
         parts = read_chunks(path, index_col=False)
         return np.concatenate([part[part.iloc[:, 0] == 1].to_numpy()[:, 1:] for part in parts])
+
     train = signal(path)
-    test = signal(path.with_name(path.name.replace('train', 'test')))[:, :train.shape[1]]   # it has a column too many
+    test = signal(path.with_name(path.name.replace('train', 'test')))[
+        :, : train.shape[1]
+    ]  # it has a column too many
     kept = continuous(train)
     mean, std = train.mean(0), train.std(0, ddof=1)
     train, test = (((part - mean) / std)[:, kept] for part in (train, test))
@@ -508,7 +651,9 @@ def prepare_bsds300(path):
     if path.suffix == '.hdf5':
         with h5py.File(path) as file:
             parts = [file[part] for part in ('train', 'validation', 'test')]
-            if [part.shape for part in parts] != [(n, 63) for n in counts]:     # before any of it is read
+            if [part.shape for part in parts] != [
+                (n, 63) for n in counts
+            ]:  # before any of it is read
                 raise ValueError(f'it has parts of {", ".join(str(part.shape) for part in parts)}')
             return [part[:] for part in parts]
     rng = np.random.default_rng(0)
@@ -520,12 +665,22 @@ def read_images(path, part):
     """-> the grey images of archive members images/PART/*.jpg"""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in sorted(archive.namelist()) if f'images/{part}/' in name and name.endswith('.jpg')]
+            names = [
+                name
+                for name in sorted(archive.namelist())
+                if f'images/{part}/' in name and name.endswith('.jpg')
+            ]
             images = [read_grey(archive.open(name)) for name in names]
     else:
         with tarfile.open(path) as archive:
-            members = sorted((m for m in archive if m.isfile() and f'images/{part}/' in m.name and
-                              m.name.endswith('.jpg')), key=lambda m: m.name)
+            members = sorted(
+                (
+                    m
+                    for m in archive
+                    if m.isfile() and f'images/{part}/' in m.name and m.name.endswith('.jpg')
+                ),
+                key=lambda m: m.name,
+            )
             images = [read_grey(archive.extractfile(member)) for member in members]
     if not images:
         raise ValueError(f'it has no images/{part}/*.jpg')
@@ -535,7 +690,9 @@ def read_images(path, part):
 def read_grey(file):
     with Image.open(file, formats=('JPEG', 'PNG')) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f'it has an image of {image.width}x{image.height}, which no Berkeley image is')
+            raise ValueError(
+                f'it has an image of {image.width}x{image.height}, which no Berkeley image is'
+            )
         return np.asarray(image.convert('L'))
 
 
@@ -546,8 +703,11 @@ def draw_patches(images, n, rng):
     patches = np.empty((n, 63), np.float32)
     for image, k in zip(images, which):
         windows = np.lib.stride_tricks.sliding_window_view(image, (8, 8))
-        rows, columns = rng.integers(windows.shape[0], size=k), rng.integers(windows.shape[1], size=k)
+        rows, columns = (
+            rng.integers(windows.shape[0], size=k),
+            rng.integers(windows.shape[1], size=k),
+        )
         pixels = (windows[rows, columns].reshape(k, 64) + rng.random((k, 64))) / 256
-        patches[order[start:start + k]] = (pixels - pixels.mean(1, keepdims=True))[:, :63]
+        patches[order[start : start + k]] = (pixels - pixels.mean(1, keepdims=True))[:, :63]
         start += k
     return patches

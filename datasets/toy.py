@@ -3,6 +3,7 @@
 The samplers are the ones that FFJORD (Grathwohl et al., 2019) made customary; the energies are those of table 1 of
 Rezende & Mohamed (2015).
 """
+
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.datasets import make_moons, make_swiss_roll
 
 # --------------------------------------------------------------------------------------------------- samplers
 # Each takes a numpy Generator and a number n and gives n independent points (n, 2).
+
 
 def eight_gaussians(rng, n):
     angle = rng.integers(8, size=n) * np.pi / 4
@@ -35,12 +37,17 @@ def checkerboard(rng, n):
 
 def rings(rng, n):
     angle, radius = 2 * np.pi * rng.random(n), rng.integers(1, 5, n) / 4
-    return 3 * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.08 * rng.normal(size=(n, 2))
+    return 3 * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.08 * rng.normal(
+        size=(n, 2)
+    )
 
 
 def moons(rng, n):
     points, _ = make_moons(2 * n, noise=0.1, random_state=int(rng.integers(2**31)))
-    return 2 * points[:n] + [-1, -0.2]      # of twice as many, shuffled: how many lie on which moon is left to chance
+    return 2 * points[:n] + [
+        -1,
+        -0.2,
+    ]  # of twice as many, shuffled: how many lie on which moon is left to chance
 
 
 def pinwheel(rng, n):
@@ -52,16 +59,24 @@ def pinwheel(rng, n):
 
 
 def swissroll(rng, n):
-    return make_swiss_roll(n, noise=1., random_state=int(rng.integers(2**31)))[0][:, [0, 2]] / 5
+    return make_swiss_roll(n, noise=1.0, random_state=int(rng.integers(2**31)))[0][:, [0, 2]] / 5
 
 
-SAMPLERS = {'8gaussians': eight_gaussians, '2spirals': two_spirals, 'checkerboard': checkerboard, 'rings': rings,
-            'moons': moons, 'pinwheel': pinwheel, 'swissroll': swissroll}
+SAMPLERS = {
+    '8gaussians': eight_gaussians,
+    '2spirals': two_spirals,
+    'checkerboard': checkerboard,
+    'rings': rings,
+    'moons': moons,
+    'pinwheel': pinwheel,
+    'swissroll': swissroll,
+}
 
 
 # --------------------------------------------------------------------------------------------------- energies
 # Each takes points (..., 2) and gives U (...). u2 to u4 are periodic in x1 and have no normaliser: walls confine them
 # to |x1| <= 4, which is what the papers' figures show.
+
 
 def walls(x):
     return F.relu(x[..., 0].abs() - 4).square() / (2 * 0.2**2)
@@ -74,7 +89,9 @@ def wave(x):
 def u1(x):
     """Two half moons on a ring of radius 2"""
     ring = ((x.norm(dim=-1) - 2) / 0.4).square() / 2
-    return ring - torch.logaddexp(-((x[..., 0] - 2) / 0.6).square() / 2, -((x[..., 0] + 2) / 0.6).square() / 2)
+    return ring - torch.logaddexp(
+        -((x[..., 0] - 2) / 0.6).square() / 2, -((x[..., 0] + 2) / 0.6).square() / 2
+    )
 
 
 def u2(x):
@@ -85,19 +102,23 @@ def u2(x):
 def u3(x):
     """A sine wave that splits into two around x1 = 1"""
     bump = 3 * torch.exp(-((x[..., 0] - 1) / 0.6).square() / 2)
-    return walls(x) - torch.logaddexp(-(wave(x) / 0.35).square() / 2, -((wave(x) + bump) / 0.35).square() / 2)
+    return walls(x) - torch.logaddexp(
+        -(wave(x) / 0.35).square() / 2, -((wave(x) + bump) / 0.35).square() / 2
+    )
 
 
 def u4(x):
     """A sine wave that becomes two beyond x1 = 1"""
     step = 3 * torch.sigmoid((x[..., 0] - 1) / 0.3)
-    return walls(x) - torch.logaddexp(-(wave(x) / 0.4).square() / 2, -((wave(x) + step) / 0.35).square() / 2)
+    return walls(x) - torch.logaddexp(
+        -(wave(x) / 0.4).square() / 2, -((wave(x) + step) / 0.35).square() / 2
+    )
 
 
 ENERGIES = {'u1': u1, 'u2': u2, 'u3': u3, 'u4': u4}
 
 
-def log_normaliser(energy, extent=8., n=2001):
+def log_normaliser(energy, extent=8.0, n=2001):
     """log Z by the trapezoidal rule on an n x n grid over [-extent, extent]^2, outside of which nothing is left"""
     axis = torch.linspace(-extent, extent, n, dtype=torch.float64)
     u = energy(torch.cartesian_prod(axis, axis))

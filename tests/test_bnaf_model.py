@@ -1,4 +1,5 @@
 """Properties of BNAF's layers, of the inverse, and of the whole flow, in float64 with perturbed parameters."""
+
 import copy
 import inspect
 import math
@@ -29,7 +30,9 @@ def perturbed(module, size=0.3, seed=0):
     module = module.double()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += size * torch.randn(
+                parameter.shape, generator=generator, dtype=torch.float64
+            )
     return module
 
 
@@ -52,10 +55,15 @@ def test_flow_is_a_bijection_with_the_right_logdet(name, shape):
         j = jacobian(flow, x[i])
         torch.testing.assert_close(logdet[i], torch.linalg.slogdet(j)[1], rtol=0, atol=1e-9)
         j_back = jacobian(flow.inverse, z[i].detach())
-        torch.testing.assert_close(logdet_back[i], torch.linalg.slogdet(j_back)[1], rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            logdet_back[i], torch.linalg.slogdet(j_back)[1], rtol=0, atol=1e-7
+        )
         if isinstance(flow, bnaf.BlockFlow):
-            assert (j.diagonal() > 0).all() and not j.triu(1).any() and j.tril(-1).count_nonzero() == j[0].numel() * (
-                j[0].numel() - 1) // 2
+            assert (
+                (j.diagonal() > 0).all()
+                and not j.triu(1).any()
+                and j.tril(-1).count_nonzero() == j[0].numel() * (j[0].numel() - 1) // 2
+            )
 
 
 @pytest.mark.parametrize('n_flows', [1, 2, 3])
@@ -91,17 +99,26 @@ def by_logsumexp(flow, x):
     z, log_j = x, x.new_zeros(*x.shape, 1)
     for k, linear in enumerate(flow.linears):
         if k:
-            log_j = log_j + 2 * (math.log(2) - z - torch.nn.functional.softplus(-2 * z)).view(log_j.shape)
+            log_j = log_j + 2 * (math.log(2) - z - torch.nn.functional.softplus(-2 * z)).view(
+                log_j.shape
+            )
             z = z.tanh()
         w, _ = linear.weights(x.dtype)
         v = torch.block_diag(*linear.log_diagonal.exp()) + linear.mask * linear.lower
-        log_w = linear.log_diagonal + (linear.log_g - v.norm(dim=1, keepdim=True).log()).view(*linear.log_diagonal.shape[:2], 1)
+        log_w = linear.log_diagonal + (linear.log_g - v.norm(dim=1, keepdim=True).log()).view(
+            *linear.log_diagonal.shape[:2], 1
+        )
         z, log_j = z @ w.T + linear.bias, torch.logsumexp(log_w + log_j[:, :, None], 3)
     return log_j.squeeze(2).sum(1)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1., 10., 40.]), st.sampled_from([1., 10., 100.]), st.booleans())
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1.0, 10.0, 40.0]),
+    st.sampled_from([1.0, 10.0, 100.0]),
+    st.booleans(),
+)
 def test_float32_is_as_good_as_logsumexp(seed, spread, steepness, opposed):
     """Blocks whose logs spread over +-40, units as far into saturation as e^-200; opposed: where the next layer's weights
     are large the derivatives are small, so that products underflow in float32 and yet count"""
@@ -111,16 +128,26 @@ def test_float32_is_as_good_as_logsumexp(seed, spread, steepness, opposed):
         for linear in flow.linears:
             linear.log_diagonal.uniform_(-spread, spread)
         if opposed:
-            flow.linears[0].log_g += math.log(steepness) * torch.tensor([1., 1., 0., 0.] * 3)[:, None]
-            flow.linears[1].log_diagonal.copy_(spread * torch.tensor([1., 1., -1., -1.]) + torch.randn(3, 4, 4))
+            flow.linears[0].log_g += (
+                math.log(steepness) * torch.tensor([1.0, 1.0, 0.0, 0.0] * 3)[:, None]
+            )
+            flow.linears[1].log_diagonal.copy_(
+                spread * torch.tensor([1.0, 1.0, -1.0, -1.0]) + torch.randn(3, 4, 4)
+            )
     x = steepness * torch.randn(5, 3)
     exact = by_logsumexp(flow, x.double())
-    error, error_of_logsumexp = ((y.double() - exact).abs().max().item() for y in (flow(x)[1], by_logsumexp(flow, x)))
+    error, error_of_logsumexp = (
+        (y.double() - exact).abs().max().item() for y in (flow(x)[1], by_logsumexp(flow, x))
+    )
     assert error <= 3 * error_of_logsumexp + 1e-6 * (1 + exact.abs().max())
     double = copy.deepcopy(flow).double()
-    gradients = [torch.autograd.grad(f(y)[1].sum(), y)[0].double()
-                 for f, y in ((flow, x.clone().requires_grad_()), (double, x.double().requires_grad_()))]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * (1 + gradients[1].abs().max().item()) * 1e-2)
+    gradients = [
+        torch.autograd.grad(f(y)[1].sum(), y)[0].double()
+        for f, y in ((flow, x.clone().requires_grad_()), (double, x.double().requires_grad_()))
+    ]
+    torch.testing.assert_close(
+        *gradients, rtol=1e-3, atol=1e-3 * (1 + gradients[1].abs().max().item()) * 1e-2
+    )
 
 
 def test_saturated_units_are_computed_in_float64():
@@ -129,18 +156,20 @@ def test_saturated_units_are_computed_in_float64():
     flow = bnaf.BlockFlow(1, 0, 3)
     with torch.no_grad():
         flow.linears[0].log_g.zero_()
-        for x, low, high in ((60., -150, -110), (1e4, -712, -700)):
-            z, logdet = flow(torch.tensor([[x], [-x], [0.]]))
+        for x, low, high in ((60.0, -150, -110), (1e4, -712, -700)):
+            z, logdet = flow(torch.tensor([[x], [-x], [0.0]]))
             assert low < logdet[0] < high and low < logdet[1] < high and logdet[2] > -10, logdet
             assert z.dtype == logdet.dtype == torch.float32
 
 
-@pytest.mark.parametrize('dtype, size, tol', [(torch.float32, 0.1, 1e-5), (torch.float64, 0.1, 1e-10)])
+@pytest.mark.parametrize(
+    'dtype, size, tol', [(torch.float32, 0.1, 1e-5), (torch.float64, 0.1, 1e-10)]
+)
 def test_round_trip_of_a_whole_model(dtype, size, tol):
     torch.manual_seed(0)
     model = perturbed(bnaf.BNAF(6, 3, 1, 10), size).to(dtype)
     with torch.no_grad():
-        model[-1].linears[-1].log_g += 2.                       # a trained one is about as steep
+        model[-1].linears[-1].log_g += 2.0  # a trained one is about as steep
         x = torch.randn(500, 6, dtype=dtype)
         x_back, _ = model.inverse(model(x)[0])
     assert (x_back - x).abs().max() < tol
@@ -167,13 +196,19 @@ def test_tolerance_is_kept():
         assert (x_back[:, 0] - x[:, 0]).abs().max() <= flow.inverse_tol
 
 
-@pytest.mark.parametrize('steepness', [1e-6, 1., 1e6])
+@pytest.mark.parametrize('steepness', [1e-6, 1.0, 1e6])
 def test_find_root_of_hard_functions(steepness):
     """Steps, plateaus and slopes on which Newton's method alone runs off"""
+
     def function(u, rows):
-        return (torch.tanh(steepness * (u - 3)) + 1e-3 * u + torch.tanh(u / 100),
-                steepness / torch.cosh((steepness * (u - 3)).clamp(-300, 300)).square() + 1e-3
-                + 0.01 / torch.cosh(u / 100).square(), None)
+        return (
+            torch.tanh(steepness * (u - 3)) + 1e-3 * u + torch.tanh(u / 100),
+            steepness / torch.cosh((steepness * (u - 3)).clamp(-300, 300)).square()
+            + 1e-3
+            + 0.01 / torch.cosh(u / 100).square(),
+            None,
+        )
+
     true = torch.linspace(-50, 50, 41, dtype=torch.float64)[:, None]
     u, _ = bnaf.find_root(function, function(true, None)[0], 1e-9)
     torch.testing.assert_close(u, true, rtol=0, atol=1e-8)
@@ -202,7 +237,9 @@ def test_gradients_through_the_inverse():
                 for flat[k] in (old - h, old + h):
                     values.append(loss().item())
                 flat[k] = old
-                assert (values[1] - values[0]) / (2 * h) == pytest.approx(gradient.reshape(-1)[k].item(), abs=1e-5, rel=1e-3)
+                assert (values[1] - values[0]) / (2 * h) == pytest.approx(
+                    gradient.reshape(-1)[k].item(), abs=1e-5, rel=1e-3
+                )
 
 
 def test_a_latent_out_of_reach_leaves_the_gradients_of_others_alone():
@@ -210,17 +247,19 @@ def test_a_latent_out_of_reach_leaves_the_gradients_of_others_alone():
     flow = bnaf.BlockFlow(2, 1, 4).double()
     z = flow(torch.randn(3, 2, dtype=torch.float64))[0].detach()
     gradients = []
-    for rows in (z[:2], torch.cat([z[:2], torch.full((1, 2), 100., dtype=torch.float64)])):
+    for rows in (z[:2], torch.cat([z[:2], torch.full((1, 2), 100.0, dtype=torch.float64)])):
         x, logdet = flow.inverse(rows)
         assert x[2:].isnan().all() and logdet[2:].isnan().all()
-        gradients.append(torch.autograd.grad(x[:2].sum() + logdet[:2].sum(), list(flow.parameters())))
+        gradients.append(
+            torch.autograd.grad(x[:2].sum() + logdet[:2].sum(), list(flow.parameters()))
+        )
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
 
 
 def test_second_derivatives_are_refused_rather_than_wrong():
     flow, x = bnaf.BlockFlow(2, 1, 4), torch.randn(3, 2, requires_grad=True)
-    gradient, = torch.autograd.grad(flow(x)[1].sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(flow(x)[1].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         gradient.sum().backward()
 
@@ -238,7 +277,9 @@ def test_checkpoint_grads_changes_no_gradient():
 
 def fitted(dataset='8gaussians', steps=600, **options):
     """A small model after some steps of training, in float64, and its data"""
-    config = bnaf.Config(**{**bnaf.TOY, 'dataset': dataset, 'hidden_dim': 20, 'n_epochs': steps // 100, **options})
+    config = bnaf.Config(
+        **{**bnaf.TOY, 'dataset': dataset, 'hidden_dim': 20, 'n_epochs': steps // 100, **options}
+    )
     data = load_rows(dataset)
     run = bnaf.Training(config, data, bnaf.Process(0, 1, torch.device('cpu')))
     for _ in range(steps):
@@ -251,39 +292,64 @@ def test_densities_integrate_to_one(dataset):
     model, data = fitted(dataset, n_hidden=1, lr=0.05)
     axis = np.linspace(-8, 8, 401)
     points = np.stack(np.meshgrid(axis, axis), 2).reshape(-1, 2)
-    total = bnaf.density(model, data, points).sum() * (axis[1] - axis[0])**2
-    x, _, n_lost = bnaf.draw(bnaf.push_and_pull(model, data)[0], 20_000, 2, torch.zeros((), dtype=torch.float64))
-    lost = n_lost / (n_lost + 20_000)       # what lies beyond the range of the last tanhs, when it is pulled
+    total = bnaf.density(model, data, points).sum() * (axis[1] - axis[0]) ** 2
+    x, _, n_lost = bnaf.draw(
+        bnaf.push_and_pull(model, data)[0], 20_000, 2, torch.zeros((), dtype=torch.float64)
+    )
+    lost = n_lost / (
+        n_lost + 20_000
+    )  # what lies beyond the range of the last tanhs, when it is pulled
     assert total + lost == pytest.approx(1, abs=1e-3 + 3 * math.sqrt(lost / 20_000))
 
 
 def test_samples_of_a_fitted_gaussian_are_gaussian():
     """Two-sample Kolmogorov-Smirnov tests, of both variables and of two projections, against new data"""
     from scipy.stats import ks_2samp
+
     config = bnaf.Config(n_flows=2, n_hidden=0, hidden_dim=8, lr=0.02, n_epochs=12)
-    mix = np.array([[1., 0.6], [0., 0.8]])
-    data = Rows(None, None, None, ('a', 'b'), np.zeros(2), np.ones(2),
-                     lambda rng, n: (rng.normal(size=(n, 2)) @ mix).astype(np.float32))
+    mix = np.array([[1.0, 0.6], [0.0, 0.8]])
+    data = Rows(
+        None,
+        None,
+        None,
+        ('a', 'b'),
+        np.zeros(2),
+        np.ones(2),
+        lambda rng, n: (rng.normal(size=(n, 2)) @ mix).astype(np.float32),
+    )
     run = bnaf.Training(config, data, bnaf.Process(0, 1, torch.device('cpu')))
     for _ in range(1200):
         if run.step == 800:
             run.optimizer.param_groups[0]['lr'] = 0.002
         run.take_step()
-    samples, _ = bnaf.sample_rows(run.average.module, data, 2000, 1., 0)
+    samples, _ = bnaf.sample_rows(run.average.module, data, 2000, 1.0, 0)
     new = data.draw(np.random.default_rng(10**6), 2000)
     for direction in ([1, 0], [0, 1], [1, 1], [1, -1]):
         assert ks_2samp(samples @ direction, new @ direction).pvalue > 1e-3
-    assert ks_2samp(1.5 * samples[:, 0], new[:, 0]).pvalue < 1e-3              # the test sees a wrong width
+    assert ks_2samp(1.5 * samples[:, 0], new[:, 0]).pvalue < 1e-3  # the test sees a wrong width
 
 
 def test_temperature_of_samples():
     model, _ = fitted(steps=200)
-    cold, warm = (model.sample(500, t, torch.Generator().manual_seed(0)) for t in (0., 1.))
+    cold, warm = (model.sample(500, t, torch.Generator().manual_seed(0)) for t in (0.0, 1.0))
     assert (cold - cold[0]).abs().max() < 1e-8 and warm.std(0).min() > 0.5
 
 
 def test_plumbing_is_the_same_text_in_both_scripts():
-    names = ('Sequence', 'log_normal', 'Process', 'setup', 'distribute', 'load_checkpoint', 'restore_model', 'update',
-             'train', 'parse_args', 'main')
+    names = (
+        'Sequence',
+        'log_normal',
+        'Process',
+        'setup',
+        'distribute',
+        'load_checkpoint',
+        'restore_model',
+        'update',
+        'train',
+        'parse_args',
+        'main',
+    )
     for name in names:
-        assert inspect.getsource(getattr(glow, name)) == inspect.getsource(getattr(bnaf, name)), name
+        assert inspect.getsource(getattr(glow, name)) == inspect.getsource(getattr(bnaf, name)), (
+            name
+        )

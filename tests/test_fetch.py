@@ -1,4 +1,5 @@
 """python -m datasets: downloads that survive what servers do, archives that do no harm, and clear words otherwise."""
+
 import dataclasses
 import gzip
 import hashlib
@@ -28,6 +29,7 @@ CONTENT = np.random.default_rng(0).bytes(300_000)
 
 class Server(ThreadingHTTPServer):
     """Serves self.files; self.plans[path] lists what goes wrong at the next requests, one after the other"""
+
     daemon_threads = True
 
     def __init__(self):
@@ -36,7 +38,7 @@ class Server(ThreadingHTTPServer):
         self.url = f'http://127.0.0.1:{self.server_port}'
 
     def handle_error(self, request, client_address):
-        pass        # of clients that hang up
+        pass  # of clients that hang up
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -63,7 +65,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.end_headers()
         if plan == 'hang':
             return time.sleep(3)
-        start = int(re.fullmatch(r'bytes=(\d+)-', wanted)[1]) if wanted and plan != 'no ranges' else 0
+        start = (
+            int(re.fullmatch(r'bytes=(\d+)-', wanted)[1]) if wanted and plan != 'no ranges' else 0
+        )
         if start >= len(content) > 0 and wanted:
             self.send_response(416)
             self.send_header('Content-Range', f'bytes */{len(content)}')
@@ -77,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         content = bytes(len(content)) if plan == 'wrong' else content
         end = (start + len(content)) // 2 if plan == 'break' else len(content)
         for i in range(start, end, 2**14):
-            self.wfile.write(content[i:min(i + 2**14, end)])
+            self.wfile.write(content[i : min(i + 2**14, end)])
             if plan == 'slow':
                 time.sleep(0.2)
 
@@ -97,25 +101,30 @@ def server(monkeypatch, tmp_path):
 def a_file(server, md5=hashlib.md5(CONTENT).hexdigest()):
     """Two mirrors of one file"""
     server.files.update({'/a/file': CONTENT, '/b/file': CONTENT})
-    return fetch.File('file', (f'{server.url}/a/file', f'{server.url}/b/file'), {'file': 'set/file'}, md5)
+    return fetch.File(
+        'file', (f'{server.url}/a/file', f'{server.url}/b/file'), {'file': 'set/file'}, md5
+    )
 
 
-@pytest.mark.parametrize('first, second, n_requests', [
-    ([], [], 1),
-    (['break'], [], 2),                             # the second mirror goes on
-    (['break', 'break', 'break'], ['break'] * 3, 7),
-    (['break'], ['no ranges'], 2),
-    (['break'], ['other range'], 3),
-    (['break'], ['hang'], 3),
-    (['wrong'], [], 2),
-    (['wrong', 'wrong'], ['wrong'], 4),
-    (['hang'], [], 2),
-    (['redirect'], [], 2),
-    (['loop'], [], 32),
-    (['404'], [], 2),
-    (['503', '503'], ['404', '404'], 4),            # a mirror that has it not is not asked again
-    (['500', '429', '502'], ['408', '503', '504'], 7),
-])
+@pytest.mark.parametrize(
+    'first, second, n_requests',
+    [
+        ([], [], 1),
+        (['break'], [], 2),  # the second mirror goes on
+        (['break', 'break', 'break'], ['break'] * 3, 7),
+        (['break'], ['no ranges'], 2),
+        (['break'], ['other range'], 3),
+        (['break'], ['hang'], 3),
+        (['wrong'], [], 2),
+        (['wrong', 'wrong'], ['wrong'], 4),
+        (['hang'], [], 2),
+        (['redirect'], [], 2),
+        (['loop'], [], 32),
+        (['404'], [], 2),
+        (['503', '503'], ['404', '404'], 4),  # a mirror that has it not is not asked again
+        (['500', '429', '502'], ['408', '503', '504'], 7),
+    ],
+)
 def test_a_download_survives(first, second, n_requests, server, tmp_path):
     file = a_file(server)
     server.plans.update({'/a/file': list(first), '/b/file': list(second)})
@@ -129,19 +138,27 @@ def test_a_broken_download_is_gone_on_with(server, tmp_path):
     server.plans['/a/file'] = ['break']
     fetch.download(file, tmp_path / 'file')
     (_, first), (_, second) = server.requests
-    assert first is None and second == 'bytes=147456-'    # of 150,000, in whole blocks of 2^14
+    assert first is None and second == 'bytes=147456-'  # of 150,000, in whole blocks of 2^14
 
 
-def test_a_line_that_breaks_again_and_again_is_gone_on_with_as_long_as_something_comes(server, tmp_path, monkeypatch):
+def test_a_line_that_breaks_again_and_again_is_gone_on_with_as_long_as_something_comes(
+    server, tmp_path, monkeypatch
+):
     monkeypatch.setattr(fetch, 'TRIES', 1)
     server.plans.update({'/a/file': ['break', 'break'], '/b/file': ['break']})
     fetch.download(a_file(server), tmp_path / 'file')
     assert (tmp_path / 'file').read_bytes() == CONTENT and len(server.requests) == 4
 
 
-@pytest.mark.parametrize('kept, ranges', [(CONTENT[:1000], ['bytes=1000-']), (CONTENT, ['bytes=300000-']),
-                                          (CONTENT + b'more', ['bytes=300004-', None]),
-                                          (b'x' * 1000, ['bytes=1000-', None])])
+@pytest.mark.parametrize(
+    'kept, ranges',
+    [
+        (CONTENT[:1000], ['bytes=1000-']),
+        (CONTENT, ['bytes=300000-']),
+        (CONTENT + b'more', ['bytes=300004-', None]),
+        (b'x' * 1000, ['bytes=1000-', None]),
+    ],
+)
 def test_a_part_of_before(kept, ranges, server, tmp_path):
     (tmp_path / 'file.part').write_bytes(kept)
     fetch.download(a_file(server), tmp_path / 'file')
@@ -149,9 +166,17 @@ def test_a_part_of_before(kept, ranges, server, tmp_path):
     assert [wanted for _, wanted in server.requests] == ranges
 
 
-@pytest.mark.parametrize('plan, words', [
-    ('404', '404 Not Found'), ('503', '503 Service Unavailable'), ('hang', 'does not answer'),
-    ('loop', 'redirects without end'), ('wrong', 'checksum is not the published one'), ('no server', 'no connection')])
+@pytest.mark.parametrize(
+    'plan, words',
+    [
+        ('404', '404 Not Found'),
+        ('503', '503 Service Unavailable'),
+        ('hang', 'does not answer'),
+        ('loop', 'redirects without end'),
+        ('wrong', 'checksum is not the published one'),
+        ('no server', 'no connection'),
+    ],
+)
 def test_a_download_that_cannot_be_had(plan, words, server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, 'TRIES', 2)
     file = a_file(server)
@@ -160,7 +185,11 @@ def test_a_download_that_cannot_be_had(plan, words, server, tmp_path, monkeypatc
     server.plans.update({'/a/file': [plan] * 9, '/b/file': [plan] * 9})
     with pytest.raises(UserError) as error:
         fetch.download(file, tmp_path / 'file')
-    assert words in str(error.value) and file.urls[0] in str(error.value) and '\n' not in str(error.value)
+    assert (
+        words in str(error.value)
+        and file.urls[0] in str(error.value)
+        and '\n' not in str(error.value)
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -182,7 +211,7 @@ def test_more_than_any_set_has(server, tmp_path, monkeypatch):
 
 def test_a_proxy_of_the_environment(server, tmp_path, monkeypatch):
     url = 'http://data.invalid/file'
-    server.files[url] = CONTENT             # of a proxy, the whole url is asked for
+    server.files[url] = CONTENT  # of a proxy, the whole url is asked for
     monkeypatch.setenv('http_proxy', server.url)
     fetch.download(dataclasses.replace(a_file(server), urls=(url,)), tmp_path / 'file')
     assert server.requests == [(url, None)]
@@ -190,18 +219,32 @@ def test_a_proxy_of_the_environment(server, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------ sets, from end to end
 
+
 def serve(server, monkeypatch, name, contents, **changes):
     """The files of a data set come from the server, with contents {file name: bytes} and their checksums"""
+
     def served(file):
         content = contents[file.name]
         server.files[f'/{file.name}'] = content
         md5 = hashlib.md5(content).hexdigest()
         if file.name in fetch.MD5:
             monkeypatch.setitem(fetch.MD5, file.name, md5)
-        return dataclasses.replace(file, urls=(f'{server.url}/{file.name}',), md5=md5 and file.md5 and md5)
+        return dataclasses.replace(
+            file, urls=(f'{server.url}/{file.name}',), md5=md5 and file.md5 and md5
+        )
+
     source = fetch.SOURCES[name]
-    monkeypatch.setitem(fetch.SOURCES, name, dataclasses.replace(
-        source, **{kind: tuple(map(served, getattr(source, kind))) for kind in changes.get('kinds', ['files'])}))
+    monkeypatch.setitem(
+        fetch.SOURCES,
+        name,
+        dataclasses.replace(
+            source,
+            **{
+                kind: tuple(map(served, getattr(source, kind)))
+                for kind in changes.get('kinds', ['files'])
+            },
+        ),
+    )
 
 
 def run(capsys, *argv):
@@ -219,24 +262,39 @@ def run(capsys, *argv):
 @pytest.fixture
 def mnist(server, monkeypatch, tmp_path):
     write_mnist(tmp_path / 'origin')
-    serve(server, monkeypatch, 'mnist', {f'{path.name}.gz': gzip.compress(path.read_bytes())
-                                         for path in (tmp_path / 'origin').iterdir()})
+    serve(
+        server,
+        monkeypatch,
+        'mnist',
+        {
+            f'{path.name}.gz': gzip.compress(path.read_bytes())
+            for path in (tmp_path / 'origin').iterdir()
+        },
+    )
     return server
 
 
 def test_mnist_from_nothing_to_a_picture(mnist, tmp_path, capsys):
     status, out, _ = run(capsys, 'list', '--data_dir=d')
-    assert status == 0 and re.search(r'^mnist .* absent$', out, re.M) and not (tmp_path / 'd').exists()
+    assert (
+        status == 0 and re.search(r'^mnist .* absent$', out, re.M) and not (tmp_path / 'd').exists()
+    )
     status, out, _ = run(capsys, 'fetch', 'mnist', '--data_dir=d')
     assert status == 0 and 'mnist in d: verified' in out and 'CC BY-SA' in out
-    assert sorted(os.listdir('d/mnist')) == sorted(file.name for file in fetch.SOURCES['mnist'].files)
+    assert sorted(os.listdir('d/mnist')) == sorted(
+        file.name for file in fetch.SOURCES['mnist'].files
+    )
     assert re.search(r'^mnist .* verified$', run(capsys, 'list', '--data_dir=d')[1], re.M)
     assert len(mnist.requests) == 4
-    assert run(capsys, 'fetch', 'mnist', '--data_dir=d')[0] == 0 and len(mnist.requests) == 4       # not again
+    assert (
+        run(capsys, 'fetch', 'mnist', '--data_dir=d')[0] == 0 and len(mnist.requests) == 4
+    )  # not again
     status, out, _ = run(capsys, 'prepare', 'mnist', '--data_dir=d')
     assert status == 0 and 'mnist: 36 / 4 / 10 images of 1x32x32 are ready' in out
     status, out, _ = run(capsys, 'show', 'mnist', '--data_dir=d')
-    assert status == 0 and 'mnist train: 36 of 1x32x32, from 0 to 255, 0 missing, 0 duplicates' in out
+    assert (
+        status == 0 and 'mnist train: 36 of 1x32x32, from 0 to 255, 0 missing, 0 duplicates' in out
+    )
     assert Path('results/mnist.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -259,7 +317,9 @@ def test_a_failed_fetch_puts_nothing_in_place(mnist, tmp_path, capsys, monkeypat
     monkeypatch.setattr(fetch, 'TRIES', 1)
     mnist.plans['/train-images-idx3-ubyte.gz'] = ['404']
     status, _, error = run(capsys, 'fetch', 'mnist', '--data_dir=d')
-    assert status == 2 and '404 Not Found' in error and error.startswith('python -m datasets: error: ')
+    assert (
+        status == 2 and '404 Not Found' in error and error.startswith('python -m datasets: error: ')
+    )
     assert not (tmp_path / 'd' / 'mnist').exists()
 
 
@@ -267,7 +327,9 @@ def test_killed_while_downloading(server, tmp_path):
     """A process of its own, with SIGKILL in the middle: the part is there, and the next goes on with it"""
     file, part = a_file(server), tmp_path / 'file.part'
     server.plans['/a/file'] = ['slow']
-    process = multiprocessing.get_context('fork').Process(target=fetch.download, args=(file, tmp_path / 'file'))
+    process = multiprocessing.get_context('fork').Process(
+        target=fetch.download, args=(file, tmp_path / 'file')
+    )
     process.start()
     while not part.exists() or part.stat().st_size < 100_000:
         assert process.is_alive()
@@ -277,7 +339,10 @@ def test_killed_while_downloading(server, tmp_path):
     kept = part.stat().st_size
     assert not (tmp_path / 'file').exists() and kept < len(CONTENT)
     fetch.download(file, tmp_path / 'file')
-    assert (tmp_path / 'file').read_bytes() == CONTENT and server.requests[-1] == ('/a/file', f'bytes={kept}-')
+    assert (tmp_path / 'file').read_bytes() == CONTENT and server.requests[-1] == (
+        '/a/file',
+        f'bytes={kept}-',
+    )
 
 
 def tar_of(folder, prefix='data/'):
@@ -289,14 +354,21 @@ def tar_of(folder, prefix='data/'):
 
 def test_five_tables_of_one_archive(server, monkeypatch, tmp_path, capsys):
     origin = tmp_path / 'origin'
-    tiny_tables.write_power(origin), tiny_tables.write_hepmass(origin), tiny_tables.write_gas(origin)
+    (
+        tiny_tables.write_power(origin),
+        tiny_tables.write_hepmass(origin),
+        tiny_tables.write_gas(origin),
+    )
     content = {'maf_data.tar.gz': tar_of(origin)}
     for name in ('power', 'hepmass', 'gas'):
         serve(server, monkeypatch, name, content)
     assert 'power in d: verified' in run(capsys, 'fetch', 'power', '--data_dir=d')[1]
     assert sorted(os.listdir('d')) == ['.cache', '.fetch.lock', 'maf_data.tar.gz', 'power']
     assert run(capsys, 'fetch', 'hepmass', '--data_dir=d')[0] == 0
-    assert sorted(os.listdir('d/hepmass')) == ['1000_test.csv', '1000_train.csv'] and len(server.requests) == 1
+    assert (
+        sorted(os.listdir('d/hepmass')) == ['1000_test.csv', '1000_train.csv']
+        and len(server.requests) == 1
+    )
     (tmp_path / 'd' / 'maf_data.tar.gz').write_bytes(b'mine')
     status, _, error = run(capsys, 'fetch', 'gas', '--data_dir=d')
     assert status == 2 and 'maf_data.tar.gz is not what is published' in error
@@ -306,7 +378,9 @@ def test_five_tables_of_one_archive(server, monkeypatch, tmp_path, capsys):
     (tmp_path / 'my.tar.gz').write_bytes(server.files['/maf_data.tar.gz'])
     assert 'verified' in run(capsys, 'fetch', 'gas', '--data_dir=d', '--from', 'my.tar.gz')[1]
     monkeypatch.setitem(tabular.TABLES, 'gas', ((162, 18, 20), *tabular.TABLES['gas'][1:]))
-    assert 'gas: 162 / 18 / 20 rows of 8 are ready' in run(capsys, 'prepare', 'gas', '--data_dir=d')[1]
+    assert (
+        'gas: 162 / 18 / 20 rows of 8 are ready' in run(capsys, 'prepare', 'gas', '--data_dir=d')[1]
+    )
     assert 'gas train: 162 of 8' in run(capsys, 'show', 'gas', '--data_dir=d')[1]
 
 
@@ -314,35 +388,57 @@ def test_raw_tables_have_no_checksum_and_this_is_said(server, monkeypatch, tmp_p
     tiny_tables.write_raw_power(tmp_path / 'origin')
     content = io.BytesIO()
     with zipfile.ZipFile(content, 'w') as archive:
-        archive.write(tmp_path / 'origin' / 'household_power_consumption.txt', 'x/household_power_consumption.txt')
+        archive.write(
+            tmp_path / 'origin' / 'household_power_consumption.txt',
+            'x/household_power_consumption.txt',
+        )
     serve(server, monkeypatch, 'power', {'uci_power.zip': content.getvalue()}, kinds=['raw'])
     status, out, _ = run(capsys, 'fetch', 'power', '--raw', '--data_dir=d')
     assert status == 0 and 'power in d: present, but not by a published checksum' in out
-    assert os.listdir('d/power') == ['household_power_consumption.txt'] and not Path('d/uci_power.zip').exists()
+    assert (
+        os.listdir('d/power') == ['household_power_consumption.txt']
+        and not Path('d/uci_power.zip').exists()
+    )
     assert 'leave --raw out' in run(capsys, 'fetch', 'mnist', '--raw')[2]
     Path('e').mkdir(), Path('e/uci_power.zip').write_bytes(content.getvalue())
     assert run(capsys, 'fetch', 'power', '--raw', '--data_dir=e')[0] == 0
-    assert len(server.requests) == 1 and Path('e/uci_power.zip').exists()         # the user's own stays
+    assert len(server.requests) == 1 and Path('e/uci_power.zip').exists()  # the user's own stays
     server.files['/uci_power.zip'] = b'<html>please log in</html>'
     status, _, error = run(capsys, 'fetch', 'power', '--raw', '--data_dir=f')
-    assert status == 2 and 'holds nothing that is wanted of it' in error and os.listdir('f') == ['.fetch.lock']
+    assert (
+        status == 2
+        and 'holds nothing that is wanted of it' in error
+        and os.listdir('f') == ['.fetch.lock']
+    )
 
 
 def test_celeba_from_what_the_user_downloaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, out, error = run(capsys, 'fetch', 'celeba', '--data_dir=d')
     assert status == 2 and 'name its files by --from' in error and not Path('d').exists()
-    assert 'mmlab.ie.cuhk.edu.hk' in out and 'fetch celeba --data_dir=d --from img_align_celeba.zip' in out
+    assert (
+        'mmlab.ie.cuhk.edu.hk' in out
+        and 'fetch celeba --data_dir=d --from img_align_celeba.zip' in out
+    )
     write_celeba(tmp_path)
     with zipfile.ZipFile('my.zip', 'w') as archive:
         for path in sorted(Path('img_align_celeba').iterdir()):
             archive.write(path)
     status, _, error = run(capsys, 'fetch', 'celeba', '--data_dir=d', '--from', 'my.zip')
     assert status == 2 and 'still needs list_attr_celeba.txt, list_eval_partition.txt' in error
-    status, out, _ = run(capsys, 'fetch', 'celeba', '--data_dir=d', '--from', 'list_attr_celeba.txt',
-                         'list_eval_partition.txt')
+    status, out, _ = run(
+        capsys,
+        'fetch',
+        'celeba',
+        '--data_dir=d',
+        '--from',
+        'list_attr_celeba.txt',
+        'list_eval_partition.txt',
+    )
     assert status == 0 and 'celeba in d: present' in out
-    assert (load_images('celeba', 'd').train.images == load_images('celeba', '.').train.images).all()
+    assert (
+        load_images('celeba', 'd').train.images == load_images('celeba', '.').train.images
+    ).all()
 
 
 # --------------------------------------------------------------------------------------------------- archives
@@ -371,24 +467,36 @@ def hostile_zip(*names, mode=0, content=b'hello'):
 
 
 def link_to(kind, target='/etc/passwd'):
-    return lambda info: (setattr(info, 'type', kind), setattr(info, 'linkname', target), setattr(info, 'size', 0))
+    return lambda info: (
+        setattr(info, 'type', kind),
+        setattr(info, 'linkname', target),
+        setattr(info, 'size', 0),
+    )
 
 
 def damaged(content):
     """An archive whose first member no longer fits its checksum"""
     i = content.find(b'wanted1') + 8
-    return content[:i] + bytes([content[i] ^ 255]) + content[i + 1:]
+    return content[:i] + bytes([content[i] ^ 255]) + content[i + 1 :]
 
 
-@pytest.mark.parametrize('content, words', [
-    *[(hostile_tar(link_to(kind)), 'not to be trusted')
-      for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)],
-    (hostile_zip('wanted1', mode=0o120777), 'not to be trusted'),
-    (hostile_zip('a/wanted1', 'wanted1'), 'not to be trusted'),
-    (hostile_zip('wanted1', content=bytes(2**21)), 'unpacks to over 1,000,000 bytes'),
-    (hostile_zip('wanted1')[:-30], 'nothing that is wanted'), (damaged(hostile_zip('wanted1')), 'cannot be unpacked'),
-    (gzip.compress(hostile_tar(lambda info: None))[:-20], 'cannot be unpacked'),
-    (hostile_zip('other', '/etc/other', '../../other'), 'nothing that is wanted'), (b'', 'nothing that is wanted')])
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        *[
+            (hostile_tar(link_to(kind)), 'not to be trusted')
+            for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
+        ],
+        (hostile_zip('wanted1', mode=0o120777), 'not to be trusted'),
+        (hostile_zip('a/wanted1', 'wanted1'), 'not to be trusted'),
+        (hostile_zip('wanted1', content=bytes(2**21)), 'unpacks to over 1,000,000 bytes'),
+        (hostile_zip('wanted1')[:-30], 'nothing that is wanted'),
+        (damaged(hostile_zip('wanted1')), 'cannot be unpacked'),
+        (gzip.compress(hostile_tar(lambda info: None))[:-20], 'cannot be unpacked'),
+        (hostile_zip('other', '/etc/other', '../../other'), 'nothing that is wanted'),
+        (b'', 'nothing that is wanted'),
+    ],
+)
 def test_hostile_archives(content, words, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, 'MAX_UNPACKED', 10**6)
     (tmp_path / 'archive').write_bytes(content)
@@ -404,27 +512,50 @@ def test_no_member_says_where_it_goes(name, tmp_path):
     for content in (hostile_tar(lambda info: None, name), hostile_zip(name)):
         (tmp_path / 'archive').write_bytes(content)
         fetch.place(tmp_path / 'archive', WANTED, tmp_path / 'x' / 'd')
-        assert sorted(path.name for path in tmp_path.rglob('*')) == ['archive', 'd', 'set', 'wanted', 'x']
+        assert sorted(path.name for path in tmp_path.rglob('*')) == [
+            'archive',
+            'd',
+            'set',
+            'wanted',
+            'x',
+        ]
         assert (tmp_path / 'x' / 'd' / 'set' / 'wanted').read_bytes() == b'hello'
 
 
 # --------------------------------------------------------------------------------------------- command line
 
-@pytest.mark.parametrize('argv, words', [
-    ([], 'required: verb'), (['show'], 'required: NAME'), (['fly', 'mnist'], 'invalid choice'),
-    (['fetch', 'imagenet'], 'imagenet is none of those that can be fetched: mnist, cifar10'),
-    (['fetch', 'faces'], 'faces is none of those'), (['fetch', 'moons'], 'moons is none of those'),
-    (['prepare', 'imagenet'], "unknown data set 'imagenet'"), (['prepare', 'mnist'], 'python -m datasets fetch mnist'),
-    (['prepare', 'cifar10'], 'python -m datasets fetch cifar10'), (['prepare', 'gas'], 'datasets fetch gas'),
-    (['prepare', 'folder'], 'no directory'), (['prepare', 'faces', '--image_size=0'], 'outside 1..1024'),
-    (['prepare', 'power', '--image_size=8'], '--image_size is for images'), (['show', 'no.csv'], 'no such table'),
-    (['fetch', 'celeba', '--from', 'nothing.zip'], 'nothing.zip: no such file'),
-    (['show', 'digits', '--output=there.png'], 'there.png exists')])
+
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        ([], 'required: verb'),
+        (['show'], 'required: NAME'),
+        (['fly', 'mnist'], 'invalid choice'),
+        (['fetch', 'imagenet'], 'imagenet is none of those that can be fetched: mnist, cifar10'),
+        (['fetch', 'faces'], 'faces is none of those'),
+        (['fetch', 'moons'], 'moons is none of those'),
+        (['prepare', 'imagenet'], "unknown data set 'imagenet'"),
+        (['prepare', 'mnist'], 'python -m datasets fetch mnist'),
+        (['prepare', 'cifar10'], 'python -m datasets fetch cifar10'),
+        (['prepare', 'gas'], 'datasets fetch gas'),
+        (['prepare', 'folder'], 'no directory'),
+        (['prepare', 'faces', '--image_size=0'], 'outside 1..1024'),
+        (['prepare', 'power', '--image_size=8'], '--image_size is for images'),
+        (['show', 'no.csv'], 'no such table'),
+        (['fetch', 'celeba', '--from', 'nothing.zip'], 'nothing.zip: no such file'),
+        (['show', 'digits', '--output=there.png'], 'there.png exists'),
+    ],
+)
 def test_mistakes_get_one_line(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path('there.png').write_text('mine')
     status, out, error = run(capsys, *argv)
-    assert status == 2 and out == '' and error.startswith('python -m datasets: error: ') and words in error
+    assert (
+        status == 2
+        and out == ''
+        and error.startswith('python -m datasets: error: ')
+        and words in error
+    )
     assert Path('there.png').read_text() == 'mine'
 
 

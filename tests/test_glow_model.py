@@ -1,4 +1,5 @@
 """Properties of Glow's layers and of the whole flow, in float64 with perturbed parameters."""
+
 import io
 import itertools
 import math
@@ -30,17 +31,23 @@ def perturbed(module, size=0.2, seed=0):
     module = module.double()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += size * torch.randn(
+                parameter.shape, generator=generator, dtype=torch.float64
+            )
     return module
 
 
 def random_images(*shape, seed=0):
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def tiny_glow(**options):
     torch.manual_seed(0)
-    return glow.Glow(**{'input_dims': (1, 4, 4), 'n_levels': 1, 'depth': 2, 'width': 8, 'n_bits': 5, **options})
+    return glow.Glow(
+        **{'input_dims': (1, 4, 4), 'n_levels': 1, 'depth': 2, 'width': 8, 'n_bits': 5, **options}
+    )
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -56,12 +63,16 @@ def test_layer_is_a_bijection_with_the_right_logdet(name, shape):
     torch.testing.assert_close(logdet_back, -logdet, rtol=0, atol=1e-9)
     for i in range(len(x)):
         for function, point, claimed in ((layer, x, logdet), (layer.inverse, z, logdet_back)):
-            jacobian = torch.autograd.functional.jacobian(lambda v: function(v[None])[0].flatten(), point[i])
+            jacobian = torch.autograd.functional.jacobian(
+                lambda v: function(v[None])[0].flatten(), point[i]
+            )
             true = torch.linalg.slogdet(jacobian.reshape(x[0].numel(), -1))[1]
             torch.testing.assert_close(claimed[i], true, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize('input_dims, n_levels', [((1, 4, 4), 1), ((3, 8, 8), 1), ((3, 8, 8), 2), ((2, 8, 16), 2)])
+@pytest.mark.parametrize(
+    'input_dims, n_levels', [((1, 4, 4), 1), ((3, 8, 8), 1), ((3, 8, 8), 2), ((2, 8, 16), 2)]
+)
 def test_whole_flow(input_dims, n_levels):
     model = perturbed(glow.Glow(input_dims, n_levels, 2, 8), 0.05)
     x = torch.rand(2, *input_dims, dtype=torch.float64) - 0.5
@@ -74,15 +85,18 @@ def test_whole_flow(input_dims, n_levels):
     torch.testing.assert_close(alone[0], z[:1])
     torch.testing.assert_close(alone[1], logdet[:1])
     if z.shape[1] <= 64:
-        jacobian = torch.autograd.functional.jacobian(lambda v: model(v[None])[0][0], x[0]).reshape(z.shape[1], -1)
+        jacobian = torch.autograd.functional.jacobian(lambda v: model(v[None])[0][0], x[0]).reshape(
+            z.shape[1], -1
+        )
         torch.testing.assert_close(logdet[0], torch.linalg.slogdet(jacobian)[1], rtol=0, atol=1e-8)
 
 
 def test_every_latent_matters():
     """Nothing is resampled or thrown away: changing any latent changes the image"""
     model = perturbed(tiny_glow())
-    jacobian = torch.autograd.functional.jacobian(lambda z: model.inverse(z[None])[0].flatten(),
-                                                  torch.randn(16, dtype=torch.float64))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: model.inverse(z[None])[0].flatten(), torch.randn(16, dtype=torch.float64)
+    )
     assert (jacobian.abs().amax(0) > 1e-6).all()
 
 
@@ -109,9 +123,11 @@ def test_constant_of_n_bits_by_hand(n_bits):
     """An untrained one-pixel-per-channel flow is a rotation, so log p(x) = log N(x) - D n log 2"""
     model = tiny_glow(n_bits=n_bits).double()
     x, u = random_images(3, 1, 4, 4), torch.rand(3, 1, 4, 4, dtype=torch.float64)
-    grey = (x // 2**(8 - n_bits) + u) / 2**n_bits - 0.5
+    grey = (x // 2 ** (8 - n_bits) + u) / 2**n_bits - 0.5
     z, logdet = model(grey)
-    expected = torch.distributions.Normal(0., 1.).log_prob(z).sum(1) + logdet - 16 * math.log(2**n_bits)
+    expected = (
+        torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1) + logdet - 16 * math.log(2**n_bits)
+    )
     torch.testing.assert_close(model.log_prob(x, u), expected, check_dtype=False)
 
 
@@ -129,7 +145,9 @@ def test_images_survive_the_flow(n_bits):
 def test_probabilities_of_all_images_sum_to_at_most_one():
     """All 2^16 one-bit images of 4x4 pixels. With new noise in each, the sum estimates the mass inside the cube."""
     model = tiny_glow(n_bits=1, width=4)
-    images = torch.tensor(list(itertools.product((0, 255), repeat=16)), dtype=torch.uint8).reshape(-1, 1, 4, 4)
+    images = torch.tensor(list(itertools.product((0, 255), repeat=16)), dtype=torch.uint8).reshape(
+        -1, 1, 4, 4
+    )
     generator = torch.Generator().manual_seed(0)
     glow.initialize(model, images[torch.randperm(len(images), generator=generator)[:512]])
     perturbed(model, 0.01)
@@ -154,7 +172,7 @@ def test_density_integrates_to_one():
 def test_initialisation():
     model = tiny_glow(input_dims=(3, 8, 8))
     x = random_images(64, 3, 8, 8)
-    x[:, 0] = 7                                                 # a constant channel
+    x[:, 0] = 7  # a constant channel
     seen = []
     u = torch.rand(x.shape)
     u[:, 0] = 0.5
@@ -167,7 +185,7 @@ def test_initialisation():
     assert z.isfinite().all() and logdet.isfinite().all()
     var, mean = torch.var_mean(seen[0], dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(mean, torch.zeros(12), rtol=0, atol=1e-5)
-    constant = [0, 1, 2, 3]                                     # what the squeeze makes of it
+    constant = [0, 1, 2, 3]  # what the squeeze makes of it
     torch.testing.assert_close(var[4:], torch.ones(8), rtol=0, atol=1e-3)
     torch.testing.assert_close(var[constant], torch.zeros(4), rtol=0, atol=1e-6)
 
@@ -204,17 +222,19 @@ def test_autocast_rounds_the_networks_only():
         x_back, _ = model.inverse(z)
     assert z.dtype == logdet.dtype == torch.float32
     assert (x - x_back).abs().max() < 1e-3
-    assert not torch.equal(z, model(x)[0])                      # and the networks were in bf16 indeed
+    assert not torch.equal(z, model(x)[0])  # and the networks were in bf16 indeed
 
 
 def test_scale_is_bounded_away_from_zero():
     coupling = glow.AffineCoupling(4, 8)
-    torch.nn.init.constant_(coupling.net[-1].bias, -1000.)
+    torch.nn.init.constant_(coupling.net[-1].bias, -1000.0)
     s, _ = coupling.scale_and_shift(torch.randn(2, 2, 4, 4))
     assert s.min() >= 0.999 * glow.S_MIN
 
 
-@pytest.mark.parametrize('options, millions', [((3, 32, 512), 74.06), ((3, 24, 256), 21.64), ((4, 48, 512), 189.31)])
+@pytest.mark.parametrize(
+    'options, millions', [((3, 32, 512), 74.06), ((3, 24, 256), 21.64), ((4, 48, 512), 189.31)]
+)
 def test_parameter_counts_of_the_authors_models(options, millions):
     for plu in (True, False):
         with torch.device('meta'):
@@ -224,10 +244,10 @@ def test_parameter_counts_of_the_authors_models(options, millions):
 
 def test_temperature_scales_new_noise_only():
     model = tiny_glow()
-    cold = model.sample(3, 0.)
+    cold = model.sample(3, 0.0)
     assert cold.shape == (3, 1, 4, 4) and cold.dtype == torch.uint8
     assert (cold == cold[0]).all()
-    warm = model.sample(3, 1., torch.Generator().manual_seed(0))
+    warm = model.sample(3, 1.0, torch.Generator().manual_seed(0))
     assert not torch.equal(warm[0], warm[1])
     z = torch.randn(3, 16)
     torch.testing.assert_close(model(model.inverse(z)[0])[0], z, rtol=0, atol=1e-4)

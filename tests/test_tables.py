@@ -1,4 +1,5 @@
 """Tables: the published ones against their authors' own steps on small files of their formats, and the user's own."""
+
 import gzip
 import io
 import pickle
@@ -27,6 +28,7 @@ def sizes(monkeypatch, tmp_path):
 
     def set_sizes(name, counts):
         monkeypatch.setitem(tabular.TABLES, name, (counts, *tabular.TABLES[name][1:]))
+
     for name in tabular.TABLES:
         set_sizes(name, (162, 18, 20))
     return set_sizes
@@ -60,10 +62,13 @@ def test_power_is_shuffled_and_noised_as_by_its_authors(sizes, tmp_path):
     tiny_tables.write_power(tmp_path)
     rng = np.random.RandomState(42)
     data = np.load(tmp_path / 'power' / 'data.npy')
-    rng.shuffle(data)                                       # the rows themselves, as they do it
+    rng.shuffle(data)  # the rows themselves, as they do it
     data = np.delete(np.delete(data, 3, 1), 1, 1)
     voltage, power, metering = 0.01 * rng.rand(200, 1), 0.001 * rng.rand(200, 1), rng.rand(200, 3)
-    assert_same(load('power', tmp_path), scaled(tenths(data + np.hstack([power, voltage, metering, np.zeros((200, 1))]))))
+    assert_same(
+        load('power', tmp_path),
+        scaled(tenths(data + np.hstack([power, voltage, metering, np.zeros((200, 1))]))),
+    )
 
 
 def test_raw_power_drops_rows_with_missing_values(sizes, tmp_path):
@@ -82,7 +87,7 @@ def test_gas(protocol, sizes, tmp_path):
     else:
         tiny_tables.write_gas(tmp_path, protocol=protocol)
     data = tiny_tables.gas_table(200).drop(columns=['Meth', 'Eth', 'Time'])
-    while True:                                             # the authors' loop
+    while True:  # the authors' loop
         many = (data.corr() > 0.98).sum(axis=1)
         if not np.any(many > 1):
             break
@@ -103,7 +108,10 @@ def test_raw_gas_is_every_fourth_row(sizes, tmp_path):
 @pytest.mark.parametrize('gzipped', [False, True])
 def test_hepmass(gzipped, sizes, tmp_path):
     sizes('hepmass', (270, 30, 150)), tiny_tables.write_hepmass(tmp_path)
-    train, test = (pd.read_csv(tmp_path / 'hepmass' / f'1000_{part}.csv', index_col=False) for part in ('train', 'test'))
+    train, test = (
+        pd.read_csv(tmp_path / 'hepmass' / f'1000_{part}.csv', index_col=False)
+        for part in ('train', 'test')
+    )
     if gzipped:
         for part in ('train', 'test'):
             path = tmp_path / f'1000_{part}.csv'
@@ -112,7 +120,9 @@ def test_hepmass(gzipped, sizes, tmp_path):
     train, test = (part[part.iloc[:, 0] == 1].iloc[:, 1:] for part in (train, test))
     test = test.iloc[:, :-1]
     train, test = ((part - train.mean()) / train.std() for part in (train, test))
-    kept = [k for k in train if [n for _, n in sorted(Counter(train[k]).items())][0] <= 5]      # the authors' rule
+    kept = [
+        k for k in train if [n for _, n in sorted(Counter(train[k]).items())][0] <= 5
+    ]  # the authors' rule
     assert len(kept) == 21
     train, test = train[kept].to_numpy(), test[kept].to_numpy()
     assert_same(load('hepmass', tmp_path), [train[:-30], train[-30:], test])
@@ -120,7 +130,9 @@ def test_hepmass(gzipped, sizes, tmp_path):
 
 def test_miniboone(sizes, tmp_path):
     tiny_tables.write_miniboone(tmp_path)
-    assert_same(load('miniboone', tmp_path), scaled(tenths(np.load(tmp_path / 'miniboone' / 'data.npy'))))
+    assert_same(
+        load('miniboone', tmp_path), scaled(tenths(np.load(tmp_path / 'miniboone' / 'data.npy')))
+    )
 
 
 def test_raw_miniboone_is_the_signal_without_outliers(sizes, tmp_path):
@@ -133,8 +145,11 @@ def test_raw_miniboone_is_the_signal_without_outliers(sizes, tmp_path):
 def test_bsds300(sizes, tmp_path):
     tiny_tables.write_bsds300(tmp_path, (162, 18, 20))
     import h5py
+
     with h5py.File(tmp_path / 'BSDS300' / 'BSDS300.hdf5') as file:
-        assert_same(load('bsds300', tmp_path), [file[part][:] for part in ('train', 'validation', 'test')])
+        assert_same(
+            load('bsds300', tmp_path), [file[part][:] for part in ('train', 'validation', 'test')]
+        )
 
 
 def test_bsds300_from_images(sizes, tmp_path):
@@ -143,8 +158,10 @@ def test_bsds300_from_images(sizes, tmp_path):
     train, validation, test = load('bsds300', tmp_path)
     assert train.shape == (2000, 63) and validation.shape == (100, 63) and test.shape == (500, 63)
     for part in (train, test):
-        assert abs(part.mean()) < 0.01 and part.std() == pytest.approx(np.sqrt(63 / 64 / 12), rel=0.05)
-        assert len(np.unique(part)) > 0.9 * part.size           # the noise makes them continuous
+        assert abs(part.mean()) < 0.01 and part.std() == pytest.approx(
+            np.sqrt(63 / 64 / 12), rel=0.05
+        )
+        assert len(np.unique(part)) > 0.9 * part.size  # the noise makes them continuous
     again = load('bsds300', tmp_path)
     np.testing.assert_array_equal(train, again[0])
 
@@ -156,7 +173,9 @@ def test_parsed_once_and_anew_when_the_file_changes(sizes, tmp_path, monkeypatch
     np.testing.assert_array_equal(load('miniboone', tmp_path)[0], first)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(tabular.TABLES, 'miniboone', ((81, 9, 10), *tabular.TABLES['miniboone'][1:]))
+    monkeypatch.setitem(
+        tabular.TABLES, 'miniboone', ((81, 9, 10), *tabular.TABLES['miniboone'][1:])
+    )
     tiny_tables.write_miniboone(tmp_path, 100)
     assert len(load('miniboone', tmp_path)[0]) == 81
 
@@ -169,7 +188,7 @@ class Payload:
 def test_a_hostile_pickle_runs_nothing(sizes, tmp_path, capsys):
     (tmp_path / 'gas').mkdir()
     path = tmp_path / 'gas' / 'ethylene_CO.pickle'
-    for content in (Payload(), [tiny_tables.gas_table(200), Payload()], {'a': 1}, pd.Series([1.])):
+    for content in (Payload(), [tiny_tables.gas_table(200), Payload()], {'a': 1}, pd.Series([1.0])):
         path.write_bytes(pickle.dumps(content))
         with pytest.raises(UserError, match='cannot be read as gas'):
             tabular.load_rows('gas', tmp_path)
@@ -194,21 +213,36 @@ def h5_bomb(name, shape):
 
 def npy_bomb():
     content = io.BytesIO()
-    np.lib.format.write_array_header_1_0(content, {'descr': '<f8', 'fortran_order': False, 'shape': (10**10, 43)})
+    np.lib.format.write_array_header_1_0(
+        content, {'descr': '<f8', 'fortran_order': False, 'shape': (10**10, 43)}
+    )
     return content.getvalue()
 
 
-@pytest.mark.parametrize('name, path, content, part', [
-    ('hepmass', '1000_train.csv.gz', gzip.compress(bytes(10**9), 1), 'line of more than'),
-    ('hepmass', '1000_train.csv.gz', gzip.compress(b'a,b\n' + 1_000 * (b'0,1\n' * 1_000)), 'more than 100,000 rows'),
-    ('gas', 'ethylene_CO.txt', b'x' * 5_000, 'line of more than'),
-    ('power', 'power/data.npy', npy_bomb(), 'cannot be read'),
-    ('miniboone', 'miniboone/data.npy', npy_bomb(), 'cannot be read'),
-    ('bsds300', 'bsds300_gray.zip', image_bomb(), '9000x9000'),
-    ('bsds300', 'BSDS300/BSDS300.hdf5', h5_bomb('train', (10**10, 63)), 'BSDS300.hdf5 cannot be read'),
-    ('own.npy', 'own.npy', npy_bomb(), 'cannot be read'),
-    ('own.h5', 'own.h5', h5_bomb('rows', (10**10, 10)), 'has not the size for it'),
-])
+@pytest.mark.parametrize(
+    'name, path, content, part',
+    [
+        ('hepmass', '1000_train.csv.gz', gzip.compress(bytes(10**9), 1), 'line of more than'),
+        (
+            'hepmass',
+            '1000_train.csv.gz',
+            gzip.compress(b'a,b\n' + 1_000 * (b'0,1\n' * 1_000)),
+            'more than 100,000 rows',
+        ),
+        ('gas', 'ethylene_CO.txt', b'x' * 5_000, 'line of more than'),
+        ('power', 'power/data.npy', npy_bomb(), 'cannot be read'),
+        ('miniboone', 'miniboone/data.npy', npy_bomb(), 'cannot be read'),
+        ('bsds300', 'bsds300_gray.zip', image_bomb(), '9000x9000'),
+        (
+            'bsds300',
+            'BSDS300/BSDS300.hdf5',
+            h5_bomb('train', (10**10, 63)),
+            'BSDS300.hdf5 cannot be read',
+        ),
+        ('own.npy', 'own.npy', npy_bomb(), 'cannot be read'),
+        ('own.h5', 'own.h5', h5_bomb('rows', (10**10, 10)), 'has not the size for it'),
+    ],
+)
 def test_bombs_take_no_memory(name, path, content, part, sizes, tmp_path, monkeypatch):
     monkeypatch.setattr(tabular, 'MAX_ROWS', 100_000)
     (tmp_path / path).parent.mkdir(exist_ok=True)
@@ -217,32 +251,50 @@ def test_bombs_take_no_memory(name, path, content, part, sizes, tmp_path, monkey
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=part):
         tabular.load_rows(name, tmp_path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000        # KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
 @settings(max_examples=100, deadline=None)
-@given(content=st.one_of(st.binary(max_size=100), st.lists(st.lists(st.sampled_from(
-    ['1', '-2.5', '?', '', 'nan', '1e400', '12:34:56', '16/12/2006', '#']), max_size=9).map(';'.join), max_size=8).map(
-        lambda lines: '\n'.join(['Date;Time;a;b;c;d;e;f;g', *lines]).encode())))
+@given(
+    content=st.one_of(
+        st.binary(max_size=100),
+        st.lists(
+            st.lists(
+                st.sampled_from(
+                    ['1', '-2.5', '?', '', 'nan', '1e400', '12:34:56', '16/12/2006', '#']
+                ),
+                max_size=9,
+            ).map(';'.join),
+            max_size=8,
+        ).map(lambda lines: '\n'.join(['Date;Time;a;b;c;d;e;f;g', *lines]).encode()),
+    )
+)
 def test_any_bytes_are_power_gas_or_miniboone_or_a_clean_error(tmp_path_factory, content):
-    for name, file in (('power', 'household_power_consumption.txt'), ('gas', 'ethylene_CO.txt'),
-                       ('miniboone', 'MiniBooNE_PID.txt'), ('hepmass', '1000_train.csv')):
+    for name, file in (
+        ('power', 'household_power_consumption.txt'),
+        ('gas', 'ethylene_CO.txt'),
+        ('miniboone', 'MiniBooNE_PID.txt'),
+        ('hepmass', '1000_train.csv'),
+    ):
         folder = tmp_path_factory.getbasetemp() / f'fuzz_{name}'
         folder.mkdir(exist_ok=True)
         (folder / file).write_bytes(content)
-        with pytest.raises(UserError):          # for want of rows, if for nothing else
+        with pytest.raises(UserError):  # for want of rows, if for nothing else
             tabular.load_rows(name, folder)
 
 
-@pytest.mark.parametrize('name, path, content, part', [
-    ('power', 'power/data.npy', b'', 'cannot be read as power'),
-    ('power', 'power/data.npy', b'\x93NUMPY', 'cannot be read as power'),
-    ('gas', 'gas/ethylene_CO.pickle', b'\x80\x02}', 'cannot be read as gas'),
-    ('hepmass', 'hepmass/1000_train.csv', b'a,b\n1,2\n', 'cannot be read as hepmass'),
-    ('miniboone', 'MiniBooNE_PID.txt', b'x', 'cannot be read as miniboone'),
-    ('bsds300', 'BSDS300/BSDS300.hdf5', b'\x89HDF', 'cannot be read as bsds300'),
-    ('bsds300', 'bsds300_gray.zip', b'PK\x05\x06' + bytes(18), 'no images/train'),
-])
+@pytest.mark.parametrize(
+    'name, path, content, part',
+    [
+        ('power', 'power/data.npy', b'', 'cannot be read as power'),
+        ('power', 'power/data.npy', b'\x93NUMPY', 'cannot be read as power'),
+        ('gas', 'gas/ethylene_CO.pickle', b'\x80\x02}', 'cannot be read as gas'),
+        ('hepmass', 'hepmass/1000_train.csv', b'a,b\n1,2\n', 'cannot be read as hepmass'),
+        ('miniboone', 'MiniBooNE_PID.txt', b'x', 'cannot be read as miniboone'),
+        ('bsds300', 'BSDS300/BSDS300.hdf5', b'\x89HDF', 'cannot be read as bsds300'),
+        ('bsds300', 'bsds300_gray.zip', b'PK\x05\x06' + bytes(18), 'no images/train'),
+    ],
+)
 def test_damaged_published_tables(name, path, content, part, sizes, tmp_path):
     (tmp_path / path).parent.mkdir(exist_ok=True)
     (tmp_path / path).write_bytes(content)
@@ -254,7 +306,7 @@ def test_wrong_counts_and_missing_values(sizes, tmp_path):
     tiny_tables.write_miniboone(tmp_path, 150)
     with pytest.raises(UserError, match='truncated, or another version'):
         tabular.load_rows('miniboone', tmp_path)
-    data = np.full((200, 43), 1.) + np.random.default_rng(0).random((200, 43))
+    data = np.full((200, 43), 1.0) + np.random.default_rng(0).random((200, 43))
     data[7, 3] = np.nan
     np.save(tmp_path / 'miniboone' / 'data.npy', data)
     with pytest.raises(UserError, match='missing or infinite'):
@@ -263,6 +315,7 @@ def test_wrong_counts_and_missing_values(sizes, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- own tables
 
+
 def own(tmp_path, values, name='table.csv', columns=None):
     path = tmp_path / name
     if name.endswith('.csv'):
@@ -270,7 +323,9 @@ def own(tmp_path, values, name='table.csv', columns=None):
     elif name.endswith('.npy'):
         np.save(path, values)
     else:
-        tabular.write_table(path, '.h5', values, columns or [f'c{k}' for k in range(np.shape(values)[1])])
+        tabular.write_table(
+            path, '.h5', values, columns or [f'c{k}' for k in range(np.shape(values)[1])]
+        )
     return path
 
 
@@ -282,7 +337,9 @@ def test_own_table(name, tmp_path):
     assert np.concatenate([data.train, data.validation, data.test]).shape == (300, 3)
     np.testing.assert_allclose(data.train.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(data.train.std(0), 1, atol=1e-5)
-    np.testing.assert_allclose(data.test * data.std + data.mean, values[data.test_index], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        data.test * data.std + data.mean, values[data.test_index], rtol=1e-5, atol=1e-4
+    )
     other = tabular.load_rows(str(tmp_path / name), seed=1)
     assert not np.array_equal(other.test_index, data.test_index)
 
@@ -294,7 +351,9 @@ def test_own_table_with_a_header_and_a_test_file(tmp_path):
     data = tabular.load_rows(str(path), test_file=str(test))
     assert data.columns == ('height', '2') and data.column_index('height') == 0
     assert [len(part) for part in (data.train, data.validation, data.test)] == [90, 10, 7]
-    np.testing.assert_allclose(data.test * data.std + data.mean, np.load(test), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        data.test * data.std + data.mean, np.load(test), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_discrete_columns_are_noted_and_dequantized(tmp_path):
@@ -305,7 +364,12 @@ def test_discrete_columns_are_noted_and_dequantized(tmp_path):
     assert len(data.notes) == 1 and data.notes[0].startswith('grade: few distinct values')
     data = tabular.load_rows(path, dequantize=True)
     grades = data.train[:, 1] * data.std[1] + data.mean[1]
-    assert not data.notes and len(np.unique(grades)) == 400 and grades.min() >= 0 and grades.max() < 2.5
+    assert (
+        not data.notes
+        and len(np.unique(grades)) == 400
+        and grades.min() >= 0
+        and grades.max() < 2.5
+    )
     assert (np.floor(np.sort(grades) / 0.5) == np.sort(np.floor(grades / 0.5))).all()
 
 
@@ -313,7 +377,7 @@ def test_columns_that_follow_from_others_are_noted(tmp_path):
     values = np.random.default_rng(0).normal(size=(500, 3)) * [1, 1e3, 1e-3]
     assert not tabular.load_rows(str(own(tmp_path, values))).notes
     for column in (values[:, 1], 5 - values[:, 2], values @ [1, 1, 1]):
-        note, = tabular.load_rows(str(own(tmp_path, np.column_stack([values, column])))).notes
+        (note,) = tabular.load_rows(str(own(tmp_path, np.column_stack([values, column])))).notes
         assert note.startswith('some columns follow exactly from others')
 
 
@@ -323,14 +387,20 @@ def table_with(value, row=3, column=1, n=30):
     return values
 
 
-@pytest.mark.parametrize('values, part', [
-    (table_with(np.nan), "1 missing or infinite values, the first in column b, row 3"),
-    (table_with(np.inf), "1 missing or infinite values, the first in column b, row 3"),
-    (table_with('red'), "column b is not numeric: 'red' in row 3"),
-    (np.column_stack([np.random.default_rng(0).normal(size=(30, 2)), np.full(30, 7.)]), 'column c is constant'),
-    (np.random.default_rng(0).normal(size=(5, 3)), '5 rows and 3 columns'),
-    (np.random.default_rng(0).normal(size=(2, 3)), 'many more rows than columns'),
-])
+@pytest.mark.parametrize(
+    'values, part',
+    [
+        (table_with(np.nan), '1 missing or infinite values, the first in column b, row 3'),
+        (table_with(np.inf), '1 missing or infinite values, the first in column b, row 3'),
+        (table_with('red'), "column b is not numeric: 'red' in row 3"),
+        (
+            np.column_stack([np.random.default_rng(0).normal(size=(30, 2)), np.full(30, 7.0)]),
+            'column c is constant',
+        ),
+        (np.random.default_rng(0).normal(size=(5, 3)), '5 rows and 3 columns'),
+        (np.random.default_rng(0).normal(size=(2, 3)), 'many more rows than columns'),
+    ],
+)
 def test_bad_own_tables(values, part, tmp_path):
     path = own(tmp_path, values, columns=['a', 'b', 'c'])
     with pytest.raises(UserError) as error:
@@ -338,9 +408,16 @@ def test_bad_own_tables(values, part, tmp_path):
     assert part in str(error.value) and str(path) in str(error.value)
 
 
-@pytest.mark.parametrize('text, part', [
-    ('a;b\n1,5;2\n', "has ';' between its cells: save it with commas"), ('a\tb\n1\t2\n', "between its cells"),
-    ('1;2\n3;4\n', 'between its cells'), ('a,b\n', 'has no rows'), ('a,b\n\n', 'has no rows')])
+@pytest.mark.parametrize(
+    'text, part',
+    [
+        ('a;b\n1,5;2\n', "has ';' between its cells: save it with commas"),
+        ('a\tb\n1\t2\n', 'between its cells'),
+        ('1;2\n3;4\n', 'between its cells'),
+        ('a,b\n', 'has no rows'),
+        ('a,b\n\n', 'has no rows'),
+    ],
+)
 def test_csv_files_of_other_kinds(text, part, tmp_path):
     (tmp_path / 'my.csv').write_text(text)
     with pytest.raises(UserError) as error:
@@ -350,8 +427,16 @@ def test_csv_files_of_other_kinds(text, part, tmp_path):
 
 def test_bad_files(tmp_path):
     rng = np.random.default_rng(0)
-    cases = {'missing.csv': None, 'empty.csv': b'', 'text.npy': b'hello', 'object.npy': None, 'cube.npy': None,
-             'foreign.h5': b'hello', 'ragged.csv': b'a,b\n1,2\n1,2,3\n', 'bytes.csv': b'\xff\xfe\x00a'}
+    cases = {
+        'missing.csv': None,
+        'empty.csv': b'',
+        'text.npy': b'hello',
+        'object.npy': None,
+        'cube.npy': None,
+        'foreign.h5': b'hello',
+        'ragged.csv': b'a,b\n1,2\n1,2,3\n',
+        'bytes.csv': b'\xff\xfe\x00a',
+    }
     np.save(tmp_path / 'object.npy', np.array([{}, Payload()], dtype=object), allow_pickle=True)
     np.save(tmp_path / 'cube.npy', rng.random((3, 3, 3)))
     for name, content in cases.items():
@@ -363,7 +448,10 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match='unknown data set .u22., perhaps u2'):
         tabular.load_rows('u22')
     with pytest.raises(UserError, match='has 2 columns'):
-        tabular.load_rows(str(own(tmp_path, rng.random((30, 3)))), test_file=str(own(tmp_path, rng.random((30, 2)), 't.npy')))
+        tabular.load_rows(
+            str(own(tmp_path, rng.random((30, 3)))),
+            test_file=str(own(tmp_path, rng.random((30, 2)), 't.npy')),
+        )
 
 
 @settings(max_examples=150, deadline=None)
@@ -380,6 +468,7 @@ def test_any_bytes_are_a_table_or_a_clean_error(tmp_path_factory, content):
 
 
 # ------------------------------------------------------------------------------------------------- toy problems
+
 
 @pytest.mark.parametrize('name', toy.SAMPLERS)
 def test_samplers(name):
@@ -401,22 +490,31 @@ def test_checkerboard_and_eight_gaussians_are_where_they_should_be():
 
 
 def test_energies_by_hand():
-    origin, far = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[5., 0.]], dtype=torch.float64)
-    assert toy.u1(torch.tensor([[2., 0.]])).item() == pytest.approx(0., abs=1e-6)
-    assert toy.u1(origin).item() == pytest.approx((2 / 0.4)**2 / 2 - np.log(2) + (2 / 0.6)**2 / 2)
+    origin, far = (
+        torch.zeros(1, 2, dtype=torch.float64),
+        torch.tensor([[5.0, 0.0]], dtype=torch.float64),
+    )
+    assert toy.u1(torch.tensor([[2.0, 0.0]])).item() == pytest.approx(0.0, abs=1e-6)
+    assert toy.u1(origin).item() == pytest.approx(
+        (2 / 0.4) ** 2 / 2 - np.log(2) + (2 / 0.6) ** 2 / 2
+    )
     assert toy.u2(origin).item() == 0
-    assert toy.u2(far).item() == pytest.approx((1 / 0.4)**2 / 2 + 25 / 2)
-    bump = 3 * np.exp(-(1 / 0.6)**2 / 2)
-    assert toy.u3(origin).item() == pytest.approx(-np.log(1 + np.exp(-(bump / 0.35)**2 / 2)))
+    assert toy.u2(far).item() == pytest.approx((1 / 0.4) ** 2 / 2 + 25 / 2)
+    bump = 3 * np.exp(-((1 / 0.6) ** 2) / 2)
+    assert toy.u3(origin).item() == pytest.approx(-np.log(1 + np.exp(-((bump / 0.35) ** 2) / 2)))
     step = 3 / (1 + np.exp(1 / 0.3))
-    assert toy.u4(origin).item() == pytest.approx(-np.log(1 + np.exp(-(step / 0.35)**2 / 2)))
+    assert toy.u4(origin).item() == pytest.approx(-np.log(1 + np.exp(-((step / 0.35) ** 2) / 2)))
 
 
 def test_log_normaliser():
     """Of a Gaussian by hand, and of u2: sqrt(2 pi) 0.4 across, and 8 + sqrt(2 pi) 0.2 along"""
-    assert toy.log_normaliser(lambda x: x.square().sum(1) / 2) == pytest.approx(np.log(2 * np.pi), abs=1e-9)
+    assert toy.log_normaliser(lambda x: x.square().sum(1) / 2) == pytest.approx(
+        np.log(2 * np.pi), abs=1e-9
+    )
     root = np.sqrt(2 * np.pi)
-    assert toy.log_normaliser(toy.u2) == pytest.approx(np.log(root * 0.4 * (8 + root * 0.2)), abs=1e-6)
+    assert toy.log_normaliser(toy.u2) == pytest.approx(
+        np.log(root * 0.4 * (8 + root * 0.2)), abs=1e-6
+    )
 
 
 def write(path, text):
@@ -426,9 +524,13 @@ def write(path, text):
 
 def test_headers_of_csv(tmp_path):
     """With names, without, numbered by pandas, quoted, after an empty line"""
-    for text, names in (('a,b\n1,2\n3,4\n', ('a', 'b')), ('1,2\n3,4\n', ('column 0', 'column 1')),
-                        ('0,1\n1,2\n3,4\n', ('0', '1')), ('"1","2"\n3,4\n', ('column 0', 'column 1')),
-                        ('\n"a b",c\n1,2\n3,4\n', ('a b', 'c'))):
+    for text, names in (
+        ('a,b\n1,2\n3,4\n', ('a', 'b')),
+        ('1,2\n3,4\n', ('column 0', 'column 1')),
+        ('0,1\n1,2\n3,4\n', ('0', '1')),
+        ('"1","2"\n3,4\n', ('column 0', 'column 1')),
+        ('\n"a b",c\n1,2\n3,4\n', ('a b', 'c')),
+    ):
         values, columns = tabular.read_table(write(tmp_path / 'x.csv', text))
         assert columns == names and values.tolist() == [[1, 2], [3, 4]], text
     with pytest.raises(UserError, match='index=False'):
@@ -438,8 +540,12 @@ def test_headers_of_csv(tmp_path):
 def test_discrete_columns_are_spread_in_the_test_file_too(tmp_path):
     rng = np.random.default_rng(0)
     for name, n in (('train', 400), ('test', 100)):
-        np.save(tmp_path / f'{name}.npy', np.column_stack([rng.integers(8, size=n), rng.normal(size=n)]))
-    rows = tabular.load_rows(str(tmp_path / 'train.npy'), test_file=str(tmp_path / 'test.npy'), dequantize=True)
+        np.save(
+            tmp_path / f'{name}.npy', np.column_stack([rng.integers(8, size=n), rng.normal(size=n)])
+        )
+    rows = tabular.load_rows(
+        str(tmp_path / 'train.npy'), test_file=str(tmp_path / 'test.npy'), dequantize=True
+    )
     assert rows.steps.tolist() == [1, 0]
     for part in (rows.train, rows.test):
         assert len(np.unique(part[:, 0])) == len(part)

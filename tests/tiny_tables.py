@@ -1,4 +1,5 @@
 """Tables in exactly the formats of the published ones, of any size."""
+
 import gzip
 import io
 import pickle
@@ -11,7 +12,9 @@ from PIL import Image
 
 
 def columns_of(rng, n, d):
-    return rng.normal(size=(n, d)) @ (np.eye(d) + 0.3 * rng.normal(size=(d, d)) / np.sqrt(d)) + rng.normal(size=d)
+    return rng.normal(size=(n, d)) @ (
+        np.eye(d) + 0.3 * rng.normal(size=(d, d)) / np.sqrt(d)
+    ) + rng.normal(size=d)
 
 
 def write_power(folder, n=200):
@@ -25,20 +28,28 @@ def write_raw_power(folder, n=200):
     """household_power_consumption.txt of UCI: semicolons, and ? where values are missing, every tenth row here"""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ['Date;Time;Global_active_power;Global_reactive_power;Voltage;Global_intensity;Sub_metering_1;'
-             'Sub_metering_2;Sub_metering_3']
+    lines = [
+        'Date;Time;Global_active_power;Global_reactive_power;Voltage;Global_intensity;Sub_metering_1;'
+        'Sub_metering_2;Sub_metering_3'
+    ]
     for i in range(n):
         values = [f'{v:.3f}' for v in rng.random(7) * 5] if i % 10 else ['?'] * 6 + ['']
-        lines.append(';'.join([f'16/12/{2006 + i % 3}', f'{i // 60 % 24:02}:{i % 60:02}:00', *values]))
+        lines.append(
+            ';'.join([f'16/12/{2006 + i % 3}', f'{i // 60 % 24:02}:{i % 60:02}:00', *values])
+        )
     (folder / 'household_power_consumption.txt').write_text('\n'.join(lines) + '\n')
 
 
 def gas_table(n):
     rng = np.random.default_rng(0)
     sensors = columns_of(rng, n, 8)
-    both = np.concatenate([sensors, sensors + 0.001 * rng.normal(size=(n, 8))], 1)      # 8 are near copies of 8
+    both = np.concatenate(
+        [sensors, sensors + 0.001 * rng.normal(size=(n, 8))], 1
+    )  # 8 are near copies of 8
     columns = pd.Index(['Time', 'Meth', 'Eth', *(f'{k + 1}' for k in range(16))], dtype=object)
-    return pd.DataFrame(np.column_stack([np.arange(n) / 100, rng.random((n, 2)), both]), columns=columns)
+    return pd.DataFrame(
+        np.column_stack([np.arange(n) / 100, rng.random((n, 2)), both]), columns=columns
+    )
 
 
 def write_gas(folder, n=200, protocol=2):
@@ -50,7 +61,9 @@ def write_gas(folder, n=200, protocol=2):
 def write_raw_gas(folder, n=800):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'ethylene_CO.txt', 'w') as file:
-        file.write('Time (seconds), CO conc (ppm), Ethylene conc (ppm), sensor readings (16 channels)\n')
+        file.write(
+            'Time (seconds), CO conc (ppm), Ethylene conc (ppm), sensor readings (16 channels)\n'
+        )
         gas_table(n).to_csv(file, sep=' ', header=False, index=False)
 
 
@@ -60,11 +73,13 @@ def write_hepmass(folder, n_train=600, n_test=300):
     (folder / 'hepmass').mkdir(parents=True, exist_ok=True)
     for part, n in (('train', n_train), ('test', n_test)):
         features = columns_of(rng, n, 27)
-        features[:, ::5] = rng.integers(3, size=(n, 6))                                 # 0, 5, 10, 15, 20, 25
-        table = pd.DataFrame(np.column_stack([np.arange(n) % 2, features]),
-                             columns=['# label', *(f'f{k}' for k in range(27))])
+        features[:, ::5] = rng.integers(3, size=(n, 6))  # 0, 5, 10, 15, 20, 25
+        table = pd.DataFrame(
+            np.column_stack([np.arange(n) % 2, features]),
+            columns=['# label', *(f'f{k}' for k in range(27))],
+        )
         if part == 'test':
-            table['mass'] = 1000.
+            table['mass'] = 1000.0
         table.to_csv(folder / 'hepmass' / f'1000_{part}.csv', index=False)
 
 
@@ -79,7 +94,7 @@ def write_raw_miniboone(folder, n=211, n_background=50):
     folder.mkdir(parents=True, exist_ok=True)
     data = columns_of(rng, n + n_background, 50)
     data[:, 1:43:6] = rng.integers(3, size=(n + n_background, 7))
-    data[:11] = -999.
+    data[:11] = -999.0
     with open(folder / 'MiniBooNE_PID.txt', 'w') as file:
         file.write(f' {n} {n_background}\n')
         np.savetxt(file, data, '%.6g')
@@ -111,6 +126,7 @@ def compress(path):
 
 class DataFrame:
     """Pickles as pandas of 2016 did, which today's cannot write, once its module's name is replaced"""
+
     def __init__(self, state):
         self.__dict__ = state
 
@@ -121,7 +137,12 @@ class BlockManager:
 
     def __getstate__(self):
         block = {'values': self.values, 'mgr_locs': slice(0, len(self.values), 1)}
-        return self.axes, [self.values], [self.axes[0]], {'0.14.1': {'axes': self.axes, 'blocks': [block]}}
+        return (
+            self.axes,
+            [self.values],
+            [self.axes[0]],
+            {'0.14.1': {'axes': self.axes, 'blocks': [block]}},
+        )
 
     def __setstate__(self, state):
         raise NotImplementedError
@@ -130,10 +151,21 @@ class BlockManager:
 def write_old_gas(folder, n=200):
     table = gas_table(n)
     axes = [np.array(table.columns, dtype=object), np.arange(n)]
-    frame = DataFrame({'_data': BlockManager(axes, table.to_numpy().T.copy()), '_typ': 'dataframe', '_metadata': []})
+    frame = DataFrame(
+        {
+            '_data': BlockManager(axes, table.to_numpy().T.copy()),
+            '_typ': 'dataframe',
+            '_metadata': [],
+        }
+    )
     content = pickle.dumps(frame, protocol=2)
-    for name, module in (('DataFrame', 'pandas.core.frame'), ('BlockManager', 'pandas.core.internals')):
-        content = content.replace(f'ctiny_tables\n{name}\n'.encode(), f'c{module}\n{name}\n'.encode())
+    for name, module in (
+        ('DataFrame', 'pandas.core.frame'),
+        ('BlockManager', 'pandas.core.internals'),
+    ):
+        content = content.replace(
+            f'ctiny_tables\n{name}\n'.encode(), f'c{module}\n{name}\n'.encode()
+        )
     assert b'tiny_tables' not in content
     (folder / 'gas').mkdir(parents=True, exist_ok=True)
     (folder / 'gas' / 'ethylene_CO.pickle').write_bytes(content)
