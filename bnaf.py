@@ -35,35 +35,31 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from datasets import UserError
-from datasets.figures import draw_pairs, draw_plane, save_figure
-from datasets.files import digest, progress, write_json
-from datasets.options import Options, RunRequest, choose, option, parse
-from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.runs import (
-    Log,
-    errors_in_one_line,
+from common.batches import batch_indices, seeded_generator, steps_per_epoch
+from common.checkpoints import read_checkpoint, restore_state, save_checkpoint
+from common.errors import UserError, exit_on_user_error
+from common.files import digest, write_json
+from common.logs import TrainingLog, progress_bar
+from common.options import Options, RunRequest, option, parse, resolve_config
+from common.runs import (
+    catch_stop_signals,
     find_checkpoint,
-    own_device,
-    read_checkpoint,
+    local_device,
+    open_run_folder,
     require_agreement,
-    require_finite,
-    restore_run,
-    run_folder,
-    save_run,
-    stop_signals,
+    stop_if_diverged,
 )
+from datasets.plots import draw_density, draw_pairs, save_figure
 from datasets.tabular import (
     SUFFIXES,
     TABLES,
-    load_for,
+    load_run_table,
     read_rows,
     require_new_table,
     save_table,
-    units_of,
+    table_units,
 )
 from datasets.toy import ENERGIES, SAMPLERS
-
 
 # ---------------------------------------------------------------------------------------------------- config
 
@@ -339,15 +335,19 @@ class BlockFlow(nn.Module):
 
     def forward(self, x):
         recompute = self.checkpoint_grads and torch.is_grad_enabled()
-        derive = partial(checkpoint, self.derive, use_reentrant=False) if recompute else self.derive
-        z, slope = derive(x)
+        forward_with_slope = (
+            partial(checkpoint, self.forward_with_slope, use_reentrant=False)
+            if recompute
+            else self.forward_with_slope
+        )
+        z, slope = forward_with_slope(x)
         if slope.dtype == torch.float32 and slope.min() < MIN_SLOPE:
-            z, slope = derive(x.double())
+            z, slope = forward_with_slope(x.double())
         return z.to(x.dtype), slope.clamp_min(torch.finfo(slope.dtype).tiny).log().sum(1).to(
             x.dtype
         )
 
-    def derive(self, x):
+    def forward_with_slope(self, x):
         """-> z and dz_i / dx_i, both (B, D): the chain rule over the blocks on the diagonal (eq. 9-11), without logs"""
         z, j = self.linears[0](x, x.new_ones(*x.shape, 1))
         for linear in self.linears[1:]:
@@ -486,11 +486,13 @@ class BNAF(Sequence):
 
     def sample(self, n, z_std=1.0, generator=None):
         """-> n rows (n, data_dim), drawn at temperature z_std through the inverse"""
-        return draw(self.inverse, n, self.data_dim, next(self.parameters()), z_std, generator)[0]
+        return sample_with_log_prob(
+            self.inverse, n, self.data_dim, next(self.parameters()), z_std, generator
+        )[0]
 
 
 @torch.no_grad()
-def draw(push, n, data_dim, like, z_std=1.0, generator=None):
+def sample_with_log_prob(push, n, data_dim, like, z_std=1.0, generator=None):
     """-> n rows x = push(z) for z ~ N(0, z_std^2 I), their log p(x), and the number of z that had to be drawn anew
 
     A flow that ends in tanhs does not reach all of space: z that have no x within the inverse's tolerance are rejected.
@@ -591,7 +593,7 @@ def setup():
         int(os.environ.get(f'{of}WORLD_SIZE', 1)) for of in ('', 'LOCAL_', 'GROUP_')
     )
     device, store, n_restarts = (
-        own_device(local_rank, n_here),
+        local_device(local_rank, n_here),
         None,
         os.environ.get('TORCHELASTIC_RESTART_COUNT'),
     )
@@ -623,7 +625,7 @@ def setup():
             dist.destroy_process_group()
 
 
-def distribute(objective, process, **own):
+def wrap_ddp(objective, process, **own):
     """-> the objective, its gradients averaged over all processes, once these are found to agree on all of own and on the
     weights; its buffers never change and are not sent"""
     if process.world_size == 1:
@@ -667,7 +669,7 @@ def training_batch(data, config, step, process):
         return data.draw(
             np.random.default_rng((config.seed, step, process.rank)), config.batch_size
         )
-    return batch_index(
+    return batch_indices(
         len(data.train), config.batch_size, config.seed, step, process.rank, process.world_size
     )
 
@@ -698,7 +700,7 @@ class Training:
     def __init__(self, config, data, process, saved=None):
         self.config, self.data, self.process = config, data, process
         self.input_dims = [len(data.columns)]
-        self.units = units_of(data)
+        self.units = table_units(data)
         self.model = build_model(config, self.input_dims).to(process.device)
         self.average = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
@@ -727,8 +729,8 @@ class Training:
             config.annealing * self.n_steps
         )  # as planned at first, however long it goes on
         if saved is not None:
-            restore_run(self, saved, FIELDS, PARTS)
-        self.objective = distribute(
+            restore_state(self, saved, FIELDS, PARTS)
+        self.objective = wrap_ddp(
             Objective(self.model, data),
             process,
             options=asdict(replace(config, data_dir='')),
@@ -793,16 +795,16 @@ def train(data, config, request, process, saved=None):
     -> the best one's dict, or None where a signal ended it before"""
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with (
-        run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir,
-        stop_signals() as signals,
+        open_run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir,
+        catch_stop_signals() as signals,
     ):
         run, best, newest = (
             Training(config, data, process, saved),
             run_dir / 'best.pt',
             run_dir / 'checkpoint.pt',
         )
-        log = Log(run, run_dir, SCORE, UNIT, ITEMS)
-        save = partial(save_run, run, log, NAME, FIELDS, PARTS)
+        log = TrainingLog(run, run_dir, SCORE, UNIT, ITEMS)
+        save = partial(save_checkpoint, run, log, NAME, FIELDS, PARTS)
         if not newest.exists():
             save(newest)
         if not best.exists():
@@ -815,7 +817,7 @@ def train(data, config, request, process, saved=None):
                 if is_due:
                     run.validate(run_dir)
                     log.validated()
-                require_finite(run, is_due, request.max_skips, newest)
+                stop_if_diverged(run, is_due, request.max_skips, newest)
                 if is_due and run.validation_loss < run.best:
                     run.best = run.validation_loss
                     save(best)
@@ -878,7 +880,7 @@ def evaluate(model, data, saved, config, process, scores, input_file):
         save_table(scores, np.stack([index, -losses], 1), ('row', 'log_likelihood'))
 
 
-def push_and_pull(model, data):
+def directions(model, data):
     """-> push, from noise to rows, and pull, back: a model of data is itself pull, one matched to an energy is push"""
     return (model.inverse, model) if data.energy is None else (model, model.inverse)
 
@@ -886,9 +888,9 @@ def push_and_pull(model, data):
 @torch.no_grad()
 def sample_rows(model, data, n, z_std, seed):
     """-> n rows in the data's own units (n, D), and log p of each; in float64, as the inverse is exact to 1e-10 there"""
-    push, pull = push_and_pull(model.double(), data)
+    push, pull = directions(model.double(), data)
     start = time.perf_counter()
-    x, log_p, n_lost = draw(
+    x, log_p, n_lost = sample_with_log_prob(
         push, n, len(data.columns), next(model.parameters()), z_std, seeded_generator('cpu', seed)
     )
     print(
@@ -912,7 +914,7 @@ def generate(model, data, path, config, z_std, n_samples, output):
 @torch.no_grad()
 def density(model, data, points):
     """p at points (N, D) in the data's own units; 0 where the flow does not reach"""
-    _, pull = push_and_pull(model.double(), data)
+    _, pull = directions(model.double(), data)
     x = (torch.from_numpy(points) - torch.from_numpy(data.mean)) / torch.from_numpy(data.std)
     x = x.to(next(model.parameters()).device)
     log_p = [log_normal(z) + logdet for z, logdet in map(pull, x.split(10_000))]
@@ -927,14 +929,14 @@ def visualize(model, data, path, config, process, vis_dims):
     title = f'{Path(config.dataset).stem}: {objective_text(data, mean)}'
     if len(data.columns) == 2:
         samples, _ = sample_rows(model, data, 50_000, 1.0, config.seed)
-        figure = draw_plane(data, samples, partial(density, model, data), title)
+        figure = draw_density(data, samples, partial(density, model, data), title)
     else:
         chosen = (
             [data.column_index(text) for text in vis_dims]
             if vis_dims
             else list(range(min(8, len(data.columns))))
         )
-        real = data.some(1500)
+        real = data.head(1500)
         drawn, _ = sample_rows(model, data, len(real), 1.0, config.seed)
         figure = draw_pairs(
             real[:, chosen],
@@ -951,7 +953,7 @@ def check(model, data, config):
     the flow with the most. Rows that the inverse does not reach are counted."""
     model, device = model.double(), next(model.parameters()).device
     errors, n_lost, worst = [0.0] * len(model), 0, 0.0
-    for i in progress(range(0, len(data.test), 10_000), 'inverting test rows'):
+    for i in progress_bar(range(0, len(data.test), 10_000), 'inverting test rows'):
         x = z = torch.from_numpy(np.array(data.test[i : i + 10_000])).double().to(device)
         for k, flow in enumerate(model):
             y, (z, _) = z, flow(z)
@@ -988,8 +990,8 @@ def start(mode, values, request, process):
         if Path(values.get(name, '')).suffix in SUFFIXES:
             values[name] = str(Path(values[name]).resolve())
     saved = find_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
-    config = choose(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
-    data = load_for(config, saved, no_split=mode == 'generate' or bool(request.input))
+    config = resolve_config(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
+    data = load_run_table(config, saved, no_split=mode == 'generate' or bool(request.input))
     if mode == 'train':
         for note in data.notes * (process.rank == 0):
             print(f'note: {note}')
@@ -1016,7 +1018,7 @@ def start(mode, values, request, process):
 
 
 def main(argv=None):
-    with errors_in_one_line(NAME):
+    with exit_on_user_error(NAME):
         mode, values, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
             require_agreement(

@@ -33,26 +33,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from datasets import IMAGE_DATASETS, UserError, load_images, load_photo, save_grid, shift_randomly
-from datasets.files import digest, progress, write_json
-from datasets.options import Options, RunRequest, choose, option, parse
-from datasets.order import batch_index, seeded_generator, steps_per_epoch
-from datasets.runs import (
-    Log,
-    cached_tensor,
-    errors_in_one_line,
+from common.batches import batch_indices, seeded_generator, steps_per_epoch
+from common.checkpoints import read_checkpoint, restore_state, save_checkpoint, tensor_cache
+from common.errors import UserError, exit_on_user_error, warn_on_error
+from common.files import digest, write_json
+from common.logs import TrainingLog, progress_bar
+from common.options import Options, RunRequest, option, parse, resolve_config
+from common.runs import (
+    catch_stop_signals,
     find_checkpoint,
-    optional,
-    own_device,
-    read_checkpoint,
+    local_device,
+    open_run_folder,
     require_agreement,
-    require_finite,
-    restore_run,
-    run_folder,
-    save_run,
-    stop_signals,
+    stop_if_diverged,
 )
-
+from datasets import IMAGE_DATASETS, load_images, load_photo, save_grid, shift_randomly
 
 # ---------------------------------------------------------------------------------------------------- config
 
@@ -395,7 +390,7 @@ class Squeeze(nn.Module):
         return F.pixel_shuffle(z, 2), z.new_zeros(len(z))
 
 
-class Gaussianize(Actnorm):
+class LearnedPrior(Actnorm):
     """The last level's prior, a Gaussian per channel: z = (x - mean) / std is actnorm's s * x + b, not set by data."""
 
     def __init__(self, n_channels):
@@ -462,7 +457,7 @@ class FlowLevel(Sequence):
     def __init__(self, in_channels, depth, width, is_last=False, plu=True, checkpoint_grads=False):
         c = 4 * in_channels
         steps = [FlowStep(c, width, plu, checkpoint_grads) for _ in range(depth)]
-        super().__init__([Squeeze(), *steps, Gaussianize(c) if is_last else Split(c)])
+        super().__init__([Squeeze(), *steps, LearnedPrior(c) if is_last else Split(c)])
 
 
 # ----------------------------------------------------------------------------------------------------- model
@@ -610,7 +605,7 @@ def setup():
         int(os.environ.get(f'{of}WORLD_SIZE', 1)) for of in ('', 'LOCAL_', 'GROUP_')
     )
     device, store, n_restarts = (
-        own_device(local_rank, n_here),
+        local_device(local_rank, n_here),
         None,
         os.environ.get('TORCHELASTIC_RESTART_COUNT'),
     )
@@ -642,7 +637,7 @@ def setup():
             dist.destroy_process_group()
 
 
-def distribute(objective, process, **own):
+def wrap_ddp(objective, process, **own):
     """-> the objective, its gradients averaged over all processes, once these are found to agree on all of own and on the
     weights; its buffers never change and are not sent"""
     if process.world_size == 1:
@@ -681,7 +676,7 @@ def restore_model(saved, device):
 
 def training_batch(data, config, step, process):
     """-> this process's uint8 images and noise of a step: functions of (seed, step, rank)"""
-    index = batch_index(
+    index = batch_indices(
         len(data.train.images),
         config.batch_size,
         config.seed,
@@ -762,7 +757,7 @@ class Training:
         self.n_steps = self.last_step = config.n_epochs * self.steps_per_epoch
         if saved is None:  # the same on every process, before the model is wrapped
             x = data.train.images[
-                batch_index(n, min(n, config.batch_size_init), config.seed, step=0)
+                batch_indices(n, min(n, config.batch_size_init), config.seed, step=0)
             ]
             u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
             initialize(self.model, torch.from_numpy(x).to(process.device), u.to(process.device))
@@ -771,11 +766,11 @@ class Training:
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         if saved is not None:
-            restore_run(self, saved, FIELDS, PARTS)
+            restore_state(self, saved, FIELDS, PARTS)
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()  # steps of one shape share what was compiled for the first
-        self.objective = distribute(
+        self.objective = wrap_ddp(
             BitsPerDim(self.model, data.n_values, config.bf16),
             process,
             data=data.fingerprint,
@@ -803,7 +798,7 @@ class Training:
         )
         if self.process.rank == 0:
             tqdm.write(f'step {self.step}: validation {self.validation_loss:.4f} bits/dim')
-            with optional('picture'):
+            with warn_on_error('picture'):
                 rows = sample_rows(
                     self.average.module,
                     (0.0, 0.25, 0.7, 1.0),
@@ -839,16 +834,16 @@ def train(data, config, request, process, saved=None):
     -> the best one's dict, or None where a signal ended it before"""
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with (
-        run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir,
-        stop_signals() as signals,
+        open_run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir,
+        catch_stop_signals() as signals,
     ):
         run, best, newest = (
             Training(config, data, process, saved),
             run_dir / 'best.pt',
             run_dir / 'checkpoint.pt',
         )
-        log = Log(run, run_dir, SCORE, UNIT, ITEMS)
-        save = partial(save_run, run, log, NAME, FIELDS, PARTS)
+        log = TrainingLog(run, run_dir, SCORE, UNIT, ITEMS)
+        save = partial(save_checkpoint, run, log, NAME, FIELDS, PARTS)
         if not newest.exists():
             save(newest)
         if not best.exists():
@@ -861,7 +856,7 @@ def train(data, config, request, process, saved=None):
                 if is_due:
                     run.validate(run_dir)
                     log.validated()
-                require_finite(run, is_due, request.max_skips, newest)
+                stop_if_diverged(run, is_due, request.max_skips, newest)
                 if is_due and run.validation_loss < run.best:
                     run.best = run.validation_loss
                     save(best)
@@ -949,7 +944,7 @@ def attribute_directions(model, data, path, config, device):
             DZ_SCALE
             * sum(
                 weights[:, i : i + n] @ encode(model, images[i : i + n], device).double().cpu()
-                for i in progress(range(0, len(images), n), 'encoding training images')
+                for i in progress_bar(range(0, len(images), n), 'encoding training images')
             ).float()
         )
 
@@ -958,7 +953,7 @@ def attribute_directions(model, data, path, config, device):
         (value.cpu() for value in model.state_dict().values()),
     )
     shape = attributes.shape[1], math.prod(images.shape[1:])
-    return cached_tensor(path.with_name(f'attribute_directions_{key}.pt'), shape, compute)
+    return tensor_cache(path.with_name(f'attribute_directions_{key}.pt'), shape, compute)
 
 
 def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img):
@@ -997,7 +992,7 @@ def check(model, data, config, device):
     for name, layer in model.named_modules():
         if hasattr(layer, 'inverse') and not isinstance(layer, (Sequence, Dequantize)):
             layer.register_forward_hook(partial(compare, name))
-    for i in progress(
+    for i in progress_bar(
         range(0, len(data.test.images), 4 * config.batch_size), 'decoding test images'
     ):
         encode(model, data.test.images[i : i + 4 * config.batch_size], device)
@@ -1024,7 +1019,7 @@ def parse_args(argv):
 
 def start(mode, values, request, process):
     saved = find_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
-    config = choose(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
+    config = resolve_config(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
     if mode == 'train' and config.compile and not shutil.which(os.environ.get('CXX', 'g++')):
         raise UserError(
             '--compile needs a C++ compiler: install g++, or name yours in the environment variable CXX'
@@ -1065,7 +1060,7 @@ def start(mode, values, request, process):
 
 
 def main(argv=None):
-    with errors_in_one_line(NAME):
+    with exit_on_user_error(NAME):
         mode, values, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
             require_agreement(

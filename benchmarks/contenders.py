@@ -13,7 +13,7 @@ from torch import nn
 import bnaf
 import glow
 from datasets import ImageData, ImageSplit
-from datasets.tabular import Rows
+from datasets.tabular import TableData
 
 SCRIPTS = {'glow': glow, 'bnaf': bnaf}
 PEERS = {
@@ -97,7 +97,7 @@ def ours(script, shape, variant, device):
         data = ImageData(part, part, part, (), values[0].size, 0, '')
     else:
         columns = tuple(f'x{i}' for i in range(*dims))
-        data = Rows(values, values[:n], values[:n], columns, np.zeros(dims), np.ones(dims))
+        data = TableData(values, values[:n], values[:n], columns, np.zeros(dims), np.ones(dims))
     run = SCRIPTS[script].Training(config_of(script, shape, variant), data, process)
     x = torch.from_numpy(values[:n]).to(device)
     objective = (

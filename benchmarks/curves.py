@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from datasets import UserError
+from common.errors import UserError
 
 OBJECTIVES = {
     'bits_per_dim': ('bits/dim', 1),

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import glow  # noqa: E402
 from datasets import load_images  # noqa: E402
-from datasets.images import pack  # noqa: E402
+from datasets.images import make_image_data  # noqa: E402
 
 
 def random_celeba(folder, n=20_000):
@@ -31,7 +31,7 @@ def random_celeba(folder, n=20_000):
     images.flush()
     images = np.load(folder / 'celeba.npy', mmap_mode='r')
     parts = slice(0, n - 200), slice(n - 200, n - 100), slice(n - 100, n)
-    return pack(images, np.zeros((n, 0), bool), (), parts, ['random'])
+    return make_image_data(images, np.zeros((n, 0), bool), (), parts, ['random'])
 
 
 def measure(name, data, config, n_steps):

@@ -22,10 +22,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import glow
-from datasets import ImageData, ImageSplit
 from report import insert, significant, table
 from timing import cpu_name, progress, seconds_of
+
+import glow
+from datasets import ImageData, ImageSplit
 
 NVLINK, INFINIBAND = (
     450e9,

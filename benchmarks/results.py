@@ -18,12 +18,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import bnaf
-import glow
 from curves import read_scalars
-from datasets import UserError
 from report import insert, table
 from timing import machine_name
+
+import bnaf
+import glow
+from common.errors import UserError
 
 SCRIPTS = {'glow.py': glow, 'bnaf.py': bnaf}
 SCORES = {'bits_per_dim': 'bits/dim', 'log_likelihood_nats': 'nats', 'kl_nats': 'nats of KL'}

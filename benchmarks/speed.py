@@ -339,7 +339,7 @@ def measure_command(script, words, n_steps, device):
     """Runs the script's own main --train -> images or rows a second over a cycle from validation to validation, and the
     share of it that is not steps. Steps are timed from outside; the run is cut short after n_steps, then validates."""
     module, marks, ends, said = SCRIPTS[script], [], [], io.StringIO()
-    take_step, save = module.Training.take_step, module.save_run
+    take_step, save = module.Training.take_step, module.save_checkpoint
 
     def timed_step(run):
         if n_steps:
@@ -354,7 +354,7 @@ def measure_command(script, words, n_steps, device):
         save(*args)
         ends.append(time.perf_counter())
 
-    module.Training.take_step, module.save_run = timed_step, timed_save
+    module.Training.take_step, module.save_checkpoint = timed_step, timed_save
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -372,7 +372,7 @@ def measure_command(script, words, n_steps, device):
     except SystemExit:
         raise RuntimeError(said.getvalue()) from None
     finally:
-        module.Training.take_step, module.save_run = take_step, save
+        module.Training.take_step, module.save_checkpoint = take_step, save
     starts, stops = np.array([mark[:2] for mark in marks[len(marks) // 5 :]]).T  # warm by then
     step, gap = np.median(stops - starts), np.mean(starts[1:] - stops[:-1])
     run = marks[0][2]

@@ -31,11 +31,12 @@ from sklearn.neighbors import KernelDensity
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import bnaf
-from datasets.runs import find_run
-from datasets.tabular import load_rows, read_rows, spread, write_table
 from report import insert, significant, table
 from timing import START, machine_name, progress
+
+import bnaf
+from common.runs import find_run
+from datasets.tabular import dequantize_columns, load_table, read_rows, write_table
 
 TABLES = {
     'breast_cancer': load_breast_cancer,
@@ -92,7 +93,9 @@ def write_tables(folder):
         data = load()
         kept = [k for k, column in enumerate(data.feature_names) if column not in LEFT_OUT]
         rows, columns = data.data[:, kept], [str(data.feature_names[k]) for k in kept]
-        rows = spread(rows, np.array([np.diff(np.unique(column)).min() for column in rows.T]))
+        rows = dequantize_columns(
+            rows, np.array([np.diff(np.unique(column)).min() for column in rows.T])
+        )
         classes = enumerate(data.target_names) if name == 'breast_cancer' else ()
         for part, own in [(name, rows), *((part, rows[data.target == k]) for k, part in classes)]:
             write_table(folder / f'{part}.csv', '.csv', own, columns)
@@ -132,7 +135,7 @@ def train_bnaf(options, source, others, seed):
 
 def fit_peer(fit, source, others, seed):
     """-> the same of a method of scikit-learn; what was chosen for it"""
-    rows = load_rows(str(source), seed=seed)
+    rows = load_table(str(source), seed=seed)
     model, log_scale = fit(np.concatenate([rows.train, rows.validation])), np.log(rows.std).sum()
     test, other = (
         model.score_samples(part) - log_scale if part is not None else None

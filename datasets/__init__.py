@@ -1,6 +1,5 @@
 """The data sets, apart from the algorithms: images, for which see images.py, and rows of numbers (tabular.py, toy.py)."""
 
-from .files import UserError
 from .images import (
     IMAGE_DATASETS,
     ImageData,
@@ -13,7 +12,6 @@ from .images import (
 
 __all__ = [
     'IMAGE_DATASETS',
-    'UserError',
     'ImageData',
     'ImageSplit',
     'load_images',

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
+
 from .fetch import SOURCES, fetch, state
-from .figures import draw_images, draw_planes, draw_table
-from .files import UserError
 from .images import IMAGE_DATASETS, load_images
-from .tabular import SUFFIXES, load_rows, read_numbers
+from .plots import draw_images, draw_panels, draw_table
+from .tabular import SUFFIXES, load_table, read_numbers
 from .toy import ENERGIES, SAMPLERS
 
 N_DRAWN = 10_000  # rows of a two-dimensional density to be shown
@@ -128,7 +129,7 @@ def load(name, data_dir, image_size):
         raise UserError(
             f'--image_size is for images, and {name} is none of {", ".join(IMAGE_DATASETS)}'
         )
-    return load_rows(name, data_dir)
+    return load_table(name, data_dir)
 
 
 def prepare(name, data_dir, image_size):
@@ -181,7 +182,7 @@ def draw_energy(name):
 
     axis = torch.linspace(-4.5, 4.5, 301)
     x, y = torch.meshgrid(axis, axis, indexing='xy')
-    return draw_planes(
+    return draw_panels(
         {f'exp(-U) of {name}': (-ENERGIES[name](torch.stack([x, y], -1))).exp().numpy()},
         ('x1', 'x2'),
         (-4.5, 4.5, -4.5, 4.5),

@@ -20,7 +20,9 @@ from functools import partial
 import requests
 from tqdm import tqdm
 
-from .files import UserError, alone, find, stamp, write_json
+from common.errors import UserError
+from common.files import file_lock, file_signature, first_existing, write_json
+
 from .images import find_images
 from .tabular import TABLES
 
@@ -240,7 +242,7 @@ def locate(name, data_dir, raw=False):
     """-> the paths that the loader of a data set would read, None for what is missing; [] if it reads none"""
     if name not in TABLES:
         return find_images(name, data_dir)
-    path = find(data_dir, name, TABLES[name][2][int(raw) :])
+    path = first_existing(data_dir, name, TABLES[name][2][int(raw) :])
     test = path and path.with_name(path.name.replace('train', 'test'))  # HEPMASS has two
     return [path, *([] if test == path else [test if test.exists() else None])]
 
@@ -254,7 +256,8 @@ def state(name, data_dir):
         return 'incomplete' if any(paths) else 'absent'
     known = verified_stamps(data_dir)
     right = [
-        stamp(path) in known or (checksum(path) == MD5[path.name] if path.name in MD5 else None)
+        file_signature(path) in known
+        or (checksum(path) == MD5[path.name] if path.name in MD5 else None)
         for path in paths
     ]
     if False in right:
@@ -295,7 +298,7 @@ def fetch(name, data_dir, raw=False, given=()):
                 f"{name} needs its owners' consent: download it yourself, and name its files by --from"
             )
         data_dir.mkdir(parents=True, exist_ok=True)
-        with alone(data_dir / '.fetch.lock', f'another process fetches into {data_dir}'):
+        with file_lock(data_dir / '.fetch.lock', f'another process fetches into {data_dir}'):
             if None in locate(name, data_dir, raw):
                 get(name, files, data_dir, raw, given)
     found = state(name, data_dir)
@@ -349,7 +352,7 @@ def get(name, files, data_dir, raw, given):
             f'{name} is not complete in {data_dir}: it still needs {", ".join(missing)}'
         )
     if right:
-        stamps = verified_stamps(data_dir) + [stamp(path) for path in paths]
+        stamps = verified_stamps(data_dir) + [file_signature(path) for path in paths]
         (data_dir / '.cache').mkdir(exist_ok=True)
         write_json(data_dir / '.cache' / 'verified.json', stamps)
 

@@ -22,8 +22,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+from common.errors import UserError, index_of_name, one_line, truncate
+from common.files import digest, file_signature, first_existing, write_atomically
+
+from .cache import memmap_cache
 from .faces import ATTRIBUTES, draw_faces, face_attributes
-from .files import UserError, cached, digest, find, index_of, reason, short, stamp, write_atomically
 from .pickles import read_pickle, value
 
 IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', 'celeba', 'folder')
@@ -88,7 +91,7 @@ class ImageData:
 
     def attribute_index(self, text):
         """'8' or 'Black_Hair' -> 8; raises UserError with the nearest names"""
-        return index_of(text, self.attribute_names, 'attribute')
+        return index_of_name(text, self.attribute_names, 'attribute')
 
     def editable(self, texts, n, source):
         """-> indices of the attributes that texts name, by default of all, that differ among the first n training images.
@@ -138,7 +141,7 @@ def find_images(name, data_dir):
             for file, folder in zip(CELEBA_FILES, ('Img', 'Anno', 'Eval'))
         ],
     }
-    return [find(Path(data_dir), name, candidates) for candidates in places.get(name, [])]
+    return [first_existing(Path(data_dir), name, candidates) for candidates in places.get(name, [])]
 
 
 def load_photo(path, name, image_size):
@@ -163,7 +166,7 @@ def shift_randomly(x, max_shift, generator):
     ].permute(0, 3, 1, 2)
 
 
-def pack(images, attributes, names, parts, source, n_values=None, max_shift=0):
+def make_image_data(images, attributes, names, parts, source, n_values=None, max_shift=0):
     """parts: slices or indices of the train, validation and test splits -> ImageData"""
     splits = [ImageSplit(images[part], attributes[part]) for part in parts]
     n_values = n_values or int(np.prod(images.shape[1:]))
@@ -192,7 +195,7 @@ def save_grid(path, *grid):
 def draw_grid(rows, row_labels=(), column_labels=()):
     """Rows of uint8 images (n, C, H, W) -> PIL image: whole-number enlargement, margins, labels left and above"""
     c, h, w = rows[0].shape[1:]
-    row_labels = [short(label) for label in row_labels]
+    row_labels = [truncate(label) for label in row_labels]
     zoom = max(1, 128 // max(h, w))
     h, w, gap, font = h * zoom, w * zoom, 8, ImageFont.load_default(18)
     left = gap + max([int(font.getlength(label)) + 2 * gap for label in row_labels], default=0)
@@ -221,7 +224,7 @@ def load_faces(data_dir, image_size):
     size, n_train, n_held_out = image_size or 32, 10_000, 1_000
     n = n_train + 2 * n_held_out
     source = ['faces', CACHE_VERSION, size, n, FACES_SEED]
-    images = cached(
+    images = memmap_cache(
         data_dir,
         f'faces_{size}',
         source,
@@ -232,7 +235,7 @@ def load_faces(data_dir, image_size):
     )
     test = np.roll(np.arange(n_train + n_held_out, n), -FACES_FIRST)
     parts = slice(0, n_train), slice(n_train, n_train + n_held_out), test
-    return pack(images, face_attributes(n, FACES_SEED), ATTRIBUTES, parts, source)
+    return make_image_data(images, face_attributes(n, FACES_SEED), ATTRIBUTES, parts, source)
 
 
 def load_digits(data_dir, image_size):
@@ -242,7 +245,7 @@ def load_digits(data_dir, image_size):
     require_size('digits', image_size, 8)
     pixels, labels = load(return_X_y=True)
     images = (np.minimum(pixels, 15) * 17).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return pack(
+    return make_image_data(
         images,
         np.eye(10, dtype=bool)[labels],
         TEN_CLASSES,
@@ -290,12 +293,12 @@ def load_mnist(data_dir, image_size):
         slice(n_train - n_validation, n_train),
         slice(n_train, None),
     )
-    return pack(
+    return make_image_data(
         images,
         attributes,
         TEN_CLASSES,
         parts,
-        ['mnist', *map(stamp, paths)],
+        ['mnist', *map(file_signature, paths)],
         n_values=784,
         max_shift=1,
     )
@@ -342,7 +345,7 @@ def load_cifar10(data_dir, image_size):
             f'cifar10 is not in {data_dir}: it needs {", ".join(CIFAR_FILES)} of its python version: '
             f'python -m datasets fetch cifar10 --data_dir={data_dir}'
         )
-    source = ['cifar10', CACHE_VERSION, *map(stamp, paths)]
+    source = ['cifar10', CACHE_VERSION, *map(file_signature, paths)]
 
     def unpickle(create):
         batches = [read_cifar_batch(path) for path in paths]
@@ -362,7 +365,7 @@ def load_cifar10(data_dir, image_size):
             and rows[:, 0].max() < 10
         )
 
-    rows = cached(data_dir, 'cifar10', source, unpickle, fits)
+    rows = memmap_cache(data_dir, 'cifar10', source, unpickle, fits)
     n_test = len(rows) // len(paths)
     n_train, n_validation = len(rows) - n_test, n_test // 2
     parts = (
@@ -371,7 +374,9 @@ def load_cifar10(data_dir, image_size):
         slice(n_train, None),
     )
     attributes = np.eye(10, dtype=bool)[rows[:, 0]]
-    return pack(rows[:, 1:].reshape(-1, 3, 32, 32), attributes, CIFAR_CLASSES, parts, source)
+    return make_image_data(
+        rows[:, 1:].reshape(-1, 3, 32, 32), attributes, CIFAR_CLASSES, parts, source
+    )
 
 
 def read_cifar_batch(path):
@@ -381,7 +386,7 @@ def read_cifar_batch(path):
         pixels, labels = value(batch['data']), np.array(batch['labels'])
     except Exception as error:  # of what stands for an array anything may be missing
         raise UserError(
-            f'{path} cannot be read as a batch of cifar10: {reason(error)}; fetch it again'
+            f'{path} cannot be read as a batch of cifar10: {one_line(error)}; fetch it again'
         ) from None
     if (
         getattr(pixels, 'dtype', None) != np.uint8
@@ -428,8 +433,12 @@ def load_celeba(data_dir, image_size):
     images, source = decode_all(
         data_dir, 'celeba', [folder / row[0] for row in rows], size, CELEBA_CROP
     )
-    return pack(
-        images, attributes, names, parts, [source, [stamp(attribute_path), stamp(partition_path)]]
+    return make_image_data(
+        images,
+        attributes,
+        names,
+        parts,
+        [source, [file_signature(attribute_path), file_signature(partition_path)]],
     )
 
 
@@ -456,8 +465,12 @@ def load_folder(data_dir, image_size):
         )
     parts = parts or seeded_parts(len(files), data_dir)
     images, source = decode_all(data_dir, 'folder', files, image_size or 64)
-    return pack(
-        images, attributes, names, parts, [source, stamp(table) if table.exists() else None]
+    return make_image_data(
+        images,
+        attributes,
+        names,
+        parts,
+        [source, file_signature(table) if table.exists() else None],
     )
 
 
@@ -545,7 +558,7 @@ def split_parts(path, words, meaning):
 
 def decode_all(data_dir, name, files, size, crop=1.0):
     """-> memory-mapped images (N, 3, size, size) of all the files, and what identifies them"""
-    source = [name, CACHE_VERSION, size, crop, [stamp(path) for path in files]]
+    source = [name, CACHE_VERSION, size, crop, [file_signature(path) for path in files]]
 
     def decode_in_parallel(create):
         out = create((len(files), 3, size, size), np.uint8)
@@ -574,7 +587,9 @@ def decode_all(data_dir, name, files, size, crop=1.0):
                 pool.shutdown(cancel_futures=True)  # an error stops the others early
 
     fits = is_pixels(len(files), 3, size, size)
-    return cached(data_dir, f'{name}_{size}', source, decode_in_parallel, fits), digest(source)
+    return memmap_cache(data_dir, f'{name}_{size}', source, decode_in_parallel, fits), digest(
+        source
+    )
 
 
 def n_cores():
@@ -615,7 +630,7 @@ def decode(path, size, crop=1.0, mode='RGB'):
                     )
                 image = image.convert(mode)
     except Exception as error:  # a damaged image fails in too many ways to list
-        raise UserError(f'{path} cannot be decoded as an image: {reason(error)}') from None
+        raise UserError(f'{path} cannot be decoded as an image: {one_line(error)}') from None
     side = round(crop * min(image.size))
     if side < size:
         raise UserError(

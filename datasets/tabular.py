@@ -23,18 +23,10 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from .files import (
-    UserError,
-    cached,
-    digest,
-    find,
-    index_of,
-    map_array,
-    reason,
-    short,
-    stamp,
-    write_atomically,
-)
+from common.errors import UserError, index_of_name, one_line, truncate
+from common.files import digest, file_signature, first_existing, write_atomically
+
+from .cache import map_npy, memmap_cache
 from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, log_normaliser
 
@@ -70,7 +62,7 @@ TABLES = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableData:
     train: np.ndarray  # (N, D) float32, standardised: the data's own units are mean + std * row
     validation: np.ndarray
     test: np.ndarray
@@ -93,9 +85,9 @@ class Rows:
 
     def column_index(self, text):
         """'2' or a column's name -> 2; raises UserError with the nearest names"""
-        return index_of(text, self.columns, 'column')
+        return index_of_name(text, self.columns, 'column')
 
-    def some(self, n):
+    def head(self, n):
         """-> up to n rows of a table in its own units, first those of the test split"""
         return (
             np.concatenate([part[:n] for part in (self.test, self.validation, self.train)])[:n]
@@ -104,14 +96,14 @@ class Rows:
         )
 
 
-def load_rows(name, data_dir='data', seed=0, test_file='', dequantize=False):
+def load_table(name, data_dir='data', seed=0, test_file='', dequantize=False):
     """-> Rows of a two-dimensional problem, of one of TABLES, or of a table of the user's own. Raises UserError."""
     if name in SAMPLERS or name in ENERGIES:
         return load_toy(name)
     if name in TABLES:
         return load_published(name, Path(data_dir))
     if Path(name).suffix in SUFFIXES:
-        return load_own(Path(name), seed, test_file, dequantize)
+        return load_user_table(Path(name), seed, test_file, dequantize)
     known = [*SAMPLERS, *ENERGIES, *TABLES]
     near = difflib.get_close_matches(name, known, n=1)
     raise UserError(
@@ -120,14 +112,14 @@ def load_rows(name, data_dir='data', seed=0, test_file='', dequantize=False):
     )
 
 
-def load_for(config, saved, no_split=False):
+def load_run_table(config, saved, no_split=False):
     """-> Rows of a run's options or, where there is a checkpoint's dict, in its units and as it split them; UserError where
     they are others now. Without rows of any split where these are not needed and the data has units of its own."""
-    like = saved and from_units(saved['units'], saved['input_dims'][0], saved['path'])
+    like = saved and table_from_units(saved['units'], saved['input_dims'][0], saved['path'])
     if like and no_split and config.dataset not in SAMPLERS and config.dataset not in ENERGIES:
         return like
     seed = saved['config'].seed if saved else config.seed
-    data = load_rows(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
+    data = load_table(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
     if like:
         require_same_units(data, like, config.dataset)
     return (
@@ -147,7 +139,7 @@ def load_toy(name):
     held_out = [
         draw(np.random.default_rng((10**9, i)), n) for i, n in enumerate((N_VALIDATION, N_TEST))
     ]
-    return Rows(
+    return TableData(
         None,
         *held_out,
         ('x1', 'x2'),
@@ -160,7 +152,7 @@ def load_toy(name):
     )
 
 
-def units_of(rows):
+def table_units(rows):
     """-> the units of Rows as plain values, for a checkpoint"""
     return {
         'columns': list(rows.columns),
@@ -170,7 +162,7 @@ def units_of(rows):
     }
 
 
-def from_units(units, n_columns, path):
+def table_from_units(units, n_columns, path):
     """-> Rows without any, in the units that a checkpoint at path has. UserError unless they are units of so many columns."""
     numbers = {key: np.array(units[key]) for key in ('mean', 'std', 'steps')}
     if not (
@@ -180,7 +172,7 @@ def from_units(units, n_columns, path):
         and (numbers['std'] > 0).all()
     ):
         raise UserError(f'{path} is damaged: its columns and its units do not fit')
-    return Rows(None, None, None, tuple(units['columns']), **numbers)
+    return TableData(None, None, None, tuple(units['columns']), **numbers)
 
 
 def require_same_units(rows, like, name):
@@ -198,7 +190,7 @@ def require_same_units(rows, like, name):
 # ------------------------------------------------------------------------------------------ the user's tables
 
 
-def load_own(path, seed, test_file, dequantize):
+def load_user_table(path, seed, test_file, dequantize):
     """80/10/10 by seed or, with a test_file, 90/10 and that; standardised by the training split."""
     values, columns = read_table(path)
     check(values, columns, path)
@@ -210,7 +202,7 @@ def load_own(path, seed, test_file, dequantize):
     steps = np.zeros(len(columns))
     if discrete and dequantize:
         steps[discrete] = [np.diff(np.unique(values[:, k])).min() for k in discrete]
-        values = spread(values, steps)
+        values = dequantize_columns(values, steps)
     elif discrete:
         names = ', '.join(columns[k] for k in discrete[:8]) + ' ...' * (len(discrete) > 8)
         notes = (
@@ -239,7 +231,7 @@ def load_own(path, seed, test_file, dequantize):
             'some columns follow exactly from others, such as copies or sums. The density on such rows has no upper '
             'bound, and a log-likelihood no meaning: leave them out',
         )
-    rows = Rows(*splits, None, columns, mean, std, steps=steps, notes=notes)
+    rows = TableData(*splits, None, columns, mean, std, steps=steps, notes=notes)
     if test_file:
         held_out = read_rows(test_file, rows)
         return replace(rows, test=held_out, test_index=np.arange(len(held_out)))
@@ -258,7 +250,7 @@ def standardise(values, mean, std, path):
     return rows
 
 
-def spread(values, steps):
+def dequantize_columns(values, steps):
     """Values of discrete columns, each spread evenly over its step; steps (D,) are 0 where a column is not discrete"""
     return values + steps * np.random.default_rng(0).random(values.shape)
 
@@ -281,7 +273,7 @@ def read_rows(path, like):
                 f'{", ".join(like.columns)}'
             )
         values = values[:, [names.index(name) for name in like.columns]]
-    return standardise(spread(values, like.steps), like.mean, like.std, path)
+    return standardise(dequantize_columns(values, like.steps), like.mean, like.std, path)
 
 
 def is_unnamed(columns):
@@ -328,11 +320,11 @@ def read_numbers(path):
     except UserError:
         raise
     except Exception as error:  # a damaged table fails in too many ways to list
-        raise UserError(f'{path} cannot be read as a table: {reason(error)}') from None
+        raise UserError(f'{path} cannot be read as a table: {one_line(error)}') from None
     for name, n in Counter(columns).items():
         if not name.isprintable() or n > 1:
             raise UserError(
-                f'{path}: the column name {short(name)!r} is no printable text, or comes twice'
+                f'{path}: the column name {truncate(name)!r} is no printable text, or comes twice'
             )
     return values, columns
 
@@ -383,7 +375,7 @@ def is_number(cell):
 
 
 def read_npy(path):
-    return require_table(map_array(path), path)
+    return require_table(map_npy(path), path)
 
 
 def read_h5(path):
@@ -454,7 +446,7 @@ def write_table(path, suffix, values, columns):
 
 def load_published(name, data_dir):
     counts, n_columns, places = TABLES[name]
-    path = find(data_dir, name, places)
+    path = first_existing(data_dir, name, places)
     if path is None:
         raise UserError(
             f'{name} is not in {data_dir}: it needs {places[0]} as the MAF authors have it '
@@ -468,7 +460,7 @@ def load_published(name, data_dir):
         'miniboone': prepare_miniboone,
         'bsds300': prepare_bsds300,
     }[name]
-    source = [name, CACHE_VERSION, counts, stamp(path)]
+    source = [name, CACHE_VERSION, counts, file_signature(path)]
 
     def make(create):
         try:
@@ -478,7 +470,7 @@ def load_published(name, data_dir):
                 )  # of means of nothing: such splits are refused below
                 splits = prepare(path)
         except Exception as error:  # likewise
-            raise UserError(f'{path} cannot be read as {name}: {reason(error)}') from None
+            raise UserError(f'{path} cannot be read as {name}: {one_line(error)}') from None
         shapes = [part.shape for part in splits]
         if shapes != [(n, n_columns) for n in counts]:
             raise UserError(
@@ -492,12 +484,12 @@ def load_published(name, data_dir):
             raise UserError(f'{path} holds missing or infinite values: download it again')
 
     shape = sum(counts), n_columns
-    rows = cached(
+    rows = memmap_cache(
         data_dir, name, source, make, lambda rows: (rows.shape, rows.dtype) == (shape, np.float32)
     )
     columns = tuple(f'{name} {k}' for k in range(n_columns))
     splits = np.split(rows, np.cumsum(counts)[:2])
-    return Rows(
+    return TableData(
         *splits, columns, np.zeros(n_columns), np.ones(n_columns), test_index=np.arange(counts[2])
     )
 
@@ -565,7 +557,7 @@ def prepare_power(path):
     intensity. The raw file has no noise on its minute of the day; it gets some here, so that column is another draw."""
     rng = np.random.RandomState(42)
     if path.suffix == '.npy':
-        data = map_array(path)
+        data = map_npy(path)
     else:
         data = np.concatenate(
             [
@@ -629,7 +621,7 @@ def prepare_hepmass(path):
 def prepare_miniboone(path):
     """The signal, without 11 outliers and without the features whose smallest value comes more than 5 times"""
     if path.suffix == '.npy':
-        data = map_array(path)
+        data = map_npy(path)
     else:
         with open(path) as file:
             n_signal = int(file.readline(MAX_LINE).split()[0])

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import make_moons, make_swiss_roll
 
-
 # --------------------------------------------------------------------------------------------------- samplers
 # Each takes a numpy Generator and a number n and gives n independent points (n, 2).
 

@@ -18,10 +18,9 @@ from torch.distributions import MultivariateNormal
 
 import bnaf
 import glow
-from datasets.options import choose
-from datasets.tabular import load_rows
+from common.options import resolve_config
+from datasets.tabular import load_table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 import curves
 import faults
 import processes
@@ -291,10 +290,10 @@ def test_commands_give_back_their_configs(script, given):
         '--train',
         *(f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()),
     ]
-    config = choose(script.Config, script.parse_args(words)[1], script.DEFAULTS, None, ())
+    config = resolve_config(script.Config, script.parse_args(words)[1], script.DEFAULTS, None, ())
     line = results.command(script, config, 1)
     assert (
-        choose(
+        resolve_config(
             script.Config, script.parse_args(shlex.split(line)[2:])[1], script.DEFAULTS, None, ()
         )
         == config
@@ -359,7 +358,7 @@ def test_tables_are_scored_alike(tmp_path, monkeypatch):
     assert all(run['auroc'] == 1 for run in runs['Gaussian'])
 
     tables.write_tables(tmp_path)
-    split = load_rows(str(tmp_path / 'benign.csv'), seed=1)
+    split = load_table(str(tmp_path / 'benign.csv'), seed=1)
     known, test = (
         torch.tensor(part * split.std + split.mean)
         for part in (np.concatenate([split.train, split.validation]), split.test)

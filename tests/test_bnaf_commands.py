@@ -10,15 +10,15 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_tables
 import torch
 import torch.distributed as dist
+from test_glow_commands import command, only
 
 import bnaf
 import glow
-import tiny_tables
+from common.runs import find_run
 from datasets import tabular
-from datasets.runs import find_run
-from test_glow_commands import command, only
 
 SCRIPT = Path(bnaf.__file__)
 TINY = ['--n_flows=2', '--hidden_dim=4', '--n_epochs=2', '--batch_size=40']
@@ -103,7 +103,7 @@ def test_matching_an_energy(tmp_path, capsys):
     bnaf.main(['--visualize', f'--restore_file={best}'])
     samples = pd.read_csv(best.with_name('generated_samples.csv'))
     model = bnaf.restore_model(bnaf.load_checkpoint(best), torch.device('cpu'))
-    p = bnaf.density(model, tabular.load_rows('u1'), samples[['x1', 'x2']].to_numpy())
+    p = bnaf.density(model, tabular.load_table('u1'), samples[['x1', 'x2']].to_numpy())
     np.testing.assert_allclose(
         np.log(p), samples['log_likelihood'], atol=1e-6
     )  # pushed forward and pulled back
@@ -140,7 +140,7 @@ def first_gradients(rank, world_size, folder):
         dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=world_size)
     config = bnaf.Config(**{**bnaf.TOY, 'hidden_dim': 8})
     run = bnaf.Training(
-        config, tabular.load_rows('moons'), bnaf.Process(rank, world_size, torch.device('cpu'))
+        config, tabular.load_table('moons'), bnaf.Process(rank, world_size, torch.device('cpu'))
     )
     x = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
     run.objective(x[rank * 32 // world_size : (rank + 1) * 32 // world_size]).backward()
@@ -230,7 +230,7 @@ def test_early_stopping_keeps_the_best(tmp_path):
 def test_fewer_rows_on_request(tmp_path):
     np.save(tmp_path / 'my.npy', tiny_tables.columns_of(np.random.default_rng(0), 100, 4))
     config = bnaf.Config(dataset=str(tmp_path / 'my.npy'), max_rows=30)
-    whole, fewer = (tabular.load_for(c, None) for c in (replace(config, max_rows=0), config))
+    whole, fewer = (tabular.load_run_table(c, None) for c in (replace(config, max_rows=0), config))
     assert (
         len(whole.train) == 80
         and (fewer.train == whole.train[:30]).all()
@@ -390,7 +390,7 @@ def test_an_energy_stays_on_when_training_goes_on(tmp_path):
     bnaf.main(['--train', '--dataset=u2', '--n_epochs=1', *options])
     saved = bnaf.load_checkpoint(only(tmp_path.glob('*/checkpoint.pt')))
     config = replace(saved['config'], n_epochs=100)
-    run = bnaf.Training(config, tabular.load_rows('u2'), ALONE, saved)
+    run = bnaf.Training(config, tabular.load_table('u2'), ALONE, saved)
     assert run.step == 100 and run.n_steps == 10_000 and run.n_annealing == 50
 
 

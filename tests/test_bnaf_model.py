@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import bnaf
 import glow
-from datasets.tabular import Rows, load_rows
+from datasets.tabular import TableData, load_table
 
 FLOWS = {
     'no residual': lambda d: bnaf.BlockFlow(d, 1, 4),
@@ -280,7 +280,7 @@ def fitted(dataset='8gaussians', steps=600, **options):
     config = bnaf.Config(
         **{**bnaf.TOY, 'dataset': dataset, 'hidden_dim': 20, 'n_epochs': steps // 100, **options}
     )
-    data = load_rows(dataset)
+    data = load_table(dataset)
     run = bnaf.Training(config, data, bnaf.Process(0, 1, torch.device('cpu')))
     for _ in range(steps):
         run.take_step()
@@ -293,8 +293,8 @@ def test_densities_integrate_to_one(dataset):
     axis = np.linspace(-8, 8, 401)
     points = np.stack(np.meshgrid(axis, axis), 2).reshape(-1, 2)
     total = bnaf.density(model, data, points).sum() * (axis[1] - axis[0]) ** 2
-    x, _, n_lost = bnaf.draw(
-        bnaf.push_and_pull(model, data)[0], 20_000, 2, torch.zeros((), dtype=torch.float64)
+    x, _, n_lost = bnaf.sample_with_log_prob(
+        bnaf.directions(model, data)[0], 20_000, 2, torch.zeros((), dtype=torch.float64)
     )
     lost = n_lost / (
         n_lost + 20_000
@@ -308,7 +308,7 @@ def test_samples_of_a_fitted_gaussian_are_gaussian():
 
     config = bnaf.Config(n_flows=2, n_hidden=0, hidden_dim=8, lr=0.02, n_epochs=12)
     mix = np.array([[1.0, 0.6], [0.0, 0.8]])
-    data = Rows(
+    data = TableData(
         None,
         None,
         None,
@@ -341,7 +341,7 @@ def test_plumbing_is_the_same_text_in_both_scripts():
         'log_normal',
         'Process',
         'setup',
-        'distribute',
+        'wrap_ddp',
         'load_checkpoint',
         'restore_model',
         'update',

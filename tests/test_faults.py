@@ -1,4 +1,4 @@
-"""A short form of benchmarks/faults.py, and that its checks can fail."""
+"""A short form of tests/faults.py, and that its checks can fail."""
 
 import os
 import resource
@@ -12,11 +12,13 @@ import torch
 
 import bnaf
 import glow
-from datasets import UserError, runs, tabular
-from datasets.runs import Scalars, claim, errors_in_one_line, find_run
+from common import checkpoints
+from common.errors import UserError, exit_on_user_error
+from common.logs import ScalarWriter
+from common.runs import find_run, lock_run_folder
+from datasets import tabular
 from datasets.tabular import save_table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 pytestmark = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks into /proc')
 import faults
 
@@ -79,7 +81,7 @@ def test_numbers(bench):
 
 def test_scalars_are_in_the_file_before_the_checkpoint_that_is_past_them(tmp_path, monkeypatch):
     """Whichever checkpoint a kill leaves: what it will not do again is there"""
-    save_tensors, steps = runs.save_tensors, []
+    save_tensors, steps = checkpoints.save_tensors, []
 
     def checked(path, content):
         steps.append(content['step'])
@@ -89,7 +91,7 @@ def test_scalars_are_in_the_file_before_the_checkpoint_that_is_past_them(tmp_pat
         ) == (steps[-1] in (11, 22))
         save_tensors(path, content)
 
-    monkeypatch.setattr(runs, 'save_tensors', checked)
+    monkeypatch.setattr(checkpoints, 'save_tensors', checked)
     for name, value in {**faults.STEPS, 'VALIDATE_STEPS': 11}.items():
         monkeypatch.setattr(glow, name, value)
     glow.main(
@@ -131,14 +133,14 @@ def test_the_learning_rate_that_is_logged_is_that_of_the_step(tmp_path, monkeypa
 def test_what_a_start_makes_void(tmp_path, monkeypatch):
     for first, n in ((1, 4), (3, 4)):
         monkeypatch.setattr(os, 'getpid', lambda: first)  # is in the name of its file
-        scalars = Scalars(tmp_path, first)
+        scalars = ScalarWriter(tmp_path, first)
         for step in range(first, first + n):
             scalars.add(step, {'loss': 10.0 * first + step})
         scalars.flush()
     assert faults.logged(tmp_path) == {
         ('loss', step): value for step, value in enumerate([11, 12, 33, 34, 35, 36], 1)
     }
-    scalars = Scalars(tmp_path, 7)
+    scalars = ScalarWriter(tmp_path, 7)
     scalars.add(7, {'loss': 0.0})
     scalars.add(7, {'loss': 0.0})
     scalars.flush()
@@ -159,7 +161,7 @@ def test_what_the_killed_left_is_cleared_away(tmp_path):
     kept = ['.generated_samples.csv.5', '.best.pt.1.old', '.settings.json.bak', '.shot.png.2x']
     for name in ('.best.pt.1', '.results.json.23', '.samples_at_step_000500.png.4', *kept):
         (tmp_path / name).touch()
-    with claim(tmp_path, is_new=False):
+    with lock_run_folder(tmp_path, is_new=False):
         assert sorted(os.listdir(tmp_path)) == sorted([*kept, '.lock'])
 
 
@@ -193,14 +195,14 @@ def test_a_run_that_another_has_taken_further_is_not_overwritten(tmp_path, monke
     ]
     monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
     bnaf.main([*words, '--n_epochs=1'])
-    load_rows = tabular.load_rows
+    load_table = tabular.load_table
 
     def slow_load_rows(*args):
-        monkeypatch.setattr(tabular, 'load_rows', load_rows)
+        monkeypatch.setattr(tabular, 'load_table', load_table)
         bnaf.main([*words, '--n_epochs=3'])
-        return load_rows(*args)
+        return load_table(*args)
 
-    monkeypatch.setattr(tabular, 'load_rows', slow_load_rows)
+    monkeypatch.setattr(tabular, 'load_table', slow_load_rows)
     with pytest.raises(SystemExit):
         bnaf.main([*words, '--n_epochs=2'])
     assert 'is at a later step than' in capsys.readouterr().err
@@ -208,7 +210,7 @@ def test_a_run_that_another_has_taken_further_is_not_overwritten(tmp_path, monke
 
 
 def test_scalars_are_seen_within_a_minute(tmp_path):
-    scalars = Scalars(tmp_path, 1)
+    scalars = ScalarWriter(tmp_path, 1)
     scalars.add(1, {'loss': 1.0})
     assert not faults.logged(tmp_path)
     scalars.flushed -= 60
@@ -256,7 +258,7 @@ def test_only_what_another_process_did_is_said_in_one_line(message, monkeypatch,
         monkeypatch.setenv('WORLD_SIZE', world_size) if world_size else monkeypatch.delenv(
             'WORLD_SIZE'
         )
-        with pytest.raises((SystemExit, RuntimeError)) as error, errors_in_one_line('glow'):
+        with pytest.raises((SystemExit, RuntimeError)) as error, exit_on_user_error('glow'):
             raise RuntimeError(message)
         assert (error.type is SystemExit) == bool(world_size and 'tensor' not in message)
     assert capsys.readouterr().err.count('process 1 on') == ('tensor' not in message)

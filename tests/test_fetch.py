@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import tiny_tables
-from datasets import UserError, fetch, load_images, tabular
+from tiny_data import attribute_rows, write_celeba, write_folder, write_mnist, write_table
+
+from common.errors import UserError
+from datasets import fetch, load_images, tabular
 from datasets.__main__ import main
-from tiny_data import write_celeba, write_mnist, write_table, attribute_rows, write_folder
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 

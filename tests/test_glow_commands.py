@@ -17,10 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-
-import glow
-from datasets import UserError, load_images
-from datasets.files import new_folder
 from tiny_data import (
     attribute_rows,
     noise_image,
@@ -29,6 +25,11 @@ from tiny_data import (
     write_mnist,
     write_table,
 )
+
+import glow
+from common.errors import UserError
+from common.files import make_new_folder
+from datasets import load_images
 
 SCRIPT = Path(glow.__file__)
 TINY = ['--depth=1', '--width=8', '--n_epochs=1', '--batch_size=128']
@@ -238,7 +239,7 @@ def test_a_later_state_is_not_overwritten(trained, tmp_path, capsys):
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
-    folders = [new_folder(tmp_path / 'results' / 'run') for _ in range(3)]
+    folders = [make_new_folder(tmp_path / 'results' / 'run') for _ in range(3)]
     assert [folder.name for folder in folders] == ['run', 'run-2', 'run-3'] and all(
         folder.is_dir() for folder in folders
     )

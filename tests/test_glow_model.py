@@ -15,7 +15,7 @@ LAYERS = {
     'Invertible1x1Conv plain': lambda c: glow.Invertible1x1Conv(c, plu=False),
     'AffineCoupling': lambda c: glow.AffineCoupling(c, 8),
     'Squeeze': lambda c: glow.Squeeze(),
-    'Gaussianize': lambda c: glow.Gaussianize(c),
+    'LearnedPrior': lambda c: glow.LearnedPrior(c),
     'Split': lambda c: glow.Split(c),
     'FlowStep': lambda c: glow.FlowStep(c, 8),
     'FlowStep checkpointed': lambda c: glow.FlowStep(c, 8, plu=False, checkpoint_grads=True),
@@ -81,9 +81,9 @@ def test_whole_flow(input_dims, n_levels):
     x_back, logdet_back = model.inverse(z)
     torch.testing.assert_close(x_back, x, rtol=0, atol=1e-8)
     torch.testing.assert_close(logdet_back, -logdet, rtol=0, atol=1e-8)
-    alone = model(x[:1])
-    torch.testing.assert_close(alone[0], z[:1])
-    torch.testing.assert_close(alone[1], logdet[:1])
+    single = model(x[:1])
+    torch.testing.assert_close(single[0], z[:1])
+    torch.testing.assert_close(single[1], logdet[:1])
     if z.shape[1] <= 64:
         jacobian = torch.autograd.functional.jacobian(lambda v: model(v[None])[0][0], x[0]).reshape(
             z.shape[1], -1
@@ -207,7 +207,7 @@ def test_the_last_prior_is_not_initialised_from_data():
     model = tiny_glow()
     glow.initialize(model, random_images(16, 1, 4, 4))
     prior = model.levels[-1][-1]
-    assert isinstance(prior, glow.Gaussianize) and not prior.b.any() and not prior.log_s.any()
+    assert isinstance(prior, glow.LearnedPrior) and not prior.b.any() and not prior.log_s.any()
 
 
 def test_autocast_rounds_the_networks_only():

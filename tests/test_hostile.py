@@ -18,12 +18,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image
-
-import bnaf
-import glow
-from datasets import UserError, images, load_images, tabular
-from datasets.figures import draw_pairs
-from datasets.pickles import Named
 from test_glow_commands import only
 from tiny_data import (
     attribute_rows,
@@ -34,6 +28,13 @@ from tiny_data import (
     write_mnist,
     write_table,
 )
+
+import bnaf
+import glow
+from common.errors import UserError
+from datasets import images, load_images, tabular
+from datasets.pickles import Named
+from datasets.plots import draw_pairs
 
 pytestmark = pytest.mark.filterwarnings(
     'ignore:.*deprecated|.*prototype|invalid escape'
@@ -969,7 +970,7 @@ def test_h5_that_is_no_table_or_leads_elsewhere(name, tmp_path, monkeypatch):
     h5(tmp_path / 'other.h5', lambda file: file.update({'x': ROWS}))
     (tmp_path / 'rows.bin').write_bytes(ROWS.tobytes())
     h5(tmp_path / 'bad.h5', BAD_H5[name])
-    assert 'bad.h5' in refusal(tabular.load_rows, str(tmp_path / 'bad.h5'))
+    assert 'bad.h5' in refusal(tabular.load_table, str(tmp_path / 'bad.h5'))
 
 
 @pytest.mark.parametrize(
@@ -991,7 +992,7 @@ def test_h5_that_is_no_table_or_leads_elsewhere(name, tmp_path, monkeypatch):
 def test_npy_that_is_no_table(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('bad.npy').write_bytes(content)
-    assert 'bad.npy' in refusal(tabular.load_rows, 'bad.npy') and not Path('canary').exists()
+    assert 'bad.npy' in refusal(tabular.load_table, 'bad.npy') and not Path('canary').exists()
 
 
 def csv_of(header, rows=ROWS):
@@ -1025,7 +1026,7 @@ def csv_of(header, rows=ROWS):
 )
 def test_csv_that_is_no_table(content, tmp_path, recwarn):
     (tmp_path / 'bad.csv').write_bytes(content)
-    assert 'bad.csv' in refusal(tabular.load_rows, str(tmp_path / 'bad.csv')) and not recwarn.list
+    assert 'bad.csv' in refusal(tabular.load_table, str(tmp_path / 'bad.csv')) and not recwarn.list
 
 
 @pytest.fixture(scope='module')

@@ -15,9 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from datasets import UserError, faces, files, images, load_images, load_photo
-from datasets.pickles import read_pickle, value
 from tiny_data import (
     attribute_rows,
     idx,
@@ -29,6 +26,10 @@ from tiny_data import (
     write_mnist,
     write_table,
 )
+
+from common.errors import UserError
+from datasets import cache, faces, images, load_images, load_photo
+from datasets.pickles import read_pickle, value
 
 
 @pytest.fixture
@@ -611,9 +612,9 @@ def test_a_damaged_cache_is_made_again(folder):
 
 
 def test_data_that_cannot_be_written_to_is_cached_elsewhere(folder, tmp_path, monkeypatch):
-    is_writable = files.is_writable
+    is_writable = cache.is_writable
     monkeypatch.setattr(
-        files, 'is_writable', lambda path: path != folder / '.cache' and is_writable(path)
+        cache, 'is_writable', lambda path: path != folder / '.cache' and is_writable(path)
     )
     load_images('folder', folder, 16)
     assert not (folder / '.cache').exists()
@@ -678,7 +679,7 @@ def test_a_worker_that_is_killed_is_a_clean_error(folder, monkeypatch):
 
 
 def test_no_room_for_the_cache(folder, monkeypatch):
-    monkeypatch.setattr(files.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(cache.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match='takes 0.0 GB, .* has 0.0 left'):
         load_images('folder', folder, 16)
     assert not list((folder / '.cache').glob('*.npy*'))

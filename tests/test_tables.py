@@ -11,13 +11,14 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_tables
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import tiny_tables
-from datasets import UserError, tabular, toy
+from common.errors import UserError
+from datasets import tabular, toy
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def sizes(monkeypatch, tmp_path):
 
 
 def load(name, folder):
-    data = tabular.load_rows(name, folder)
+    data = tabular.load_table(name, folder)
     return [np.asarray(part) for part in (data.train, data.validation, data.test)]
 
 
@@ -191,7 +192,7 @@ def test_a_hostile_pickle_runs_nothing(sizes, tmp_path, capsys):
     for content in (Payload(), [tiny_tables.gas_table(200), Payload()], {'a': 1}, pd.Series([1.0])):
         path.write_bytes(pickle.dumps(content))
         with pytest.raises(UserError, match='cannot be read as gas'):
-            tabular.load_rows('gas', tmp_path)
+            tabular.load_table('gas', tmp_path)
     assert 'it ran' not in capsys.readouterr().out
 
 
@@ -250,7 +251,7 @@ def test_bombs_take_no_memory(name, path, content, part, sizes, tmp_path, monkey
     del content
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=part):
-        tabular.load_rows(name, tmp_path)
+        tabular.load_table(name, tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
@@ -280,7 +281,7 @@ def test_any_bytes_are_power_gas_or_miniboone_or_a_clean_error(tmp_path_factory,
         folder.mkdir(exist_ok=True)
         (folder / file).write_bytes(content)
         with pytest.raises(UserError):  # for want of rows, if for nothing else
-            tabular.load_rows(name, folder)
+            tabular.load_table(name, folder)
 
 
 @pytest.mark.parametrize(
@@ -299,18 +300,18 @@ def test_damaged_published_tables(name, path, content, part, sizes, tmp_path):
     (tmp_path / path).parent.mkdir(exist_ok=True)
     (tmp_path / path).write_bytes(content)
     with pytest.raises(UserError, match=part):
-        tabular.load_rows(name, tmp_path)
+        tabular.load_table(name, tmp_path)
 
 
 def test_wrong_counts_and_missing_values(sizes, tmp_path):
     tiny_tables.write_miniboone(tmp_path, 150)
     with pytest.raises(UserError, match='truncated, or another version'):
-        tabular.load_rows('miniboone', tmp_path)
+        tabular.load_table('miniboone', tmp_path)
     data = np.full((200, 43), 1.0) + np.random.default_rng(0).random((200, 43))
     data[7, 3] = np.nan
     np.save(tmp_path / 'miniboone' / 'data.npy', data)
     with pytest.raises(UserError, match='missing or infinite'):
-        tabular.load_rows('miniboone', tmp_path)
+        tabular.load_table('miniboone', tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- own tables
@@ -332,7 +333,7 @@ def own(tmp_path, values, name='table.csv', columns=None):
 @pytest.mark.parametrize('name', ['table.csv', 'table.npy', 'table.h5'])
 def test_own_table(name, tmp_path):
     values = tiny_tables.columns_of(np.random.default_rng(0), 300, 3) * [1, 1e-3, 1e6] + [0, 5, 1e9]
-    data = tabular.load_rows(str(own(tmp_path, values, name)))
+    data = tabular.load_table(str(own(tmp_path, values, name)))
     assert [len(part) for part in (data.train, data.validation, data.test)] == [240, 30, 30]
     assert np.concatenate([data.train, data.validation, data.test]).shape == (300, 3)
     np.testing.assert_allclose(data.train.mean(0), 0, atol=1e-5)
@@ -340,7 +341,7 @@ def test_own_table(name, tmp_path):
     np.testing.assert_allclose(
         data.test * data.std + data.mean, values[data.test_index], rtol=1e-5, atol=1e-4
     )
-    other = tabular.load_rows(str(tmp_path / name), seed=1)
+    other = tabular.load_table(str(tmp_path / name), seed=1)
     assert not np.array_equal(other.test_index, data.test_index)
 
 
@@ -348,7 +349,7 @@ def test_own_table_with_a_header_and_a_test_file(tmp_path):
     rng = np.random.default_rng(0)
     path = own(tmp_path, rng.normal(size=(100, 2)), columns=['height', '2'])
     test = own(tmp_path, rng.normal(size=(7, 2)), 'test.npy')
-    data = tabular.load_rows(str(path), test_file=str(test))
+    data = tabular.load_table(str(path), test_file=str(test))
     assert data.columns == ('height', '2') and data.column_index('height') == 0
     assert [len(part) for part in (data.train, data.validation, data.test)] == [90, 10, 7]
     np.testing.assert_allclose(
@@ -360,9 +361,9 @@ def test_discrete_columns_are_noted_and_dequantized(tmp_path):
     rng = np.random.default_rng(0)
     values = np.column_stack([rng.normal(size=500), rng.integers(0, 5, 500) * 0.5])
     path = str(own(tmp_path, values, columns=['a', 'grade']))
-    data = tabular.load_rows(path)
+    data = tabular.load_table(path)
     assert len(data.notes) == 1 and data.notes[0].startswith('grade: few distinct values')
-    data = tabular.load_rows(path, dequantize=True)
+    data = tabular.load_table(path, dequantize=True)
     grades = data.train[:, 1] * data.std[1] + data.mean[1]
     assert (
         not data.notes
@@ -375,9 +376,9 @@ def test_discrete_columns_are_noted_and_dequantized(tmp_path):
 
 def test_columns_that_follow_from_others_are_noted(tmp_path):
     values = np.random.default_rng(0).normal(size=(500, 3)) * [1, 1e3, 1e-3]
-    assert not tabular.load_rows(str(own(tmp_path, values))).notes
+    assert not tabular.load_table(str(own(tmp_path, values))).notes
     for column in (values[:, 1], 5 - values[:, 2], values @ [1, 1, 1]):
-        (note,) = tabular.load_rows(str(own(tmp_path, np.column_stack([values, column])))).notes
+        (note,) = tabular.load_table(str(own(tmp_path, np.column_stack([values, column])))).notes
         assert note.startswith('some columns follow exactly from others')
 
 
@@ -404,7 +405,7 @@ def table_with(value, row=3, column=1, n=30):
 def test_bad_own_tables(values, part, tmp_path):
     path = own(tmp_path, values, columns=['a', 'b', 'c'])
     with pytest.raises(UserError) as error:
-        tabular.load_rows(str(path))
+        tabular.load_table(str(path))
     assert part in str(error.value) and str(path) in str(error.value)
 
 
@@ -421,7 +422,7 @@ def test_bad_own_tables(values, part, tmp_path):
 def test_csv_files_of_other_kinds(text, part, tmp_path):
     (tmp_path / 'my.csv').write_text(text)
     with pytest.raises(UserError) as error:
-        tabular.load_rows(str(tmp_path / 'my.csv'))
+        tabular.load_table(str(tmp_path / 'my.csv'))
     assert part in str(error.value) and 'my.csv' in str(error.value)
 
 
@@ -443,12 +444,12 @@ def test_bad_files(tmp_path):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError) as error:
-            tabular.load_rows(str(tmp_path / name))
+            tabular.load_table(str(tmp_path / name))
         assert name in str(error.value)
     with pytest.raises(UserError, match='unknown data set .u22., perhaps u2'):
-        tabular.load_rows('u22')
+        tabular.load_table('u22')
     with pytest.raises(UserError, match='has 2 columns'):
-        tabular.load_rows(
+        tabular.load_table(
             str(own(tmp_path, rng.random((30, 3)))),
             test_file=str(own(tmp_path, rng.random((30, 2)), 't.npy')),
         )
@@ -543,7 +544,7 @@ def test_discrete_columns_are_spread_in_the_test_file_too(tmp_path):
         np.save(
             tmp_path / f'{name}.npy', np.column_stack([rng.integers(8, size=n), rng.normal(size=n)])
         )
-    rows = tabular.load_rows(
+    rows = tabular.load_table(
         str(tmp_path / 'train.npy'), test_file=str(tmp_path / 'test.npy'), dequantize=True
     )
     assert rows.steps.tolist() == [1, 0]

@@ -1,7 +1,7 @@
 """What becomes of a training that is killed, stopped, started twice, out of disk or fed with nonsense.
 
-    python benchmarks/faults.py --kills=100                 all of it
-    python benchmarks/faults.py --only=preempted,numbers    some of it
+    python tests/faults.py --kills=100                 all of it
+    python tests/faults.py --only=preempted,numbers    some of it
 
 Prints what was measured and keeps it in faults.json, and its table in the README.md; ends with 1 where a promise was broken.
 Linux only: it looks into /proc.
@@ -31,12 +31,13 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import bnaf
-import glow
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 from curves import read_events
 from report import insert, table
 from timing import cpu_name, progress
+
+import bnaf
+import glow
 
 SCRIPTS = {'glow': glow, 'bnaf': bnaf}
 SLOW = 0.05  # seconds that writing takes longer than it does, so that some kills fall into it
@@ -64,10 +65,10 @@ def code_of(script, constants=STEPS, first='', slow=0.0):
     return '\n'.join(
         [
             'import os, sys, time, ' + script,
-            'from datasets import files',
-            'sync = files.sync',
+            'from common import files',
+            'sync = files.fsync_path',
             first,
-            f'files.sync = lambda path: (time.sleep({slow}), sync(path))',
+            f'files.fsync_path = lambda path: (time.sleep({slow}), sync(path))',
             *(f'{script}.{name} = {value}' for name, value in constants.items()),
             f'{script}.main()',
         ]
@@ -701,7 +702,7 @@ MEASURED = {
 
 def markdown(results):
     return table(
-        ('what is promised', '`python benchmarks/faults.py`', 'measured'),
+        ('what is promised', '`python tests/faults.py`', 'measured'),
         [
             [
                 results[name]['promise'],

@@ -5,7 +5,7 @@ import re
 import textwrap
 from dataclasses import dataclass, field, fields, replace
 
-from .files import UserError
+from .errors import UserError
 
 GROUPS = {
     'data': 'data',
@@ -92,10 +92,10 @@ def parse(parser, argv, modes, kind, request, defaults):
     args = vars(
         parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv])
     )
-    return args['mode'], given(kind, args), request(**given(request, args))
+    return args['mode'], explicit_options(kind, args), request(**explicit_options(request, args))
 
 
-def given(kind, args):
+def explicit_options(kind, args):
     """-> {name: value} of those options of a kind that are among args and were given, lists of words taken apart"""
     values = {f.name: args[f.name] for f in fields(kind) if args[f.name] is not None}
     for f in fields(kind):
@@ -115,7 +115,7 @@ def given(kind, args):
     return values
 
 
-def choose(kind, values, defaults, saved, may_change):
+def resolve_config(kind, values, defaults, saved, may_change):
     """-> the options of a kind that were given over those of the checkpoint or, without one, over defaults, the data sets'.
     UserError where one of them contradicts the checkpoint and is none of those that may change."""
     if saved is None:

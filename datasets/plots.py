@@ -8,7 +8,9 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from .files import short, write_atomically
+from common.errors import truncate
+from common.files import write_atomically
+
 from .images import draw_grid
 
 rcParams['text.parse_math'] = (
@@ -16,7 +18,7 @@ rcParams['text.parse_math'] = (
 )
 
 
-def grid(extent, n):
+def cell_centres(extent, n):
     """-> the centres (n^2, 2) of n x n cells of a plane, row by row; extent as for draw_planes"""
     left, right, bottom, top = extent
     middles = (np.arange(n) + 0.5) / n
@@ -30,7 +32,7 @@ def histogram(rows, extent, n):
     return np.histogram2d(*rows.T, n, (extent[:2], extent[2:]))[0].T
 
 
-def draw_planes(panels, columns, extent):
+def draw_panels(panels, columns, extent):
     """{title: values on a regular grid (n, m)} -> matplotlib figure, the panels side by side
 
     columns: names of the two axes; extent: x and y at the grid's edges, (left, right, bottom, top).
@@ -50,7 +52,7 @@ def draw_planes(panels, columns, extent):
             vmin=0,
             vmax=np.quantile(values, 0.998),
         )
-        axes.set(title=short(title), xlabel=short(columns[0]), ylabel=short(columns[1]))
+        axes.set(title=truncate(title), xlabel=truncate(columns[0]), ylabel=truncate(columns[1]))
     return figure
 
 
@@ -59,7 +61,7 @@ def save_figure(path, figure):
     print(f'wrote {path}')
 
 
-def draw_plane(data, samples, density, title):
+def draw_density(data, samples, density, title):
     """Rows of two columns -> matplotlib figure of the target, the learned density(points (N, 2)), and samples (N, 2)"""
     n = 300
     rows = (
@@ -70,7 +72,7 @@ def draw_plane(data, samples, density, title):
     extent = (
         (-4.2, 4.2, -4.2, 4.2) if data.draw else np.stack([rows.min(0), rows.max(0)], 1).ravel()
     )
-    points = grid(extent, n)
+    points = cell_centres(extent, n)
     target = (
         histogram(rows, extent, 200 if data.draw else 40)
         if data.energy is None
@@ -81,7 +83,7 @@ def draw_plane(data, samples, density, title):
         title: density(points).reshape(n, n),
         'samples': histogram(samples, extent, 120),
     }
-    return draw_planes(panels, data.columns, extent)
+    return draw_panels(panels, data.columns, extent)
 
 
 def draw_pairs(real, drawn, columns, title):
@@ -105,10 +107,10 @@ def draw_pairs(real, drawn, columns, title):
             axes.set_ylim(low[i], high[i])
         axes.tick_params(labelsize=6)
         if i == k - 1:
-            axes.set_xlabel(short(columns[j], 24), fontsize=8)
+            axes.set_xlabel(truncate(columns[j], 24), fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(2))
         if j == 0 and k > 1:
-            axes.set_ylabel(short(columns[i], 24), fontsize=8)
+            axes.set_ylabel(truncate(columns[i], 24), fontsize=8)
             axes.yaxis.set_major_locator(
                 MaxNLocator(2) if i else NullLocator()
             )  # a histogram's height means nothing
@@ -142,7 +144,7 @@ def draw_images(images, attributes, names, title):
             range(len(names)),
             attributes.mean(0),
             color='0.6',
-            tick_label=[short(name) for name in names],
+            tick_label=[truncate(name) for name in names],
         )
         axes.set(xlabel='frequency', ylim=(len(names) - 0.5, -0.5))
         axes.tick_params(labelsize=9 if len(names) <= 20 else 6)

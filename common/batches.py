@@ -23,7 +23,7 @@ def epoch_order(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def batch_index(n, batch_size, seed, step, rank=0, world_size=1):
+def batch_indices(n, batch_size, seed, step, rank=0, world_size=1):
     """-> which of n rows a process takes at a step (batch_size,): each epoch shuffles them anew, and no row comes twice
     in it; what is over at its end is left out."""
     epoch, k = divmod(step, steps_per_epoch(n, batch_size, world_size))
