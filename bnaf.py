@@ -1,34 +1,40 @@
-"""Block Neural Autoregressive Flow (De Cao, Titov & Aziz, 2019, arXiv 1904.04676), with a numerical inverse.
+"""Block Neural Autoregressive Flow (De Cao, Titov & Aziz, 2019), with a numerical inverse.
 
-    python bnaf.py --train                                 8gaussians, a minute or two on a CPU core
-    python bnaf.py --evaluate                              log-likelihood of the newest model on the whole test split
-    python bnaf.py --generate --n_samples=1000             samples, in the data's own units, to a .csv, .npy or .h5
-    python bnaf.py --visualize                             what was learned beside the data
-    python bnaf.py --train --dataset=u2                    density matching: from an energy instead of from data
-    python bnaf.py --train --dataset=my.csv                a table of your own; its anomalies: --evaluate --scores=FILE
+The paper is arXiv 1904.04676. ``sec.`` and ``eq.`` below refer to it.
 
-Bijections have one protocol: forward(x) -> (z, logdet) and inverse(z) -> (x, logdet), where logdet of shape (B,) is the
-log |det| of the Jacobian of the direction that was called, in nats. Rows are (B, D). The layers inside a flow map d
-blocks of a units each, (B, d a), and carry j (B, d, a), each unit's derivative with respect to its block's own variable.
+    python bnaf.py --train                         eight Gaussians, a minute or two on a CPU core
+    python bnaf.py --evaluate                      log-likelihood of the newest model's test split
+    python bnaf.py --generate --n_samples=1000     samples in the data's own units
+    python bnaf.py --visualize                     what was learned beside the data
+    python bnaf.py --train --dataset=u2            density matching: from an energy, without data
+    python bnaf.py --train --dataset=my.csv        a table of your own
+    python bnaf.py --evaluate --scores=FILE        the log-likelihood of each row: find anomalies
+
+Every bijection has one protocol: ``forward(x) -> (z, logdet)`` and ``inverse(z) -> (x, logdet)``.
+``logdet``, of shape (B,), is the logarithm of the absolute determinant of the Jacobian of the
+direction that was called, in nats. Rows are (B, D).
+
+The layers inside a flow map d blocks of a units each, (B, d a), one block per variable. Beside
+them they carry j (B, d, a), the derivative of each unit with respect to its block's own variable.
 """
 
-import argparse
 import contextlib
 import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -36,16 +42,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from common.batches import batch_indices, seeded_generator, steps_per_epoch
-from common.checkpoints import read_checkpoint, restore_state, save_checkpoint
+from common.checkpoints import CheckpointFormat, tensor_bytes
 from common.errors import UserError, exit_on_user_error
 from common.files import digest, write_json
 from common.logs import TrainingLog, progress_bar
-from common.options import Options, RunRequest, option, parse, resolve_config
+from common.options import CommandLine, Options, RunRequest, option, resolve_config
 from common.runs import (
+    BEST,
+    LAST,
     catch_stop_signals,
-    find_checkpoint,
+    load_selected_checkpoint,
     local_device,
     open_run_folder,
+    print_how_to_go_on,
     require_agreement,
     stop_if_diverged,
 )
@@ -53,6 +62,7 @@ from datasets.plots import draw_density, draw_pairs, save_figure
 from datasets.tabular import (
     SUFFIXES,
     TABLES,
+    TableData,
     load_run_table,
     read_rows,
     require_new_table,
@@ -61,43 +71,41 @@ from datasets.tabular import (
 )
 from datasets.toy import ENERGIES, SAMPLERS
 
-# ---------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------ config
 
 NAME = 'bnaf'
-N_DIMS = 1  # of an input: (D,)
+UNIT, ITEMS = 'nats', 'rows'
 RESIDUALS = ('none', 'normal', 'gated')
-SCORE, UNIT, ITEMS = 'loss', 'nats', 'rows'
-MODES = {
-    'train': 'train a new model, or go on with --resume or --restore_file',
-    'evaluate': 'log-likelihood of the test split, or KL to an energy',
-    'generate': 'draw samples',
-    'visualize': 'draw what was learned beside the data',
-    'check': 'error of the inverse on the test split, and the flow it comes from',
-}
+EPOCH_STEPS = 100  # of data that is drawn anew at each step
+SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
+LOG_STEPS = 20
+ROWS_AT_ONCE = 10_000  # outside training
 
 
 @dataclass
 class Config(Options):
-    """A run's options, set on the command line and kept in the checkpoint as a plain dict, to rebuild the model from."""
+    """Options of a run. A checkpoint keeps them, to rebuild the model from."""
 
     dataset: str = option(
         'data',
         '8gaussians',
         ', '.join([*SAMPLERS, *ENERGIES, *TABLES]) + ', or a .csv, .npy or .h5',
     )
-    data_dir: str = option('data', 'data', 'where the data lies')
+    data_dir: str = option('data', 'data', 'where the data is')
     test_file: str = option(
         'data', '', 'a table that is the test split of your own one (default: a tenth of its rows)'
     )
     max_rows: int = option(
-        'data', 0, 'train on the first so many rows of the training split only; 0: on all'
+        'data', 0, 'train on so many rows of the training split, the first ones; 0: on all'
     )
     dequantize: bool = option(
         'data', False, 'spread the discrete columns of your own table by uniform noise'
     )
-    n_flows: int = option('model', 5, 'flows, the variables flipped between them', 1, 2**8)
-    n_hidden: int = option('model', 1, 'inner layers of a flow, hidden to hidden', 0, 2**6)
-    hidden_dim: int = option('model', 10, 'hidden units a variable', 1, 2**12)
+    n_flows: int = option(
+        'model', 5, 'flows, with the variables flipped between them', low=1, high=2**8
+    )
+    n_hidden: int = option('model', 1, 'inner layers of a flow, hidden to hidden', high=2**6)
+    hidden_dim: int = option('model', 10, 'hidden units per variable', low=1, high=2**12)
     residual: str = option(
         'model', 'gated', ', '.join(RESIDUALS) + '; none on the last flow', choices=RESIDUALS
     )
@@ -105,43 +113,38 @@ class Config(Options):
         'optimisation', False, 'less memory, slower: the backward pass recomputes activations'
     )
     n_epochs: int = option(
-        'optimisation', 1000, 'epochs, at most; of 100 steps where each draws new rows', 1
+        'optimisation', 1000, 'epochs, at most; of 100 steps where each draws new rows', low=1
     )
     n_epochs_warmup: float = option(
         'optimisation', 0.0, 'epochs over which the learning rate rises linearly from 0'
     )
-    batch_size: int = option('optimisation', 200, 'rows a process', 1, 2**20)
-    lr: float = option('optimisation', 1e-2, "Adam's learning rate", 0, 1e6)
+    batch_size: int = option('optimisation', 200, 'rows per process', low=1, high=2**20)
+    lr: float = option('optimisation', 1e-2, "Adam's learning rate", high=1e6)
     lr_patience: int = option(
         'optimisation', 20, 'epochs without a better validation score before the rate is halved'
     )
     min_lr: float = option('optimisation', 5e-4, 'lower bound of the rate when it is halved')
     annealing: float = option(
-        'optimisation',
-        0.5,
-        'initial fraction of the training over which an energy is turned on',
-        0,
-        1,
+        'optimisation', 0.5, 'first fraction of training over which an energy is turned on', high=1
     )
     early_stop: int = option(
-        'optimisation', 100, 'epochs without a better validation score that end the training', 1
+        'optimisation', 100, 'epochs without a better validation score that end training', low=1
     )
     grad_norm_clip: float = option('optimisation', 0.1, 'gradients are clipped at this norm')
     ema_decay: float = option(
         'optimisation',
         0.998,
-        'Polyak average of weights, for all but training; 0 turns it off',
-        0,
-        1,
+        'Polyak average of the weights, which all but training uses; 0 turns it off',
+        high=1,
     )
     seed: int = option(
-        'optimisation', 0, 'of initialisation, splits, shuffling, noise and samples', 0, 2**63 - 1
+        'optimisation', 0, 'of initialization, splits, shuffling, noise, samples', high=2**63 - 1
     )
 
 
 @dataclass
 class Request(RunRequest):
-    """Options of one invocation, not kept in the checkpoint."""
+    """Options of one call, which a checkpoint does not keep."""
 
     scores: str = option(
         'output',
@@ -150,304 +153,366 @@ class Request(RunRequest):
     )
     input: str = option('output', '', 'evaluate the rows of this table instead of the test split')
     z_std: float = option('output', 1.0, 'temperature of samples')
-    n_samples: int = option('output', 1000, 'how many', 1, 10**9)
+    n_samples: int = option('output', 1000, 'how many', low=1, high=10**9)
     output: str = option(
         'output', '', 'where samples go, .csv, .npy or .h5 (default: beside the checkpoint)'
     )
     inverse_tol: float = option(
-        'output', None, 'tolerance of each root search of the inverse', 1e-14
+        'output', None, 'tolerance of each root search of the inverse', low=1e-14
     )
     vis_dims: list = option(
         'output', None, 'columns to draw, by index or name (default: the first 8)'
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        for file in filter(None, (self.scores, self.output)):
-            require_new_table(Path(file))
+        for file in (self.scores, self.output):
+            if file:
+                require_new_table(Path(file))
 
 
-# The defaults are the official ones for tables, but for n_hidden (0 there); these for the two-dimensional problems.
+MODES = {
+    'train': 'train a new model, or go on with --resume or --restore_file',
+    'evaluate': 'log-likelihood of the test split, or KL divergence to an energy',
+    'generate': 'draw samples',
+    'visualize': 'draw what was learned beside the data',
+    'check': 'error of the inverse on the test split, and the flow it comes from',
+}
+# Training without a checkpoint takes all options of Config as well
+MODE_OPTIONS = {
+    'train': {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'}
+    | {'resume', 'max_skips', 'detect_anomaly', 'scores'},
+    'evaluate': {'data_dir', 'input', 'scores'},
+    'generate': {'data_dir', 'seed', 'z_std', 'n_samples', 'output', 'inverse_tol'},
+    'visualize': {'data_dir', 'seed', 'inverse_tol', 'vis_dims'},
+    'check': {'data_dir', 'inverse_tol'},
+}
+# The defaults above are the official ones for tables, but for n_hidden (0 there). These are the
+# official ones for problems in the plane.
 TOY = dict(
-    n_flows=1, n_hidden=2, hidden_dim=50, n_epochs=200, n_epochs_warmup=1.0, lr=0.1, early_stop=200
+    n_flows=1,
+    n_hidden=2,
+    hidden_dim=50,
+    n_epochs=200,
+    n_epochs_warmup=1.0,
+    lr=0.1,
+    early_stop=200,
 )
-DEFAULTS = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
-MAY_CHANGE = {
-    True: {
-        'data_dir',
-        'checkpoint_grads',
-        'n_epochs',
-        'early_stop',
-    },  # options that may differ from the
-    False: {'data_dir', 'batch_size', 'seed'},
-}  # checkpoint's: to train on, to use it
-FIELDS = {
-    'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
-    'step': int,
-    'n_skipped': int,
-    'skips_in_a_row': int,
-    'n_annealing': float,
-    'validation_loss': float,
-    'best': float,
-    'best_step': int,
-}
-PARTS = {
-    'model': dict,
-    'average': dict,
-    'optimizer': {'state': dict, 'param_groups': [dict]},
-    'scheduler': {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int},
-}
-CHECKPOINT = {
-    'script': str,
-    'config': dict,
-    'input_dims': [int],
-    'world_size': int,
-    **FIELDS,
-    **PARTS,
-}
-EPOCH_STEPS, SAVE_STEPS, LOG_STEPS = 100, 1000, 20
+DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
+
+
+# ------------------------------------------------------------------------------------------ layers
+
 REACH = 5.0  # of a flow without a residual at first, in standard deviations of the noise
-MIN_SLOPE = (
-    1e-25  # terms that float32 loses are below 1e-37, so what is above this has lost nothing
-)
+MIN_SLOPE = 1e-25  # float32 loses terms below 1e-37, so a slope above this has lost nothing
 FARTHEST = 1e6  # in standardised units: where the inverse gives up looking for a root
 
 
-# ---------------------------------------------------------------------------------------------------- layers
-
-
 class MaskedLinear(nn.Module):
-    """Weight-normalised linear map of d blocks of a units to d blocks of b, block lower triangular (eq. 8).
+    """Weight-normalised linear map of d blocks of a units to d blocks of b units (eq. 8).
 
-    Blocks on the diagonal are exp(.) > 0: block i of the output grows with block i of the input, and otherwise depends on
-    earlier blocks only. Rows are w = exp(log_g) v / |v|. forward: x (B, d a), j (B, d, a) -> the same with b.
+    The weight matrix is block lower triangular, and its blocks on the diagonal are exp(.) > 0:
+    block i of the output grows with block i of the input, and depends on earlier blocks besides.
+    Rows are w = exp(log_g) v / |v|.
     """
 
-    def __init__(self, d, a, b):
+    def __init__(self, d: int, a: int, b: int) -> None:
         super().__init__()
-        bound = (
-            6 / (a * torch.arange(1.0, d + 1) + b)
-        ).sqrt()  # Xavier's, of the blocks that are not zero
-        self.log_diagonal = nn.Parameter(
-            bound[:, None, None] * torch.empty(d, b, a).uniform_(-1, 1)
-        )
-        self.lower = nn.Parameter(
-            bound.repeat_interleave(b)[:, None] * torch.empty(d * b, d * a).uniform_(-1, 1)
-        )
-        self.log_g = nn.Parameter((1 - torch.rand(d * b, 1)).log())
-        self.bias = nn.Parameter(torch.empty(d * b).uniform_(-1, 1) / math.sqrt(d * b))
-        mask = torch.ones(d, d).tril(-1).repeat_interleave(b, 0).repeat_interleave(a, 1)
+        # Xavier's bound, of the blocks that are not zero
+        bound = (6 / (a * torch.arange(1.0, d + 1) + b)).sqrt()
+        log_diagonal = torch.empty(d, b, a).uniform_(-1, 1)
+        lower = torch.empty(d * b, d * a).uniform_(-1, 1)
+        g = 1 - torch.rand(d * b, 1)
+        bias = torch.empty(d * b).uniform_(-1, 1)
+        self.log_diagonal = nn.Parameter(bound[:, None, None] * log_diagonal)
+        self.lower = nn.Parameter(bound.repeat_interleave(b)[:, None] * lower)
+        self.log_g = nn.Parameter(g.log())
+        self.bias = nn.Parameter(bias / math.sqrt(d * b))
+
+        blocks = torch.ones(d, d).tril(-1)
+        mask = blocks.repeat_interleave(b, 0).repeat_interleave(a, 1)
         self.register_buffer('mask', mask, persistent=False)
 
-    def weights(self, dtype):
-        """-> W (d b, d a), and its diagonal blocks, a view (b, a, d)"""
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return W, of shape (d b, d a), and a view (b, a, d) of its diagonal blocks."""
         d, b, a = self.log_diagonal.shape
         lower = (self.mask * self.lower).to(dtype).view(d, b, d, a)
         diagonal = self.log_diagonal.to(dtype).exp().permute(1, 2, 0)
         v = torch.diagonal_scatter(lower, diagonal, dim1=0, dim2=2).view(d * b, d * a)
-        w = torch._weight_norm(
-            v, self.log_g.to(dtype).exp(), 0
-        )  # what torch.nn.utils.weight_norm calls
+        # this is what torch.nn.utils.weight_norm calls
+        w = torch._weight_norm(v, self.log_g.to(dtype).exp(), 0)
         return w, w.view(d, b, d, a).diagonal(dim1=0, dim2=2)
 
-    def forward(self, x, j):
+    def forward(self, x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """Map units ``x`` (B, d a) and their derivatives ``j`` (B, d, a)."""
         w, diagonal = self.weights(x.dtype)
-        return F.linear(x, w, self.bias.to(x.dtype)), torch.einsum('bad,nda->ndb', diagonal, j)
+        y = F.linear(x, w, self.bias.to(x.dtype))
+        return y, torch.einsum('bad,nda->ndb', diagonal, j)
 
 
 class Tanh(torch.autograd.Function):
-    """y = tanh(x) and tanh'(x) j (eq. 10), as cosh(x)^-2 j: 1 - y^2 cancels. The gradient reuses both: tanh'' = -2 y tanh'."""
+    """y = tanh(x) and its derivative tanh'(x) j (eq. 10).
+
+    tanh' is computed as cosh(x)^-2, because 1 - y^2 cancels. The gradient reuses both, as
+    tanh'' = -2 y tanh'.
+    """
 
     @staticmethod
-    def forward(ctx, x, j):
-        y, slope = x.tanh(), x.cosh().pow_(-2).view(j.shape)
+    def forward(ctx: Any, x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.tanh()
+        slope = x.cosh().pow_(-2).view(j.shape)
         j = slope * j
         ctx.save_for_backward(y, slope, j)
         return y, j
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y, grad_j):
+    def backward(ctx: Any, grad_y: Tensor, grad_j: Tensor) -> tuple[Tensor, Tensor]:
         y, slope, j = ctx.saved_tensors
-        grad_x = (
-            (grad_j * j).reshape(y.shape).mul_(y).mul_(-2).addcmul_(grad_y, slope.view(y.shape))
-        )
+        grad_x = (grad_j * j).reshape(y.shape).mul_(y).mul_(-2)
+        grad_x = grad_x.addcmul_(grad_y, slope.view(y.shape))
         return grad_x, grad_j * slope
 
 
-def find_root(function, target, tol, max_steps=200):
-    """Solve function(u) = target (B, 1) of increasing functions, all rows at once -> u (B, 1), NaN where there is none, and
-    the extra of function(u, rows) -> value, slope, extra there. Only rows that have not converged are evaluated.
-
-    Newton's method in a bracket: a step that leaves the bracket, or is more than half the one before, is a bisection;
-    while there is no bracket yet it is at most twice the one before. The step that is below tol is the last.
-    """
-    root, rows = torch.full_like(target, math.nan), torch.arange(len(target), device=target.device)
-    u, step, low, high = (
-        target,
-        torch.ones_like(target),
-        torch.full_like(root, -math.inf),
-        torch.full_like(root, math.inf),
-    )
-    for _ in range(max_steps):
-        value, slope, _ = function(u, rows)
-        newton = (target - value) / slope.clamp_min(torch.finfo(u.dtype).tiny)
-        arrived = (newton.abs() <= tol).squeeze(1)
-        root[rows[arrived]] = (u + newton)[arrived]
-        low, high = torch.where(value <= target, u, low), torch.where(value >= target, u, high)
-        active = ~arrived & (
-            (u.abs() < FARTHEST) & (high - low > torch.finfo(u.dtype).eps * u.abs())
-        ).squeeze(1)
-        if not active.any():
-            break
-        bracketed = (high - low).isfinite()
-        inside = (u + newton > low) & (u + newton < high) & (newton.abs() <= step / 2)
-        new = torch.where(
-            bracketed & ~inside, (low + high) / 2, u + newton.clamp(-2 * step, 2 * step)
-        )
-        rows, target, u, step, low, high = (
-            v[active] for v in (rows, target, new, (new - u).abs(), low, high)
-        )
-    return root, function(root, slice(None))[2]
-
-
 class BlockFlow(nn.Module):
-    """One block neural autoregressive flow (sec. 3): z_i = f_i(x_1 ... x_i), strictly increasing in x_i.
+    """One block neural autoregressive flow (sec. 3).
 
-    residual: None; 'normal', z = f(x) + x; or 'gated', z = s f(x) + (1 - s) x with s = sigmoid(gate).
+    z_i = f_i(x_1 ... x_i) is strictly increasing in x_i, so the Jacobian is lower triangular and
+    log|det| = sum_i log dz_i / dx_i.
+
+    Arguments:
+        data_dim: the number of variables.
+        n_hidden: inner layers, from hidden to hidden units.
+        hidden_dim: hidden units per variable.
+        residual: None for z = f(x); ``'normal'`` for z = f(x) + x; or ``'gated'`` for
+            z = s f(x) + (1 - s) x with s = sigmoid(gate).
+        checkpoint_grads: recompute activations in the backward pass.
     """
 
     inverse_tol = None  # in units of x; by default 1e-5 in float32 and 1e-10 in float64
 
-    def __init__(self, data_dim, n_hidden, hidden_dim, residual=None, checkpoint_grads=False):
+    def __init__(
+        self,
+        data_dim: int,
+        n_hidden: int,
+        hidden_dim: int,
+        residual: str | None = None,
+        checkpoint_grads: bool = False,
+    ) -> None:
         super().__init__()
         units = [1, *[hidden_dim] * (n_hidden + 1), 1]
-        self.linears = nn.ModuleList(MaskedLinear(data_dim, a, b) for a, b in zip(units, units[1:]))
+        layers = [MaskedLinear(data_dim, a, b) for a, b in zip(units, units[1:])]
+        self.linears = nn.ModuleList(layers)
         self.residual, self.checkpoint_grads = residual, checkpoint_grads
         if residual is None:
-            # sums of tanhs are bounded: each at first spans 2 REACH as its own variable goes from -inf to inf
-            last = self.linears[-1]
-            last.log_g.data += (
-                math.log(REACH) - last.weights(last.bias.dtype)[1].sum(1).T.log().data
-            )
+            self.widen_range()
         if residual == 'gated':
             self.gate = nn.Parameter(torch.randn(()))
 
-    def forward(self, x):
-        recompute = self.checkpoint_grads and torch.is_grad_enabled()
-        forward_with_slope = (
-            partial(checkpoint, self.forward_with_slope, use_reentrant=False)
-            if recompute
-            else self.forward_with_slope
-        )
-        z, slope = forward_with_slope(x)
-        if slope.dtype == torch.float32 and slope.min() < MIN_SLOPE:
-            z, slope = forward_with_slope(x.double())
-        return z.to(x.dtype), slope.clamp_min(torch.finfo(slope.dtype).tiny).log().sum(1).to(
-            x.dtype
-        )
+    @torch.no_grad()
+    def widen_range(self) -> None:
+        """Let each output span 2 ``REACH`` as its own variable goes from -inf to inf.
 
-    def forward_with_slope(self, x):
-        """-> z and dz_i / dx_i, both (B, D): the chain rule over the blocks on the diagonal (eq. 9-11), without logs"""
+        A sum of tanhs is bounded, and what it does not reach cannot be sampled.
+        """
+        last = self.linears[-1]
+        _, diagonal = last.weights(last.bias.dtype)
+        last.log_g.add_(math.log(REACH) - diagonal.sum(1).T.log())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        run = self.forward_with_slope
+        if self.checkpoint_grads and torch.is_grad_enabled():
+            run = partial(checkpoint, self.forward_with_slope, use_reentrant=False)
+
+        z, slope = run(x)
+        if slope.dtype == torch.float32 and slope.min() < MIN_SLOPE:
+            z, slope = run(x.double())
+        logdet = slope.clamp_min(torch.finfo(slope.dtype).tiny).log().sum(1)
+        return z.to(x.dtype), logdet.to(x.dtype)
+
+    def forward_with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and dz_i / dx_i, both (B, D).
+
+        The slopes follow from the chain rule over the blocks on the diagonal (eq. 9-11). All
+        their factors are positive, so they are multiplied and added without logarithms.
+        """
         z, j = self.linears[0](x, x.new_ones(*x.shape, 1))
         for linear in self.linears[1:]:
             z, j = linear(*Tanh.apply(z, j))
         return self.add_residual(z, j.squeeze(2), x)
 
-    def add_residual(self, y, slope, x):
-        """-> z and its derivative, from f(x) and its"""
+    def add_residual(self, y: Tensor, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and its slope, given y = f(x) and the slope of f."""
         if self.residual is None:
             return y, slope
-        s, rest = (
-            (torch.sigmoid(self.gate), torch.sigmoid(-self.gate))
-            if self.residual == 'gated'
-            else (1.0, 1.0)
-        )
+        if self.residual == 'normal':
+            return y + x, slope + 1
+        s, rest = torch.sigmoid(self.gate), torch.sigmoid(-self.gate)
         return s * y + rest * x, s * slope + rest
 
-    def inverse(self, z):
-        """-> x, logdet; NaN where inverse_tol is not reached, as beyond the range of a flow of tanhs. It is solved for in
-        float64; gradients are those of the implicit function theorem."""
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and its log-determinant. Both are NaN where ``inverse_tol`` is not reached.
+
+        That is so beyond the range of a flow of tanhs. x is solved for in float64; its gradients
+        are those of the implicit function theorem.
+        """
         tol = self.inverse_tol or (1e-5 if z.dtype == torch.float32 else 1e-10)
-        x = solve(self, z.detach().double(), tol).to(z.dtype)
+        x = solve_inverse(self, z.detach().double(), tol).to(z.dtype)
+
+        # what was not found must not reach the gradients of the others
         found = x.isfinite().all(1, keepdim=True)
-        x = torch.where(
-            found, x, 0.0
-        )  # what was not found must not reach the gradients of the others
+        x = torch.where(found, x, 0.0)
         if torch.is_grad_enabled():
             x = attach_gradients(self, x, torch.where(found, z, 0.0))
         logdet = -self(x)[1]
-        return torch.where(found, x, math.nan), torch.where(found.squeeze(1), logdet, math.nan)
+        return (
+            torch.where(found, x, math.nan),
+            torch.where(found.squeeze(1), logdet, math.nan),
+        )
 
 
 @torch.no_grad()
-def solve(flow, z, tol):
-    """-> x (B, D) of z = flow(x), one variable after the other; of each layer only the rows of the new variable are computed"""
+def solve_inverse(flow: BlockFlow, z: Tensor, tol: float) -> Tensor:
+    """Return x (B, D) with flow(x) = z, NaN where it is not found.
+
+    One variable after the other is solved for. Of each layer only the rows that belong to the
+    new variable are computed.
+    """
     weights = [linear.weights(z.dtype)[0] for linear in flow.linears]
     biases = [linear.bias.to(z.dtype) for linear in flow.linears]
     inputs = [z.new_zeros(len(z), w.shape[1]) for w in weights]  # to each layer, as far as known
-
-    def function(blocks, u, rows):
-        """f_i of the i-th variable u (B, 1), its slope, and its hidden units; blocks holds the rest of each layer"""
-        y, slope, units = u, torch.ones_like(u), []
-        for k, (known, w) in enumerate(blocks):
-            if k:
-                y = y.tanh()
-                slope = slope * (1 - y.square())
-                units.append(y)
-            y, slope = known[rows] + y @ w.T, slope @ w.T
-        return *flow.add_residual(y, slope, u), units
 
     for i in range(z.shape[1]):
         blocks = []
         for linear, w, bias, known in zip(flow.linears, weights, biases, inputs):
             _, b, a = linear.log_diagonal.shape
-            rows, own = slice(i * b, (i + 1) * b), slice(i * a, (i + 1) * a)
-            blocks.append((F.linear(known[:, : i * a], w[rows, : i * a], bias[rows]), w[rows, own]))
-        u, units = find_root(partial(function, blocks), z[:, i : i + 1], tol)
+            rows = slice(i * b, (i + 1) * b)
+            own = w[rows, i * a : (i + 1) * a]
+            seen = slice(i * a)
+            earlier = F.linear(known[:, seen], w[rows, seen], bias[rows])
+            blocks.append((earlier, own))
+
+        function = partial(evaluate_variable, flow, blocks)
+        u, units = find_root(function, z[:, i : i + 1], tol)
         for known, own in zip(inputs, [u, *units]):
-            known[:, i * own.shape[1] : (i + 1) * own.shape[1]] = own
+            width = own.shape[1]
+            known[:, i * width : (i + 1) * width] = own
     return inputs[0]
 
 
-def attach_gradients(flow, x, z):
-    """x after one more Newton step, with the inverse's gradients: dx = (df/dx)^-1 (dz - df/dtheta dtheta)"""
+def evaluate_variable(
+    flow: BlockFlow, blocks: list[tuple[Tensor, Tensor]], u: Tensor, rows: Tensor | slice
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return f_i of the i-th variable ``u`` (B, 1), its slope, and the hidden units on the way.
+
+    ``blocks`` holds, for each layer, what earlier variables add to its units of this variable,
+    and the weights of its units of this variable. ``rows`` are the rows of the former to take.
+    """
+    y, slope, units = u, torch.ones_like(u), []
+    for k, (earlier, weight) in enumerate(blocks):
+        if k:
+            y = y.tanh()
+            slope = slope * (1 - y.square())
+            units.append(y)
+        y = earlier[rows] + y @ weight.T
+        slope = slope @ weight.T
+    return *flow.add_residual(y, slope, u), units
+
+
+def find_root(
+    function: Callable[[Tensor, Tensor | slice], tuple[Tensor, Tensor, list[Tensor]]],
+    target: Tensor,
+    tol: float,
+    max_steps: int = 200,
+) -> tuple[Tensor, list[Tensor]]:
+    """Solve function(u) = target by Newton's method, safeguarded and for all rows at once.
+
+    Arguments:
+        function: maps u (B, 1) and the rows it belongs to, to an increasing value, its slope, and
+            an auxiliary output.
+        target: of shape (B, 1).
+        tol: the step, in units of u, below which a row has converged.
+        max_steps: the steps after which the search is given up.
+
+    Returns u, NaN where there is no root, and the auxiliary output there. Only rows that have not
+    converged are evaluated.
+
+    A step that leaves the bracket, or is more than half the one before, is replaced by
+    a bisection. While there is no bracket yet, a step is at most twice the one before.
+    """
+    root = torch.full_like(target, math.nan)
+    rows = torch.arange(len(target), device=target.device)
+    u, step = target, torch.ones_like(target)
+    low = torch.full_like(root, -math.inf)
+    high = torch.full_like(root, math.inf)
+    finfo = torch.finfo(u.dtype)
+
+    for _ in range(max_steps):
+        value, slope, _ = function(u, rows)
+        newton = (target - value) / slope.clamp_min(finfo.tiny)
+        converged = (newton.abs() <= tol).squeeze(1)
+        root[rows[converged]] = (u + newton)[converged]
+
+        low = torch.where(value <= target, u, low)
+        high = torch.where(value >= target, u, high)
+        is_near = u.abs() < FARTHEST
+        is_wide = high - low > finfo.eps * u.abs()
+        active = ~converged & (is_near & is_wide).squeeze(1)
+        if not active.any():
+            break
+
+        is_bracketed = (high - low).isfinite()
+        is_inside = (u + newton > low) & (u + newton < high)
+        is_good = is_inside & (newton.abs() <= step / 2)
+        bounded = u + newton.clamp(-2 * step, 2 * step)
+        new_u = torch.where(is_bracketed & ~is_good, (low + high) / 2, bounded)
+        step = (new_u - u).abs()
+
+        rows, target = rows[active], target[active]
+        u, step = new_u[active], step[active]
+        low, high = low[active], high[active]
+    return root, function(root, slice(None))[2]
+
+
+def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:
+    """Return x after one more Newton step, with the gradients of the inverse.
+
+    By the implicit function theorem, dx = (df/dx)^-1 (dz - df/dtheta dtheta).
+    """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         f = flow(x)[0]
-        jacobian = torch.stack(
-            [
-                torch.autograd.grad(f[:, i].sum(), x, retain_graph=True)[0]
-                for i in range(x.shape[1])
-            ],
-            1,
-        )
+        rows = []
+        for i in range(x.shape[1]):
+            (row,) = torch.autograd.grad(f[:, i].sum(), x, retain_graph=True)
+            rows.append(row)
+        jacobian = torch.stack(rows, 1)
+
     x = x.detach()
-    return x + torch.linalg.solve_triangular(
-        jacobian, (z - flow(x)[0])[..., None], upper=False
-    ).squeeze(2)
+    residual = (z - flow(x)[0])[..., None]
+    return x + torch.linalg.solve_triangular(jacobian, residual, upper=False).squeeze(2)
 
 
 class Flip(nn.Module):
     """The variables in reverse order; log|det| = 0."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.flip(1), x.new_zeros(len(x))
 
     inverse = forward
 
 
 class Sequence(nn.ModuleList):
-    """Bijections one after the other; their log-determinants add up."""
+    """Bijections one after the other. Their log-determinants add up."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logdet = x.new_zeros(len(x))
         for layer in self:
             x, logdet_layer = layer(x)
             logdet = logdet + logdet_layer
         return x, logdet
 
-    def inverse(self, z):
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         logdet = z.new_zeros(len(z))
         for layer in reversed(self):
             z, logdet_layer = layer.inverse(z)
@@ -455,95 +520,129 @@ class Sequence(nn.ModuleList):
         return z, logdet
 
 
-# ----------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------- model
 
 
 class BNAF(Sequence):
-    """Flows with the variables flipped between them: of data, from rows (B, data_dim) to latents z ~ N(0, I); matched to
-    an energy, from noise to rows. hidden_dim counts units a variable; the last flow has no residual.
+    """Block neural autoregressive flows, with the variables flipped between them.
+
+    A model of data maps rows (B, ``data_dim``) to latents z ~ N(0, I). One that is matched to an
+    energy maps noise to rows. The last flow has no residual.
+
+    Arguments:
+        data_dim: the number of variables.
+        n_flows: the number of flows.
+        n_hidden: inner layers of a flow, from hidden to hidden units.
+        hidden_dim: hidden units per variable.
+        residual: of all flows but the last: None, ``'normal'`` or ``'gated'``.
+        checkpoint_grads: recompute activations in the backward pass.
     """
 
     def __init__(
         self,
-        data_dim,
-        n_flows=5,
-        n_hidden=1,
-        hidden_dim=10,
-        residual='gated',
-        checkpoint_grads=False,
-    ):
-        residuals = [residual] * (n_flows - 1) + [None]
-        flows = [
-            BlockFlow(data_dim, n_hidden, hidden_dim, own, checkpoint_grads) for own in residuals
-        ]
-        super().__init__([layer for flow in flows for layer in (flow, Flip())][:-1])
+        data_dim: int,
+        n_flows: int = 5,
+        n_hidden: int = 1,
+        hidden_dim: int = 10,
+        residual: str | None = 'gated',
+        checkpoint_grads: bool = False,
+    ) -> None:
+        layers: list[nn.Module] = []
+        for k in range(n_flows):
+            if k:
+                layers.append(Flip())
+            own = residual if k < n_flows - 1 else None
+            layers.append(BlockFlow(data_dim, n_hidden, hidden_dim, own, checkpoint_grads))
+        super().__init__(layers)
         self.data_dim = data_dim
 
-    def log_prob(self, x):
-        """rows (B, data_dim) -> log p(x) in nats (B,)"""
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return log p(x) in nats, of shape (B,), of rows (B, ``data_dim``)."""
         z, logdet = self(x)
         return log_normal(z) + logdet
 
-    def sample(self, n, z_std=1.0, generator=None):
-        """-> n rows (n, data_dim), drawn at temperature z_std through the inverse"""
-        return sample_with_log_prob(
-            self.inverse, n, self.data_dim, next(self.parameters()), z_std, generator
-        )[0]
+    def sample(
+        self, n: int, z_std: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return ``n`` rows, drawn at temperature ``z_std`` through the inverse."""
+        like = next(self.parameters())
+        return sample_with_log_prob(self.inverse, n, self.data_dim, like, z_std, generator)[0]
 
 
 @torch.no_grad()
-def sample_with_log_prob(push, n, data_dim, like, z_std=1.0, generator=None):
-    """-> n rows x = push(z) for z ~ N(0, z_std^2 I), their log p(x), and the number of z that had to be drawn anew
+def sample_with_log_prob(
+    from_noise: Callable[[Tensor], tuple[Tensor, Tensor]],
+    n: int,
+    data_dim: int,
+    like: Tensor,
+    z_std: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """Draw ``n`` rows x = from_noise(z) with z ~ N(0, z_std^2 I).
 
-    A flow that ends in tanhs does not reach all of space: z that have no x within the inverse's tolerance are rejected.
+    Returns the rows (n, ``data_dim``), of the type and on the device of ``like``, their log p(x),
+    and the number of z that were rejected: a flow that ends in tanhs does not reach all of space,
+    and a z without an x within the tolerance of the inverse is drawn again. Raises ``UserError``
+    where hardly any z has an x.
     """
-    kept, n_kept, n_drawn = [], 0, 0
+    rows, log_probs = [], []
+    n_kept, n_drawn = 0, 0
     while n_kept < n:
-        eps = torch.randn(min(n, 10_000), data_dim, generator=generator, dtype=like.dtype)
+        n_now = min(n, ROWS_AT_ONCE)
+        eps = torch.randn(n_now, data_dim, generator=generator, dtype=like.dtype)
         z = z_std * eps.to(like.device)
-        x, logdet = push(z)
+        x, logdet = from_noise(z)
         found = x.isfinite().all(1) & logdet.isfinite()
-        kept.append((x[found], (log_normal(z) - logdet)[found]))
-        n_kept, n_drawn = n_kept + int(found.sum()), n_drawn + len(z)
+        rows.append(x[found])
+        log_probs.append((log_normal(z) - logdet)[found])
+
+        n_kept += int(found.sum())
+        n_drawn += len(z)
         if n_drawn >= 1000 and n_kept < 0.01 * n_drawn:
             raise UserError(
-                f'of {n_drawn:,} draws only {n_kept} gave finite rows: the model is not trained, or '
-                '--inverse_tol is below its precision'
+                f'of {n_drawn:,} draws only {n_kept} gave finite rows: the model is not trained, '
+                'or --inverse_tol is below its precision'
             )
-    x, log_p = (torch.cat(parts)[:n] for parts in zip(*kept))
+    x, log_p = torch.cat(rows)[:n], torch.cat(log_probs)[:n]
     return x, log_p, n_drawn - n_kept
 
 
-def log_normal(z):
-    """log N(z; 0, I) of each row, in nats: (B, D) -> (B,)"""
-    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+def log_normal(z: Tensor) -> Tensor:
+    """Return log N(z; 0, I) of each row in nats: (B, D) becomes (B,)."""
+    log_of_constant = z.shape[1] * math.log(2 * math.pi)
+    return -0.5 * (z.square().sum(1) + log_of_constant)
 
 
 class Objective(nn.Module):
-    """What is minimised, in nats, as DistributedDataParallel wraps it: -log p(x) in the data's own units (eq. 2) or, for
-    an energy, the KL divergence of the flow's density to exp(-U) / Z, x being noise (eq. 3)."""
+    """The training objective in nats, which DistributedDataParallel wraps.
 
-    def __init__(self, model, data):
+    For data it is -log p(x), in the data's own units (eq. 2). For an energy it is the KL divergence
+    of the flow's density to exp(-U) / Z, and x is noise (eq. 3).
+    """
+
+    def __init__(self, model: BNAF, data: TableData) -> None:
         super().__init__()
         self.model = model
         self.energy = data.energy
         self.constant = float(data.log_z + np.log(data.std).sum())
 
-    def per_row(self, x, beta=1.0):
+    def per_row(self, x: Tensor, beta: float = 1.0) -> Tensor:
+        """Return the objective of each row. ``beta`` multiplies an energy."""
         if self.energy is None:
             return self.constant - self.model.log_prob(x)
         y, logdet = self.model(x)
         return self.constant + log_normal(x) - logdet + beta * self.energy(y)
 
-    def forward(self, x, beta=1.0):
+    def forward(self, x: Tensor, beta: float = 1.0) -> Tensor:
         return self.per_row(x, beta).mean()
 
 
-def build_model(config, input_dims):
+def build_model(config: Config, input_dims: tuple[int, ...]) -> BNAF:
+    """Build the model of a config for rows of (D,), seeded by the config."""
     torch.manual_seed(config.seed)
     residual = None if config.residual == 'none' else config.residual
     return BNAF(
-        *input_dims,
+        input_dims[0],
         config.n_flows,
         config.n_hidden,
         config.hidden_dim,
@@ -552,7 +651,12 @@ def build_model(config, input_dims):
     )
 
 
-# -------------------------------------------------------------------------------------- processes, checkpoints
+def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimizer of a training."""
+    return torch.optim.Adam(parameters, lr=config.lr, amsgrad=True, fused=True)
+
+
+# --------------------------------------------------------------------------------------- processes
 
 
 class Process(NamedTuple):
@@ -561,153 +665,206 @@ class Process(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
-    store: object = None
+    store: Any = None
 
-    def gather(self, value):
-        """-> what each process has, in the order of their ranks"""
+    def gather(self, value: Any) -> list:
+        """Return the value of every process, in the order of ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def sum(self, values):
-        """-> a tensor, summed in place over all processes"""
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag):
-        """Whether the flag is set on any of the processes"""
-        return (
-            bool(flag)
-            if self.world_size == 1
-            else self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
-        )
+    def any(self, flag: object) -> bool:
+        """Return whether the flag is set on any process."""
+        if self.world_size == 1:
+            return bool(flag)
+        flags = torch.tensor(float(bool(flag)), device=self.device)
+        return self.sum(flags).item() > 0
 
 
 @contextlib.contextmanager
-def setup():
-    """Join the process group of torchrun or torch.distributed.launch, if one started us: NCCL on GPUs, else Gloo."""
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
-    world_size, n_here, n_nodes = (
-        int(os.environ.get(f'{of}WORLD_SIZE', 1)) for of in ('', 'LOCAL_', 'GROUP_')
-    )
-    device, store, n_restarts = (
-        local_device(local_rank, n_here),
-        None,
-        os.environ.get('TORCHELASTIC_RESTART_COUNT'),
-    )
+def setup() -> Iterator[Process]:
+    """Join the process group of torchrun or torch.distributed.launch, if one has started us.
+
+    The backend is NCCL on GPUs and Gloo on CPUs.
+    """
+    rank = int(os.environ.get('RANK', 0))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    n_nodes = int(os.environ.get('GROUP_WORLD_SIZE', 1))
+    n_restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT')
+    device = local_device(local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+    store = None
     if world_size > 1 or n_restarts:
         store, _, _ = next(dist.rendezvous('env://'))
-        store = getattr(
-            store, 'underlying_store', store
-        )  # torch 2.4 gives each start a part of its own
+        store = getattr(store, 'underlying_store', store)  # torch 2.4 wraps it for each start
     if world_size > 1:
-        # torchrun's store outlives the processes: those it starts anew must not find in it the addresses of the dead.
-        # (Each node counts its own restarts, so that the count is of no use to several.)
-        own = dist.PrefixStore(f'start {n_restarts if n_nodes == 1 else 0}', store)
+        # torchrun's store outlives the processes: those it starts anew must not find in it the
+        # addresses of the dead. (Each node counts its own restarts, so several have no common
+        # count.)
+        prefix = f'start {n_restarts if n_nodes == 1 else 0}'
         dist.init_process_group(
             'nccl' if device.type == 'cuda' else 'gloo',
             timeout=timedelta(minutes=30),
-            store=own,
+            store=dist.PrefixStore(prefix, store),
             rank=rank,
             world_size=world_size,
         )
+
     try:
         yield Process(rank, world_size, device, store)
     finally:
-        if world_size > 1 and not isinstance(
-            sys.exc_info()[1], RuntimeError
-        ):  # report a lost process first
-            time.sleep(
-                0.1
-            )  # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
+        # where a process is lost, its error is reported first
+        if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):
+            time.sleep(0.1)  # torch 2.4 hangs below while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
 
-def wrap_ddp(objective, process, **own):
-    """-> the objective, its gradients averaged over all processes, once these are found to agree on all of own and on the
-    weights; its buffers never change and are not sent"""
+def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module:
+    """Wrap the objective, so that its gradients are averaged over all processes.
+
+    Raises ``UserError`` unless all processes agree on the given values and on the weights. Buffers
+    are not sent, as they never change.
+    """
     if process.world_size == 1:
         return objective
-    require_agreement(
-        process,
-        weights=digest('', (value.cpu() for value in objective.state_dict().values())),
-        **own,
-    )
+    weights = digest('', map(tensor_bytes, objective.state_dict().values()))
+    require_agreement(process, weights=weights, **values)
+
     buffers = [name for name, _ in objective.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
     return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
-def load_checkpoint(path):
-    """-> the dict in a checkpoint, its config a Config, or UserError: nothing in the file is trusted"""
-    return read_checkpoint(
-        path,
-        f'{NAME}.py',
-        CHECKPOINT,
-        Config,
-        N_DIMS,
-        lambda *options: AveragedModel(build_model(*options)),
-    )
+# ------------------------------------------------------------------------------------- checkpoints
+
+PLATEAU = {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}  # what changes of it
+CHECKPOINT = CheckpointFormat(
+    script=f'{NAME}.py',
+    number=1,
+    config_class=Config,
+    n_dims=1,  # of a row: (D,)
+    fields={
+        'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
+        'step': int,
+        'n_skipped': int,
+        'skips_in_a_row': int,
+        'n_annealing': float,
+        'validation_loss': float,
+        'best': float,
+        'best_step': int,
+    },
+    parts={
+        'model': dict,
+        'average': dict,
+        'optimizer': {'state': dict, 'param_groups': [dict]},
+        'scheduler': PLATEAU,
+    },
+    build_model=build_model,
+    build_optimizer=build_optimizer,
+)
 
 
-def restore_model(saved, device):
-    """-> the model with the averaged weights of a checkpoint, ready to evaluate and to sample"""
+def save_checkpoint(run: 'Training', log: TrainingLog, path: Path) -> None:
+    """Save the state of a training, on rank 0, after the scalars of the steps that it includes."""
+    if run.process.rank == 0:
+        log.flush()
+        CHECKPOINT.save(run, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint, its config as a ``Config``.
+
+    Nothing in the file is trusted. Raises ``UserError`` where it is damaged.
+    """
+    return CHECKPOINT.read(path)
+
+
+def restore_model(saved: dict[str, Any], device: torch.device) -> nn.Module:
+    """Return the model with the averaged weights of a checkpoint, in evaluation mode."""
     average = AveragedModel(build_model(saved['config'], saved['input_dims']))
     average.load_state_dict(saved['average'])
     return average.module.to(device).eval()
 
 
-# ------------------------------------------------------------------------------------------------------ data
+# -------------------------------------------------------------------------------------------- data
 
 
-def training_batch(data, config, step, process):
-    """-> this process's rows of a step, as indices or, where each step draws new ones, themselves: a function of (seed,
-    step, rank), so that a resumed run goes on exactly as an unbroken one."""
+def training_batch(data: TableData, config: Config, step: int, process: Process) -> np.ndarray:
+    """Return this process's rows of a step: their indices or, where they are drawn, themselves.
+
+    They are a function of (seed, step, rank), so that a resumed run goes on exactly as an
+    unbroken one.
+    """
     if data.draw:
-        return data.draw(
-            np.random.default_rng((config.seed, step, process.rank)), config.batch_size
-        )
+        rng = np.random.default_rng((config.seed, step, process.rank))
+        return data.draw(rng, config.batch_size)
     return batch_indices(
-        len(data.train), config.batch_size, config.seed, step, process.rank, process.world_size
+        len(data.train),
+        config.batch_size,
+        config.seed,
+        step,
+        process.rank,
+        process.world_size,
     )
 
 
 @torch.no_grad()
-def row_losses(objective, rows, process):
-    """-> the objective of each of the rows (N, D), by all processes together: (N,) in float64 on every one of them"""
+def row_losses(objective: Objective, rows: np.ndarray, process: Process) -> Tensor:
+    """Return the objective of each row (N, D), in float64 on the CPU of every process.
+
+    The processes share the work.
+    """
     losses = torch.zeros(len(rows), dtype=torch.float64, device=process.device)
     own = np.arange(len(rows))[process.rank :: process.world_size]
-    for index in (own[i : i + 10_000] for i in range(0, len(own), 10_000)):
-        losses[index] = objective.per_row(torch.from_numpy(rows[index]).to(process.device)).double()
+    for start in range(0, len(own), ROWS_AT_ONCE):
+        indices = own[start : start + ROWS_AT_ONCE]
+        x = torch.from_numpy(rows[indices]).to(process.device)
+        losses[indices] = objective.per_row(x).double()
     return process.sum(losses).cpu()  # zero where another process fills in
 
 
-# -------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 class Plateau(ReduceLROnPlateau):
-    """The learning rate is lowered where the score no longer improves; what of that changes is what a checkpoint keeps."""
+    """Lowers the learning rate where the score no longer improves.
 
-    def state_dict(self):
-        return {key: getattr(self, key) for key in PARTS['scheduler']}
+    Its state is only what changes; all else follows from the config.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in PLATEAU}
 
 
 class Training:
-    """What a run carries from step to step: weights, their average, the optimizer, and where it stands."""
+    """A training: the weights, their average, the optimizer, and where it stands."""
 
-    def __init__(self, config, data, process, saved=None):
+    def __init__(
+        self,
+        config: Config,
+        data: TableData,
+        process: Process,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
         self.config, self.data, self.process = config, data, process
+        self.score = 'loss' if data.energy is None else 'kl'
         self.input_dims = [len(data.columns)]
         self.units = table_units(data)
+        self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
+        self.best, self.best_step, self.validation_loss = math.inf, 0, math.nan
+
         self.model = build_model(config, self.input_dims).to(process.device)
-        self.average = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
-        )
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.lr, amsgrad=True, fused=True
-        )
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        self.average = AveragedModel(self.model, multi_avg_fn=average)
+        self.optimizer = build_optimizer(config, self.model.parameters())
         self.scheduler = Plateau(
             self.optimizer,
             factor=0.5,
@@ -717,19 +874,20 @@ class Training:
             threshold=1e-4,
             threshold_mode='abs',
         )
-        self.step, self.validation_loss, self.best, self.best_step = 0, math.nan, math.inf, 0
-        self.n_skipped = self.skips_in_a_row = 0
-        self.steps_per_epoch = self.validate_every = (
-            EPOCH_STEPS
-            if data.draw
-            else steps_per_epoch(len(data.train), config.batch_size, process.world_size)
-        )
+
+        self.steps_per_epoch = EPOCH_STEPS
+        self.rows = None
+        if not data.draw:
+            n_rows, world_size = len(data.train), process.world_size
+            self.steps_per_epoch = steps_per_epoch(n_rows, config.batch_size, world_size)
+            self.rows = torch.from_numpy(np.array(data.train)).to(process.device)
+        self.validate_every = self.steps_per_epoch
         self.n_steps = config.n_epochs * self.steps_per_epoch
-        self.n_annealing = (
-            config.annealing * self.n_steps
-        )  # as planned at first, however long it goes on
+        # as planned at first, however long training goes on
+        self.n_annealing = config.annealing * self.n_steps
+
         if saved is not None:
-            restore_state(self, saved, FIELDS, PARTS)
+            CHECKPOINT.restore(self, saved)
         self.objective = wrap_ddp(
             Objective(self.model, data),
             process,
@@ -737,300 +895,375 @@ class Training:
             data=data.fingerprint,
             step=self.step,
         )
-        self.rows = None if data.draw else torch.from_numpy(np.array(data.train)).to(process.device)
 
     @property
-    def last_step(self):
-        return min(self.n_steps, self.best_step + self.config.early_stop * self.steps_per_epoch)
+    def last_step(self) -> int:
+        """The step after which training ends, unless the score improves before."""
+        patience = self.config.early_stop * self.steps_per_epoch
+        return min(self.n_steps, self.best_step + patience)
 
-    def take_step(self):
-        """-> loss and gradient norm of one step, as tensors"""
+    def take_step(self) -> tuple[Tensor, Tensor]:
+        """Take one step. Returns its loss and its gradient norm."""
         n_warmup = self.config.n_epochs_warmup * self.steps_per_epoch
         if self.step < n_warmup:
-            self.optimizer.param_groups[0]['lr'] = self.config.lr * min(
-                1.0, (self.step + 1) / n_warmup
-            )
-        batch = torch.from_numpy(
-            training_batch(self.data, self.config, self.step, self.process)
-        ).to(self.process.device)
-        # an energy is turned on gradually, lest the flow collapse onto one of its modes
-        beta = min(1.0, 0.01 + self.step / max(1.0, self.n_annealing))
-        return update(self, self.objective(batch if self.rows is None else self.rows[batch], beta))
+            fraction = min(1.0, (self.step + 1) / n_warmup)
+            self.optimizer.param_groups[0]['lr'] = self.config.lr * fraction
 
-    def validate(self, run_dir):
-        """The objective on the validation split with the averaged weights, and the learning rate that follows from it"""
-        loss = (
-            row_losses(
-                Objective(self.average.module, self.data), self.data.validation, self.process
-            )
-            .mean()
-            .item()
-        )
+        batch = training_batch(self.data, self.config, self.step, self.process)
+        x = torch.from_numpy(batch).to(self.process.device)
+        if self.rows is not None:
+            x = self.rows[x]
+
+        # an energy is turned on gradually, so that the flow does not collapse onto one of its modes
+        beta = min(1.0, 0.01 + self.step / max(1.0, self.n_annealing))
+        return update(self, self.objective(x, beta))
+
+    def validate(self, folder: Path) -> None:
+        """Score the averaged weights on the validation split. The learning rate follows from it."""
+        objective = Objective(self.average.module, self.data)
+        loss = row_losses(objective, self.data.validation, self.process).mean().item()
         if math.isfinite(loss):
             self.scheduler.step(loss)
-        self.best_step, self.validation_loss = (
-            self.step if loss < self.best else self.best_step,
-            loss,
-        )
+        self.validation_loss = loss
+        if loss < self.best:
+            self.best_step = self.step
 
 
-def update(run, loss):
-    """One step of the optimizer -> loss, gradient norm. Where these are not finite, no process changes its weights."""
+def update(run: Training, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Take one step of the optimizer. Returns the loss and the gradient norm.
+
+    Where these are not finite on one process, no process changes its weights.
+    """
     run.optimizer.zero_grad()
-    loss.backward(
-        torch.where(loss.isfinite(), 1.0, math.nan)
-    )  # else NaN gradients, on all processes
+    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))  # NaN reaches all processes
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_norm_clip)
-    run.skips_in_a_row = 0 if norm.isfinite() else run.skips_in_a_row + 1
-    run.n_skipped += run.skips_in_a_row > 0
-    if not run.skips_in_a_row:
+    if norm.isfinite():
+        run.skips_in_a_row = 0
         run.optimizer.step()
         run.average.update_parameters(run.model)
+    else:
+        run.skips_in_a_row += 1
+        run.n_skipped += 1
     run.step += 1
     return loss.detach(), norm
 
 
-def train(data, config, request, process, saved=None):
-    """Train to the end, from a checkpoint's dict if there is one; leaves checkpoint.pt, the last state, and best.pt
-    -> the best one's dict, or None where a signal ended it before"""
+def train(
+    data: Any,
+    config: Config,
+    request: Request,
+    process: Process,
+    saved: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Train to the end, from the content of a checkpoint if there is one.
+
+    The folder of the run gets checkpoint.pt, the last state, and best.pt, the one with the best
+    validation score. Returns the content of the latter, or None where a signal came first.
+    """
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with (
-        open_run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir,
+        open_run_folder(NAME, config, request, process, saved, load_checkpoint) as folder,
         catch_stop_signals() as signals,
     ):
-        run, best, newest = (
-            Training(config, data, process, saved),
-            run_dir / 'best.pt',
-            run_dir / 'checkpoint.pt',
-        )
-        log = TrainingLog(run, run_dir, SCORE, UNIT, ITEMS)
-        save = partial(save_checkpoint, run, log, NAME, FIELDS, PARTS)
-        if not newest.exists():
-            save(newest)
+        run = Training(config, data, process, saved)
+        log = TrainingLog(run, folder, UNIT, ITEMS)
+        last, best = folder / LAST, folder / BEST
+        if not last.exists():
+            save_checkpoint(run, log, last)
+            if process.rank == 0:
+                load_checkpoint(last)  # what cannot be read back is found out now
         if not best.exists():
             run.best = math.inf
+
         with log:
-            while run.step < run.last_step and not process.any(signals):
-                loss, norm = run.take_step()
-                log.step(loss, norm, LOG_STEPS)
-                is_due = run.step % run.validate_every == 0 or run.step == run.last_step
-                if is_due:
-                    run.validate(run_dir)
-                    log.validated()
-                stop_if_diverged(run, is_due, request.max_skips, newest)
-                if is_due and run.validation_loss < run.best:
-                    run.best = run.validation_loss
-                    save(best)
-                if (
-                    is_due or run.step % SAVE_STEPS == 0
-                ):  # last: what a checkpoint is past is never redone
-                    save(newest)
-        if (
-            process.any(signals) or run.step < run.last_step
-        ):  # a collective call: by now rank 0 has written its files
-            save(newest)
-            log.stopped(signals, NAME, newest)
+            take_steps(run, log, folder, request.max_skips, signals)
+        # a collective call: when it returns, rank 0 has written its files
+        was_stopped = process.any(signals) or run.step < run.last_step
+        if was_stopped:
+            save_checkpoint(run, log, last)
+            print_how_to_go_on(run, NAME, signals, last)
             return None
-        return load_checkpoint(best if best.exists() else newest)
+        return load_checkpoint(best if best.exists() else last)
 
 
-def objective_text(data, loss):
-    return f'{-loss:.3f} nats' if data.energy is None else f'KL {loss:.4f} nats'
+def take_steps(
+    run: Training, log: TrainingLog, folder: Path, max_skips: int, signals: list[str]
+) -> None:
+    """Train, validate and save until the last step, or until a signal comes to any process."""
+    last, best = folder / LAST, folder / BEST
+    saved_at = time.monotonic()
+    while run.step < run.last_step and not run.process.any(signals):
+        loss, norm = run.take_step()
+        log.log_step(loss, norm, LOG_STEPS)
+
+        is_due = run.step % run.validate_every == 0 or run.step == run.last_step
+        if is_due:
+            run.validate(folder)
+            log.log_validation()
+        stop_if_diverged(run, is_due, max_skips, last)
+
+        if is_due and run.validation_loss < run.best:
+            run.best = run.validation_loss
+            save_checkpoint(run, log, best)
+        # after best.pt, as what the last checkpoint includes is never done again
+        if is_due or time.monotonic() >= saved_at + SAVE_SECONDS:
+            save_checkpoint(run, log, last)
+            saved_at = time.monotonic()
 
 
-# ----------------------------------------------------------------------------------------------------- modes
+def format_loss(data: TableData, loss: float) -> str:
+    """Return a loss as text: a log-likelihood or, for an energy, a KL divergence."""
+    if data.energy is None:
+        return f'{-loss:.3f} nats'
+    return f'KL {loss:.4f} nats'
 
 
-def evaluate(model, data, saved, config, process, scores, input_file):
-    """Log-likelihood of the test split, or the KL divergence to an energy: printed, and kept as results.json beside the
-    checkpoint. scores: a file that gets the log-likelihood of every row of the test split or of input_file."""
+# ------------------------------------------------------------------------------------------- modes
+
+
+def evaluate(
+    model: BNAF,
+    data: TableData,
+    saved: dict[str, Any],
+    config: Config,
+    process: Process,
+    scores: str,
+    input_file: str,
+) -> None:
+    """Print the log-likelihood of the test split, or the KL divergence to an energy.
+
+    The test split's is saved as results.json beside the checkpoint. ``input_file`` is a table to
+    score instead; the file ``scores`` gets the log-likelihood of every row.
+    """
     if data.energy and (scores or input_file):
         raise UserError(
-            '--scores and --input are for models of data; --generate gives the log-density of each sample'
+            '--scores and --input are for models of data; --generate gives the log-density of '
+            'each sample'
         )
     rows = read_rows(input_file, data) if input_file else data.test
     losses = row_losses(Objective(model, data), rows, process)
     if process.rank > 0:
         return
-    mean, error = losses.mean().item(), 2 * losses.std(correction=0).item() / math.sqrt(len(rows))
+
+    mean = losses.mean().item()
+    error = 2 * losses.std(correction=0).item() / math.sqrt(len(rows))
     name = str(input_file) if input_file else f'{Path(config.dataset).name} test'
     if data.energy is None:
-        results, said = {'log_likelihood_nats': -mean}, f'{-mean:.4f} ± {error:.4f} nats'
+        items, results = 'rows', {'log_likelihood_nats': -mean}
+        summary = f'{-mean:.4f} ± {error:.4f} nats'
     else:
-        ess = ((-losses).softmax(0).square().sum() * len(rows)).reciprocal().item()
-        results = {'kl_nats': mean, 'effective_sample_size': ess}
-        said = f'KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {ess:.1%}'
-    print(
-        f'{name}: {said} ({len(rows):,} {"samples" if data.energy else "rows"}, two standard errors)'
-    )
+        weights = (-losses).softmax(0)
+        effective = 1 / (weights.square().sum().item() * len(rows))
+        items, results = 'samples', {'kl_nats': mean, 'effective_sample_size': effective}
+        summary = f'KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {effective:.1%}'
+    print(f'{name}: {summary} ({len(rows):,} {items}, two standard errors)')
+
     if not input_file:
-        write_json(
-            saved['path'].with_name('results.json'),
-            {
-                **results,
-                'dataset': name,
-                'n_rows': len(rows),
-                'two_standard_errors': error,
-                'step': saved['step'],
-                'checkpoint': saved['path'].name,
-            },
-        )
+        results = {
+            **results,
+            'dataset': name,
+            'n_rows': len(rows),
+            'two_standard_errors': error,
+            'step': saved['step'],
+            'checkpoint': saved['path'].name,
+        }
+        write_json(saved['path'].with_name('results.json'), results)
     if scores:
-        index = np.arange(len(rows)) if input_file else data.test_index
-        save_table(scores, np.stack([index, -losses], 1), ('row', 'log_likelihood'))
+        indices = np.arange(len(rows)) if input_file else data.test_index
+        save_table(scores, np.stack([indices, -losses], 1), ('row', 'log_likelihood'))
 
 
-def directions(model, data):
-    """-> push, from noise to rows, and pull, back: a model of data is itself pull, one matched to an energy is push"""
-    return (model.inverse, model) if data.energy is None else (model, model.inverse)
+def directions(model: BNAF, data: TableData) -> tuple[Callable, Callable]:
+    """Return the model's map from noise to rows, and its map back.
+
+    A model of data maps rows to noise, one that is matched to an energy noise to rows.
+    """
+    if data.energy is None:
+        return model.inverse, model
+    return model, model.inverse
 
 
 @torch.no_grad()
-def sample_rows(model, data, n, z_std, seed):
-    """-> n rows in the data's own units (n, D), and log p of each; in float64, as the inverse is exact to 1e-10 there"""
-    push, pull = directions(model.double(), data)
+def sample_rows(
+    model: BNAF, data: TableData, n: int, z_std: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``n`` rows (n, D) in the data's own units, and log p of each.
+
+    They are computed in float64, where the inverse is exact to 1e-10. Prints the speed and the
+    error of a round trip.
+    """
+    from_noise, to_noise = directions(model.double(), data)
+    like = next(model.parameters())
+    generator = seeded_generator('cpu', seed)
     start = time.perf_counter()
     x, log_p, n_lost = sample_with_log_prob(
-        push, n, len(data.columns), next(model.parameters()), z_std, seeded_generator('cpu', seed)
+        from_noise, n, len(data.columns), like, z_std, generator
     )
-    print(
-        f'{n:,} samples, {n / (time.perf_counter() - start):,.0f} a second; '
-        + (f'{n_lost:,} more draws lay beyond what the flow reaches; ' if n_lost else '')
-        + f'round trip within {(push(pull(x[:1000])[0])[0] - x[:1000]).abs().max().item():.0e}'
-    )
-    return x.cpu().numpy() * data.std + data.mean, log_p.cpu().numpy() - np.log(data.std).sum()
+    speed = n / (time.perf_counter() - start)
+
+    head = x[:1000]
+    again, _ = from_noise(to_noise(head)[0])
+    error = (again - head).abs().max().item()
+    lost = f'{n_lost:,} more draws lay beyond what the flow reaches; ' if n_lost else ''
+    print(f'{n:,} samples, {speed:,.0f} a second; {lost}round trip within {error:.0e}')
+
+    log_p = log_p.cpu().numpy() - np.log(data.std).sum()
+    return data.to_own_units(x.cpu().numpy()), log_p
 
 
-def generate(model, data, path, config, z_std, n_samples, output):
-    """Samples in the data's own units with their log-likelihood, as a table."""
-    x, log_p = sample_rows(model, data, n_samples, z_std, config.seed)
-    save_table(
-        output or path.with_name('generated_samples.csv'),
-        np.column_stack([x, log_p]),
-        [*data.columns, 'log_likelihood'],
-    )
+def generate(model: BNAF, data: TableData, path: Path, config: Config, request: Request) -> None:
+    """Save samples in the data's own units, with their log-likelihood, as a table."""
+    x, log_p = sample_rows(model, data, request.n_samples, request.z_std, config.seed)
+    output = request.output or path.with_name('generated_samples.csv')
+    save_table(output, np.column_stack([x, log_p]), [*data.columns, 'log_likelihood'])
 
 
 @torch.no_grad()
-def density(model, data, points):
-    """p at points (N, D) in the data's own units; 0 where the flow does not reach"""
-    _, pull = directions(model.double(), data)
-    x = (torch.from_numpy(points) - torch.from_numpy(data.mean)) / torch.from_numpy(data.std)
-    x = x.to(next(model.parameters()).device)
-    log_p = [log_normal(z) + logdet for z, logdet in map(pull, x.split(10_000))]
-    return torch.cat(log_p).exp().nan_to_num(0.0).cpu().numpy() / data.std.prod()
+def density(model: BNAF, data: TableData, points: np.ndarray) -> np.ndarray:
+    """Return p at points (N, D) in the data's own units; 0 where the flow does not reach."""
+    _, to_noise = directions(model.double(), data)
+    rows = torch.from_numpy((points - data.mean) / data.std)
+    rows = rows.to(next(model.parameters()).device)
+    log_p = []
+    for x in rows.split(ROWS_AT_ONCE):
+        z, logdet = to_noise(x)
+        log_p.append(log_normal(z) + logdet)
+    p = torch.cat(log_p).exp().nan_to_num(0.0).cpu().numpy()
+    return p / data.std.prod()
 
 
-def visualize(model, data, path, config, process, vis_dims):
-    """Two variables: target, learned density and samples side by side; more: samples over data, in pairs."""
-    mean = (
-        row_losses(Objective(model, data), data.test, Process(0, 1, process.device)).mean().item()
-    )  # it draws alone
-    title = f'{Path(config.dataset).stem}: {objective_text(data, mean)}'
+def visualize(
+    model: BNAF,
+    data: TableData,
+    path: Path,
+    config: Config,
+    process: Process,
+    vis_dims: list[str] | None,
+) -> None:
+    """Save a picture of what was learned.
+
+    Of two variables it shows the target, the learned density and samples side by side; of more,
+    samples over data in pairs of columns.
+    """
+    if vis_dims and len(data.columns) == 2:
+        raise UserError(
+            '--vis_dims is for more than two columns: the density of two is drawn whole'
+        )
+    alone = Process(0, 1, process.device)
+    loss = row_losses(Objective(model, data), data.test, alone).mean().item()
+    title = f'{Path(config.dataset).stem}: {format_loss(data, loss)}'
+
     if len(data.columns) == 2:
         samples, _ = sample_rows(model, data, 50_000, 1.0, config.seed)
         figure = draw_density(data, samples, partial(density, model, data), title)
     else:
-        chosen = (
-            [data.column_index(text) for text in vis_dims]
-            if vis_dims
-            else list(range(min(8, len(data.columns))))
-        )
+        chosen = list(range(min(8, len(data.columns))))
+        if vis_dims:
+            chosen = [data.column_index(text) for text in vis_dims]
         real = data.head(1500)
         drawn, _ = sample_rows(model, data, len(real), 1.0, config.seed)
-        figure = draw_pairs(
-            real[:, chosen],
-            drawn[:, chosen],
-            [data.columns[k] for k in chosen],
-            f'{title}; data grey, samples orange',
-        )
+        columns = [data.columns[k] for k in chosen]
+        title += '; data grey, samples orange'
+        figure = draw_pairs(real[:, chosen], drawn[:, chosen], columns, title)
     save_figure(path.with_name('visualization.png'), figure)
 
 
 @torch.no_grad()
-def check(model, data, config):
-    """Largest error of inverse(forward(x)) on the test split, in standardised units and float64: of the whole model, and of
-    the flow with the most. Rows that the inverse does not reach are counted."""
-    model, device = model.double(), next(model.parameters()).device
-    errors, n_lost, worst = [0.0] * len(model), 0, 0.0
-    for i in progress_bar(range(0, len(data.test), 10_000), 'inverting test rows'):
-        x = z = torch.from_numpy(np.array(data.test[i : i + 10_000])).double().to(device)
+def check(model: BNAF, data: TableData, config: Config) -> None:
+    """Print the largest error of inverse(forward(x)) on the test split.
+
+    It is in standardised units and computed in float64: of the whole model, and of the flow with
+    the largest error of its own. Rows that the inverse does not reach are counted.
+    """
+    model = model.double()
+    device = next(model.parameters()).device
+    errors = [0.0] * len(model)
+    n_lost, worst = 0, 0.0
+    for start in progress_bar(range(0, len(data.test), ROWS_AT_ONCE), 'inverting test rows'):
+        rows = np.array(data.test[start : start + ROWS_AT_ONCE])
+        x = z = torch.from_numpy(rows).double().to(device)
         for k, flow in enumerate(model):
             y, (z, _) = z, flow(z)
-            errors[k] = max(errors[k], (flow.inverse(z)[0] - y).abs().nan_to_num(0.0).max().item())
-        error = (model.inverse(z)[0] - x).abs().amax(1)
-        n_lost, worst = (
-            n_lost + int(error.isnan().sum()),
-            max(worst, error.nan_to_num(0.0).max().item()),
-        )
+            error = (flow.inverse(z)[0] - y).abs().nan_to_num(0.0)
+            errors[k] = max(errors[k], error.max().item())
+        error_of_row = (model.inverse(z)[0] - x).abs().amax(1)
+        n_lost += int(error_of_row.isnan().sum())
+        worst = max(worst, error_of_row.nan_to_num(0.0).max().item())
+
     k = int(np.argmax(errors))
+    n_rows = len(data.test)
     lost = f'; the other {n_lost:,} lie beyond what the inverse reaches' if n_lost else ''
     print(
-        f'{Path(config.dataset).name} test: {len(data.test) - n_lost:,} of {len(data.test):,} rows come back within '
-        f'{worst:.2g}{lost}; worst layer: {k} ({type(model[k]).__name__}), {errors[k]:.2g}'
+        f'{Path(config.dataset).name} test: {n_rows - n_lost:,} of {n_rows:,} rows come back '
+        f'within {worst:.2g}{lost}; worst layer: {k} ({type(model[k]).__name__}), {errors[k]:.2g}'
     )
 
 
-# ------------------------------------------------------------------------------------------------------ main
+# -------------------------------------------------------------------------------------------- main
+
+COMMAND_LINE = CommandLine(
+    script=f'{NAME}.py',
+    description=__doc__,
+    modes=MODES,
+    mode_options=MODE_OPTIONS,
+    config_class=Config,
+    request_class=Request,
+    defaults=DEFAULTS,
+)
 
 
-def parse_args(argv):
-    """-> the mode, {name: value} of the options of Config that were given, and a Request"""
-    parser = argparse.ArgumentParser(
-        f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-    return parse(parser, argv, MODES, Config, Request, DEFAULTS)
+def parse_args(argv: list[str]) -> tuple[str, dict[str, Any], Request]:
+    """Return the mode, the options of ``Config`` that were given, and the request."""
+    return COMMAND_LINE.parse(argv)
 
 
-def start(mode, values, request, process):
-    if request.input and mode != 'evaluate':
-        raise UserError('--input goes with --evaluate')
-    for name in ('dataset', 'test_file'):  # tables are found from wherever the model is used
-        if Path(values.get(name, '')).suffix in SUFFIXES:
-            values[name] = str(Path(values[name]).resolve())
-    saved = find_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
-    config = resolve_config(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
-    data = load_run_table(config, saved, no_split=mode == 'generate' or bool(request.input))
+def run_mode(mode: str, options: dict[str, Any], request: Request, process: Process) -> None:
+    """Build or restore what a mode needs, and run it."""
+    for name in ('dataset', 'test_file'):
+        # a table of the user's own is found from wherever the model is used
+        if Path(options.get(name, '')).suffix in SUFFIXES:
+            options[name] = str(Path(options[name]).resolve())
+    saved = load_selected_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
+    config = resolve_config(Config, options, DEFAULTS, saved, MODE_OPTIONS[mode])
+    no_split = mode == 'generate' or bool(request.input)
+    data = load_run_table(config, saved, no_split=no_split)
+
     if mode == 'train':
-        for note in data.notes * (process.rank == 0):
-            print(f'note: {note}')
+        if process.rank == 0:
+            for note in data.notes:
+                print(f'note: {note}')
         saved = train(data, config, request, process, saved)
         if saved is None:
             return
+    path = saved['path']
     model = restore_model(saved, process.device)
     for flow in model:
         flow.inverse_tol = request.inverse_tol
+
     if mode in ('train', 'evaluate'):
         evaluate(model, data, saved, config, process, request.scores, request.input)
     elif process.rank == 0 and mode == 'generate':
-        generate(
-            model, data, saved['path'], config, request.z_std, request.n_samples, request.output
-        )
+        generate(model, data, path, config, request)
     elif process.rank == 0 and mode == 'visualize':
-        visualize(model, data, saved['path'], config, process, request.vis_dims)
+        visualize(model, data, path, config, process, request.vis_dims)
     elif process.rank == 0:
         check(model, data, config)
     if process.rank == 0 and mode == 'train':
-        print(
-            f'the model is {saved["path"]}: step {saved["step"]}, validation {objective_text(data, saved["validation_loss"])}'
-        )
+        loss = format_loss(data, saved['validation_loss'])
+        print(f'the model is {path}: step {saved["step"]}, validation {loss}')
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
     with exit_on_user_error(NAME):
-        mode, values, request = parse_args(sys.argv[1:] if argv is None else argv)
+        mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            require_agreement(
-                process,
-                mode=mode,
-                **{
-                    f'--{name}': value
-                    for name, value in {**values, **vars(request)}.items()
-                    if name not in ('data_dir', 'output_dir', 'restore_file')
-                },
-            )
-            start(mode, values, request, process)
+            given = {**options, **vars(request)}
+            for path in ('data_dir', 'output_dir', 'restore_file'):
+                given.pop(path, None)  # may differ from machine to machine
+            same = {f'--{name}': value for name, value in given.items()}
+            require_agreement(process, mode=mode, **same)
+            run_mode(mode, options, request, process)
 
 
 if __name__ == '__main__':

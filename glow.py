@@ -1,85 +1,100 @@
-"""Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018, arXiv 1807.03039).
+"""Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018).
 
-    python glow.py --train                                 drawn faces, about ten minutes on two CPU cores
-    python glow.py --evaluate                              bits/dim of the newest model on the whole test split
-    python glow.py --generate --z_std=0.7                  samples at temperature 0.7
-    python glow.py --visualize --vis_attrs=8,20            edit attributes of a test image, or of --vis_img=photo.jpg
-    torchrun --nproc_per_node=8 glow.py --train --dataset=celeba --data_dir=... --n_levels=3 --depth=32 --width=512
+The paper is arXiv 1807.03039. ``sec.``, ``eq.`` and ``fig.`` below refer to it.
 
-Every layer is a bijection with one protocol: forward(x) -> (z, logdet) and inverse(z) -> (x, logdet), where logdet
-of shape (B,) is the log |det| of the Jacobian of the direction that was called, in nats. Images are (B, C, H, W).
+    python glow.py --train                         drawn faces, ten minutes on two CPU cores
+    python glow.py --evaluate                      bits/dim of the newest model on the test split
+    python glow.py --generate --z_std=0.7          samples at temperature 0.7
+    python glow.py --visualize --vis_attrs=8,20    edit attributes of a test image
+    python glow.py --visualize --vis_img=me.jpg    edit a photo of your own
+    torchrun --nproc_per_node=8 glow.py --train --dataset=celeba --data_dir=CELEBA
+
+Every layer is a bijection with one protocol: ``forward(x) -> (z, logdet)`` and
+``inverse(z) -> (x, logdet)``. ``logdet``, of shape (B,), is the logarithm of the absolute
+determinant of the Jacobian of the direction that was called, in nats. Images are (B, C, H, W).
 """
 
-import argparse
 import contextlib
 import math
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common.batches import batch_indices, seeded_generator, steps_per_epoch
-from common.checkpoints import read_checkpoint, restore_state, save_checkpoint, tensor_cache
+from common.checkpoints import CheckpointFormat, tensor_bytes, tensor_cache
 from common.errors import UserError, exit_on_user_error, warn_on_error
 from common.files import digest, write_json
 from common.logs import TrainingLog, progress_bar
-from common.options import Options, RunRequest, option, parse, resolve_config
+from common.options import CommandLine, Options, RunRequest, option, resolve_config
 from common.runs import (
+    BEST,
+    LAST,
     catch_stop_signals,
-    find_checkpoint,
+    load_selected_checkpoint,
     local_device,
     open_run_folder,
+    print_how_to_go_on,
     require_agreement,
     stop_if_diverged,
 )
-from datasets import IMAGE_DATASETS, load_images, load_photo, save_grid, shift_randomly
+from datasets import (
+    IMAGE_DATASETS,
+    ImageData,
+    load_images,
+    load_photo,
+    save_grid,
+    shift_randomly,
+)
 
-# ---------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------ config
 
 NAME = 'glow'
-N_DIMS = 3  # of an input: (C, H, W)
-SCORE, UNIT, ITEMS = 'bits_per_dim', 'bits/dim', 'images'
-MODES = {
-    'train': 'train a new model, or go on with --resume or --restore_file',
-    'evaluate': 'bits/dim on the test split',
-    'generate': 'draw samples',
-    'visualize': 'edit the attributes of an image',
-    'check': 'error of the inverse on the test split, and the layer it comes from',
-}
+UNIT, ITEMS = 'bits/dim', 'images'
+VALIDATE_STEPS = 500  # validation comes at the end of an epoch, at least so many steps apart
+SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
+LOG_STEPS = 20
+TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of --generate without --z_std
+DZ_SCALE, DZ_IMAGES = 1.6, 30_000  # attribute directions, as in the paper's demo
 
 
 @dataclass
 class Config(Options):
-    """A run's options, set on the command line and kept in the checkpoint as a plain dict, to rebuild the model from."""
+    """Options of a run. A checkpoint keeps them, to rebuild the model from."""
 
     dataset: str = option('data', 'faces', ', '.join(IMAGE_DATASETS))
-    data_dir: str = option('data', 'data', 'where the data lies, or is kept once drawn')
-    image_size: int = option('data', 64, 'pixels a side, of faces, celeba and folder', 1)
-    n_bits: int = option('model', 5, 'grey levels are reduced to 2^n_bits a channel', 1, 8)
+    data_dir: str = option('data', 'data', 'where the data is, or is kept once drawn')
+    image_size: int = option('data', 64, 'pixels per side, of faces, celeba and folder', low=1)
+    n_bits: int = option(
+        'model', 5, 'grey levels are reduced to 2^n_bits per channel', low=1, high=8
+    )
     n_levels: int = option(
         'model',
         3,
         'levels that end in a split; one more follows: L = n_levels + 1 in the paper',
-        1,
-        9,
+        low=1,
+        high=9,
     )
-    depth: int = option('model', 32, 'steps of flow a level, K in the paper', 1, 2**10)
-    width: int = option('model', 512, "channels of the coupling networks' hidden layers", 1, 2**14)
+    depth: int = option('model', 32, 'steps of flow per level, K in the paper', low=1, high=2**10)
+    width: int = option(
+        'model', 512, "channels of the coupling networks' hidden layers", low=1, high=2**14
+    )
     plain_conv1x1: bool = option(
         'model', False, 'learn the matrices of the 1x1 convolutions, not their PLU factors'
     )
@@ -90,62 +105,90 @@ class Config(Options):
         'optimisation', False, 'networks in bfloat16; latents and densities stay float32'
     )
     compile: bool = option(
-        'optimisation', False, 'compile the step of flow: half a minute at the start, faster steps'
+        'optimisation', False, 'compile the step of flow: half a minute at the start, then faster'
     )
-    n_epochs: int = option('optimisation', 100, 'epochs', 1)
+    n_epochs: int = option('optimisation', 100, 'epochs', low=1)
     n_epochs_warmup: float = option(
         'optimisation', 2.0, 'epochs over which the learning rate rises linearly from 0'
     )
-    batch_size: int = option('optimisation', 16, 'images a process', 1, 2**20)
-    batch_size_init: int = option('optimisation', 256, "images for actnorm's initialisation", 1)
-    lr: float = option('optimisation', 1e-3, "Adam's learning rate", 0, 1e6)
+    batch_size: int = option('optimisation', 16, 'images per process', low=1, high=2**20)
+    batch_size_init: int = option('optimisation', 256, 'images that initialize the actnorms', low=1)
+    lr: float = option('optimisation', 1e-3, "Adam's learning rate", high=1e6)
     lr_decay: float = option(
-        'optimisation',
-        0.0,
-        'final fraction of the training over which it falls linearly to 0',
-        0,
-        1,
+        'optimisation', 0.0, 'last fraction of training over which the rate falls to 0', high=1
     )
     grad_norm_clip: float = option('optimisation', 50.0, 'gradients are clipped at this norm')
     ema_decay: float = option(
         'optimisation',
         0.999,
-        'Polyak average of weights, for all but training; 0 turns it off',
-        0,
-        1,
+        'Polyak average of the weights, which all but training uses; 0 turns it off',
+        high=1,
     )
     seed: int = option(
-        'optimisation', 0, 'of initialisation, shuffling, noise and samples', 0, 2**63 - 1
+        'optimisation', 0, 'of initialization, shuffling, noise and samples', high=2**63 - 1
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size % 2 ** (self.n_levels + 1):
+        divisor = 2 ** (self.n_levels + 1)
+        if self.image_size % divisor:
             raise UserError(
-                f'image size {self.image_size} is not divisible by 2^(n_levels + 1) = {2 ** (self.n_levels + 1)}: '
+                f'image size {self.image_size} is not divisible by 2^(n_levels + 1) = {divisor}: '
                 'lower --n_levels or change --image_size'
             )
 
 
 @dataclass
 class Request(RunRequest):
-    """Options of one invocation, not kept in the checkpoint."""
+    """Options of one call, which a checkpoint does not keep."""
 
-    z_std: float = option('output', None, 'temperature (default: a grid of them)', 0, 100)
-    n_samples: int = option('output', 32, 'samples with --z_std', 1, 10**6)
+    z_std: float = option(
+        'output',
+        None,
+        'temperature of samples (default: a grid of temperatures); '
+        'of --visualize: factor of the latents of the splits (default: 1)',
+        high=100,
+    )
+    n_samples: int = option('output', None, 'samples with --z_std (default: 32)', low=1, high=10**6)
     vis_attrs: list = option('output', None, 'attributes by index or name (default: all)')
     vis_alphas: list[float] = option(
         'output',
         (-2.0, -1.0, 0.0, 1.0, 2.0),
-        'how far to go along them (default: -2,-1,0,1,2)',
-        -1000,
-        1000,
+        'how far to move along them (default: -2,-1,0,1,2)',
+        low=-1000,
+        high=1000,
     )
     vis_img: str = option('output', '', 'a photo of your own (default: the first test image)')
 
+    def require_consistency(self, mode: str) -> None:
+        """Raise ``UserError`` where an option has no effect beside the others."""
+        if mode == 'generate' and self.z_std is None and self.n_samples is not None:
+            raise UserError(
+                '--n_samples goes with --z_std: without it, four samples are drawn at each of '
+                'several temperatures'
+            )
 
-# What a data set changes of the above. celeba and mnist: as github.com/kamenbliznashki/normalizing_flows trains them.
-DEFAULTS = {
+
+MODES = {
+    'train': 'train a new model, or go on with --resume or --restore_file',
+    'evaluate': 'bits/dim on the test split',
+    'generate': 'draw samples',
+    'visualize': 'edit the attributes of an image',
+    'check': 'error of the inverse on the test split, and the layer it comes from',
+}
+# Training without a checkpoint takes all options of Config as well
+MODE_OPTIONS = {
+    'train': {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'}
+    | {'resume', 'max_skips', 'detect_anomaly'},
+    'evaluate': {'data_dir', 'batch_size', 'bf16'},
+    'generate': {'seed', 'bf16', 'z_std', 'n_samples'},
+    'visualize': {'data_dir', 'batch_size', 'bf16'}
+    | {'z_std', 'vis_attrs', 'vis_alphas', 'vis_img'},
+    'check': {'data_dir', 'batch_size', 'bf16'},
+}
+# What a data set changes of the defaults above. For celeba and mnist these are the settings of
+# github.com/kamenbliznashki/normalizing_flows.
+DEFAULTS: dict[str, dict[str, Any]] = {
     'faces': dict(
         image_size=32,
         n_levels=2,
@@ -174,110 +217,102 @@ DEFAULTS = {
     'celeba': dict(n_epochs=80),
     'folder': dict(),
 }
-MAY_CHANGE = {
-    True: {
-        'data_dir',
-        'checkpoint_grads',
-        'bf16',
-        'compile',
-        'n_epochs',
-    },  # options that may differ from the
-    False: {'data_dir', 'batch_size', 'seed', 'bf16'},
-}  # checkpoint's: to train on, to use it
-VALIDATE_STEPS, SAVE_STEPS, LOG_STEPS = (
-    500,
-    1000,
-    20,
-)  # validation comes at the end of an epoch, at least so far apart
-FIELDS = {
-    'step': int,
-    'n_skipped': int,
-    'skips_in_a_row': int,
-    'validation_loss': float,
-    'best': float,
-}  # of Training
-PARTS = {'model': dict, 'average': dict, 'optimizer': {'state': dict, 'param_groups': [dict]}}
-CHECKPOINT = {
-    'script': str,
-    'config': dict,
-    'input_dims': [int],
-    'world_size': int,
-    **FIELDS,
-    **PARTS,
-}
-TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-DZ_SCALE, DZ_IMAGES = 1.6, 30_000  # attribute directions, as in the paper's demo
-S_MIN, LOG_STD_MAX = 0.5, 2.0  # bounds that keep the inverse of latents far out finite
 
 
-# ---------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------ layers
+
+S_MIN = 0.5  # smallest scale of a coupling
+LOG_STD_MAX = 2.0  # bound on the log-deviation of a split's Gaussian, both ways
 
 
 class Dequantize(nn.Module):
-    """Discrete images to continuous values: the top n_bits of the uint8 image, plus uniform noise u, scaled to [-0.5, 0.5).
+    """Dequantization: adds uniform noise to the bins of an ``n_bits``-bit image.
 
-    x = (floor(x_8bit / 2^(8 - n)) + u) / 2^n - 0.5 and log|det| = -D n log 2 for D values an image; with it the log-density
-    is, on average over u, a lower bound of the n-bit image's log-probability (Theis et al., 2016).
+    A uint8 image is reduced to its top n = ``n_bits`` bits and scaled to [-0.5, 0.5):
+    x = (floor(x_8bit / 2^(8 - n)) + u) / 2^n - 0.5 with noise u in [0, 1). For D values per image,
+    log|det| = -D n log 2. With it, the log-density is on average over u a lower bound on the
+    log-probability of the n-bit image (Theis et al., 2016).
     """
 
-    def __init__(self, n_bits):
+    def __init__(self, n_bits: int) -> None:
         super().__init__()
         self.n_bits = n_bits
 
-    def forward(self, x, u=None):
-        u = torch.rand(x.shape, device=x.device) if u is None else u
+    def log_bins(self, x: Tensor) -> float:
+        """Return D n log 2, the logarithm of the number of images that there are."""
+        return x[0].numel() * self.n_bits * math.log(2)
+
+    def forward(self, x: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Dequantize uint8 images. Without ``u``, of their shape, the noise is drawn."""
+        if u is None:
+            u = torch.rand(x.shape, device=x.device)
         bins = x >> (8 - self.n_bits)
-        logdet = u.new_full((len(x),), -x[0].numel() * self.n_bits * math.log(2))
+        logdet = u.new_full((len(x),), -self.log_bins(x))
         return (bins + u) / 2**self.n_bits - 0.5, logdet
 
-    def inverse(self, x):
-        """-> uint8 images that show the n-bit images over the whole range 0..255; logdet as for forward, negated."""
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return uint8 images that show the ``n_bits``-bit images over the whole range 0..255."""
         n_bins = 2**self.n_bits
         bins = ((x + 0.5) * n_bins).floor().clamp(0, n_bins - 1)
-        logdet = x.new_full((len(x),), x[0].numel() * self.n_bits * math.log(2))
+        logdet = x.new_full((len(x),), self.log_bins(x))
         return (bins * 255 / (n_bins - 1)).to(torch.uint8), logdet
 
 
-class Actnorm(nn.Module):
-    """Activation normalisation (sec. 3.1): y = s * x + b per channel, log|det| = H W sum(log s).
+class ChannelAffine(nn.Module):
+    """Learned scale and shift per channel: y = s * x + b, log|det| = H W sum(log s)."""
 
-    The first batch sets s and b so that y has zero mean and unit variance per channel.
-    """
-
-    def __init__(self, n_channels):
+    def __init__(self, n_channels: int) -> None:
         super().__init__()
         self.log_s = nn.Parameter(torch.zeros(n_channels, 1, 1))
         self.b = nn.Parameter(torch.zeros(n_channels, 1, 1))
-        self.register_buffer('initialized', torch.tensor(False))
 
-    @torch.no_grad()
-    def initialize(self, x):
-        if self.initialized:
-            return
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        std = torch.where(var > 1e-8, var.sqrt(), 1.0)[
-            :, None, None
-        ]  # a constant channel is only centred
-        self.log_s.copy_(-std.log())
-        self.b.copy_(-mean[:, None, None] / std)
-        self.initialized.fill_(True)
-
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logdet = self.log_s.sum() * x.shape[2] * x.shape[3]
         return torch.addcmul(self.b, x, self.log_s.exp()), logdet.expand(len(x))
 
-    def inverse(self, z):
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         logdet = -self.log_s.sum() * z.shape[2] * z.shape[3]
         return (z - self.b) * (-self.log_s).exp(), logdet.expand(len(z))
 
 
-class Invertible1x1Conv(nn.Module):
-    """Invertible 1x1 convolution (sec. 3.2): y_ij = W x_ij, log|det| = H W log|det W|, W orthogonal at first.
+class Actnorm(ChannelAffine):
+    """Activation normalization (sec. 3.1): y = s * x + b per channel, log|det| = H W sum(log s).
 
-    With plu it learns the factors of W = P L (U + diag(s)) (eq. 10), whose log|det W| is sum(log|s|) (eq. 11).
+    The first batch sets s and b so that each channel of y has zero mean and unit variance.
     """
 
-    def __init__(self, n_channels, plu=True):
+    def __init__(self, n_channels: int) -> None:
+        super().__init__(n_channels)
+        self.register_buffer('initialized', torch.tensor(False))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set s and b from a batch, once. A constant channel is only centred."""
+        if self.initialized:
+            return
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        std = torch.where(var > 1e-8, var.sqrt(), 1.0)[:, None, None]
+        self.log_s.copy_(-std.log())
+        self.b.copy_(-mean[:, None, None] / std)
+        self.initialized.fill_(True)
+
+
+class LearnedPrior(ChannelAffine):
+    """The last level's prior: a Gaussian with learned mean and deviation per channel.
+
+    It is written as the bijection that makes it N(0, I): z = s * x + b, where s is the inverse
+    of the deviation and -b / s the mean. log|det| = H W sum(log s).
+    """
+
+
+class Invertible1x1Conv(nn.Module):
+    """Invertible 1x1 convolution (sec. 3.2): y_ij = W x_ij, log|det| = H W log|det W|.
+
+    W is orthogonal at first. With ``plu`` its factors are learned, W = P L (U + diag(s))
+    (eq. 10), whose log|det W| is sum(log|s|) (eq. 11).
+    """
+
+    def __init__(self, n_channels: int, plu: bool = True) -> None:
         super().__init__()
         w = torch.linalg.qr(torch.randn(n_channels, n_channels))[0]
         self.plu = plu
@@ -285,146 +320,168 @@ class Invertible1x1Conv(nn.Module):
             p, l, u = torch.linalg.lu(w)
             self.register_buffer('p', p)
             self.register_buffer('sign_s', u.diagonal().sign())
-            # one matrix holds L below, U above and log|s| on its diagonal, as LAPACK stores its factors
-            w = l.tril(-1) + u.triu(1) + u.diagonal().abs().log().diag()
+            # one matrix holds L below, U above and log|s| on its diagonal, as LAPACK stores them
+            log_s = u.diagonal().abs().log()
+            w = l.tril(-1) + u.triu(1) + log_s.diag()
         self.w = nn.Parameter(w)
 
-    def weight(self):
-        """-> W (C, C) and log|det W|"""
+    def weight(self) -> tuple[Tensor, Tensor]:
+        """Return W, of shape (C, C), and log|det W|."""
         if not self.plu:
             return self.w, torch.linalg.slogdet(self.w)[1]
+
         log_s = self.w.diagonal()
-        l = self.w.tril(-1) + torch.eye(len(self.w), device=self.w.device, dtype=self.w.dtype)
+        l = self.w.tril(-1) + torch.ones_like(log_s).diag()
         u = self.w.triu(1) + torch.diag(self.sign_s * log_s.exp())
         return self.p @ l @ u, log_s.sum()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # the latent itself is never rounded
             w, logdet = self.weight()
-            return F.conv2d(x, w[:, :, None, None]), (logdet * x.shape[2] * x.shape[3]).expand(
-                len(x)
-            )
+            z = F.conv2d(x, w[:, :, None, None])
+            logdet = logdet * x.shape[2] * x.shape[3]
+        return z, logdet.expand(len(x))
 
-    def inverse(self, z):
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
             w, logdet = self.weight()
-            w_inv = torch.linalg.inv(w.double()).to(w.dtype)
-            return F.conv2d(z, w_inv[:, :, None, None]), (-logdet * z.shape[2] * z.shape[3]).expand(
-                len(z)
-            )
+            w_inverse = torch.linalg.inv(w.double()).to(w.dtype)
+            x = F.conv2d(z, w_inverse[:, :, None, None])
+            logdet = -logdet * z.shape[2] * z.shape[3]
+        return x, logdet.expand(len(z))
 
 
 class ConvActnorm(nn.Module):
-    """Convolution, then actnorm: s * (w x) + b is computed as (s w) x + b, one pass over the activations."""
+    """Convolution, then actnorm. It computes s * (w x) + b as (s w) x + b, in one pass."""
 
-    def __init__(self, in_channels, out_channels, kernel_size):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False
-        )
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
         nn.init.normal_(self.conv.weight, std=0.05)
         self.actnorm = Actnorm(out_channels)
 
-    def initialize(self, x):
+    def initialize(self, x: Tensor) -> None:
+        """Set the actnorm from a batch, once."""
         self.actnorm.initialize(self.conv(x))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         weight = self.actnorm.log_s.exp()[..., None] * self.conv.weight
         return F.conv2d(x, weight, self.actnorm.b.flatten(), padding=self.conv.padding)
 
 
 class ZeroConv(nn.Conv2d):
-    """3x3 convolution that starts at zero (sec. 3.3), its outputs scaled by exp(3 log_scale) as in the official code"""
+    """3x3 convolution that starts at zero (sec. 3.3).
 
-    def __init__(self, in_channels, out_channels):
+    Its outputs are scaled by exp(3 ``log_scale``) per channel, as in the official code.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.log_scale = nn.Parameter(torch.zeros(out_channels))
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         scale = (3 * self.log_scale).exp()
-        return F.conv2d(x, scale[:, None, None, None] * self.weight, scale * self.bias, padding=1)
+        weight = scale[:, None, None, None] * self.weight
+        return F.conv2d(x, weight, scale * self.bias, padding=1)
 
 
-class AffineCoupling(nn.Module):
-    """Affine coupling (sec. 3.3, table 1): y_a = s * x_a + t, y_b = x_b with (s, t) = NN(x_b), log|det| = sum(log s).
+class Coupling(nn.Module):
+    """Half the channels are scaled and shifted by amounts that the other half decides.
 
-    s = sigmoid(raw + 2) as in the official code, but rescaled to (S_MIN, 1): the inverse stretches y_a - t at most twofold.
+    y_a = s * x_a + t and y_b = x_b with (s, t) = ``scale_and_shift(x_b)``; log|det| = sum(log s).
     """
 
-    def __init__(self, n_channels, width):
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = nn.Sequential(
+        self.net = net
+
+    def scale_and_shift(self, x_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s > 0 and t, each of the shape of ``x_b``."""
+        raise NotImplementedError
+
+    def halves_of_net(self, x_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two halves of the network's output. Under autocast only it is rounded."""
+        first, second = self.net(x_b).to(x_b.dtype).chunk(2, dim=1)
+        return first, second
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x_a, x_b = x.chunk(2, dim=1)
+        s, t = self.scale_and_shift(x_b)
+        y_a = s * x_a + t
+        return torch.cat([y_a, x_b], dim=1), s.log().flatten(1).sum(1)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        y_a, x_b = z.chunk(2, dim=1)
+        s, t = self.scale_and_shift(x_b)
+        x_a = (y_a - t) / s
+        return torch.cat([x_a, x_b], dim=1), -s.log().flatten(1).sum(1)
+
+
+class AffineCoupling(Coupling):
+    """Affine coupling (sec. 3.3, table 1): y_a = s * x_a + t, y_b = x_b with (s, t) = NN(x_b).
+
+    s = sigmoid(raw + 2) as in the official code, but rescaled from (0, 1) to (S_MIN, 1), so that
+    the inverse stretches y_a - t at most twofold. log|det| = sum(log s).
+    """
+
+    def __init__(self, n_channels: int, width: int) -> None:
+        net = nn.Sequential(
             ConvActnorm(n_channels // 2, width, 3),
             nn.ReLU(inplace=True),
             ConvActnorm(width, width, 1),
             nn.ReLU(inplace=True),
             ZeroConv(width, n_channels),
         )
+        super().__init__(net)
 
-    def scale_and_shift(self, x_b):
-        raw, t = (
-            self.net(x_b).to(x_b.dtype).chunk(2, dim=1)
-        )  # under autocast only the network is rounded
+    def scale_and_shift(self, x_b: Tensor) -> tuple[Tensor, Tensor]:
+        raw, t = self.halves_of_net(x_b)
         return S_MIN + (1 - S_MIN) * torch.sigmoid(raw + 2), t
 
-    def forward(self, x):
-        x_a, x_b = x.chunk(2, dim=1)
-        s, t = self.scale_and_shift(x_b)
-        return torch.cat([s * x_a + t, x_b], dim=1), s.log().flatten(1).sum(1)
 
-    def inverse(self, z):
-        y_a, x_b = z.chunk(2, dim=1)
-        s, t = self.scale_and_shift(x_b)
-        return torch.cat([(y_a - t) / s, x_b], dim=1), -s.log().flatten(1).sum(1)
+class Split(Coupling):
+    """Half the channels leave as Gaussians given the others (sec. 3.6 of RealNVP).
 
-
-class Squeeze(nn.Module):
-    """(B, C, H, W) -> (B, 4C, H/2, W/2): 2x2 blocks of pixels become channels (sec. 3.6 of RealNVP); log|det| = 0."""
-
-    def forward(self, x):
-        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
-
-    def inverse(self, z):
-        return F.pixel_shuffle(z, 2), z.new_zeros(len(z))
-
-
-class LearnedPrior(Actnorm):
-    """The last level's prior, a Gaussian per channel: z = (x - mean) / std is actnorm's s * x + b, not set by data."""
-
-    def __init__(self, n_channels):
-        super().__init__(n_channels)
-        self.initialized.fill_(True)
-
-
-class Split(AffineCoupling):
-    """Half the channels as Gaussians given the others (sec. 3.6 of RealNVP): x_a ~ N(mean(x_b), std(x_b)^2).
-
-    A coupling, z_a = (x_a - mean) / std, whose first half is a finished latent; x_b goes on to the next level.
+    x_a ~ N(mean(x_b), std(x_b)^2) is the coupling z_a = (x_a - mean) / std. Its first half is
+    a finished latent, and x_b goes on to the next level. log|det| = -sum(log std).
     """
 
-    def __init__(self, n_channels):
-        nn.Module.__init__(self)
-        self.net = ZeroConv(n_channels // 2, n_channels)
+    def __init__(self, n_channels: int) -> None:
+        super().__init__(ZeroConv(n_channels // 2, n_channels))
 
-    def scale_and_shift(self, x_b):
-        mean, log_std = self.net(x_b).to(x_b.dtype).chunk(2, dim=1)
+    def scale_and_shift(self, x_b: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.halves_of_net(x_b)
         s = (-LOG_STD_MAX * torch.tanh(log_std / LOG_STD_MAX)).exp()
         return s, -mean * s
 
 
-class Sequence(nn.ModuleList):
-    """Bijections one after the other; their log-determinants add up."""
+class Squeeze(nn.Module):
+    """2x2 blocks of pixels become channels (sec. 3.6 of RealNVP); log|det| = 0.
 
-    def forward(self, x):
+    (B, C, H, W) becomes (B, 4C, H/2, W/2).
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return F.pixel_shuffle(z, 2), z.new_zeros(len(z))
+
+
+class Sequence(nn.ModuleList):
+    """Bijections one after the other. Their log-determinants add up."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logdet = x.new_zeros(len(x))
         for layer in self:
             x, logdet_layer = layer(x)
             logdet = logdet + logdet_layer
         return x, logdet
 
-    def inverse(self, z):
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         logdet = z.new_zeros(len(z))
         for layer in reversed(self):
             z, logdet_layer = layer.inverse(z)
@@ -433,9 +490,14 @@ class Sequence(nn.ModuleList):
 
 
 class FlowStep(Sequence):
-    """One step of flow (fig. 2a). checkpoint_grads trades time for memory: the backward pass recomputes activations."""
+    """One step of flow (fig. 2a): actnorm, 1x1 convolution, coupling.
 
-    def __init__(self, n_channels, width, plu=True, checkpoint_grads=False):
+    ``checkpoint_grads`` trades time for memory: the backward pass recomputes the activations.
+    """
+
+    def __init__(
+        self, n_channels: int, width: int, plu: bool = True, checkpoint_grads: bool = False
+    ) -> None:
         super().__init__(
             [
                 Actnorm(n_channels),
@@ -445,44 +507,74 @@ class FlowStep(Sequence):
         )
         self.checkpoint_grads = checkpoint_grads
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.checkpoint_grads and torch.is_grad_enabled():
             return checkpoint(super().forward, x, use_reentrant=False)
         return super().forward(x)
 
 
 class FlowLevel(Sequence):
-    """One level (fig. 2b): squeeze, depth steps of flow, then the split or, on the last level, the prior."""
+    """One level (fig. 2b): squeeze, ``depth`` steps of flow, then a split.
 
-    def __init__(self, in_channels, depth, width, is_last=False, plu=True, checkpoint_grads=False):
-        c = 4 * in_channels
-        steps = [FlowStep(c, width, plu, checkpoint_grads) for _ in range(depth)]
-        super().__init__([Squeeze(), *steps, LearnedPrior(c) if is_last else Split(c)])
-
-
-# ----------------------------------------------------------------------------------------------------- model
-
-
-class Glow(nn.Module):
-    """The multi-scale flow (fig. 2b) between images in [-0.5, 0.5) and latents z ~ N(0, I) of as many values.
-
-    input_dims: (C, H, W), H and W divisible by 2^(n_levels + 1). z is (B, C H W): the levels' halves, finest first.
+    The last level ends in the prior instead.
     """
 
     def __init__(
-        self, input_dims, n_levels, depth, width, n_bits=5, checkpoint_grads=False, plu=True
-    ):
+        self,
+        in_channels: int,
+        depth: int,
+        width: int,
+        is_last: bool = False,
+        plu: bool = True,
+        checkpoint_grads: bool = False,
+    ) -> None:
+        c = 4 * in_channels
+        steps = [FlowStep(c, width, plu, checkpoint_grads) for _ in range(depth)]
+        end = LearnedPrior(c) if is_last else Split(c)
+        super().__init__([Squeeze(), *steps, end])
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+class Glow(nn.Module):
+    """The multi-scale flow (fig. 2b) between images in [-0.5, 0.5) and latents z ~ N(0, I).
+
+    Arguments:
+        input_dims: (C, H, W), with H and W divisible by 2^(n_levels + 1).
+        n_levels: the number of levels that end in a split. One more level follows.
+        depth: steps of flow per level.
+        width: channels of the hidden layers of the coupling networks.
+        n_bits: bits per value of an image.
+        checkpoint_grads: recompute activations in the backward pass.
+        plu: learn the PLU factors of the 1x1 convolutions.
+
+    z has the shape (B, C H W): the halves that the splits give off, finest first, and the rest.
+    """
+
+    def __init__(
+        self,
+        input_dims: tuple[int, ...],
+        n_levels: int,
+        depth: int,
+        width: int,
+        n_bits: int = 5,
+        checkpoint_grads: bool = False,
+        plu: bool = True,
+    ) -> None:
         super().__init__()
         self.input_dims = c, h, w = tuple(input_dims)
         self.dequantize = Dequantize(n_bits)
-        self.levels, self.z_shapes = nn.ModuleList(), []
+        self.levels = nn.ModuleList()
+        self.z_shapes = []
+
         for level in range(n_levels + 1):
             is_last = level == n_levels
             self.levels.append(FlowLevel(c, depth, width, is_last, plu, checkpoint_grads))
             c, h, w = (4 if is_last else 2) * c, h // 2, w // 2
             self.z_shapes.append((c, h, w))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z, logdet = [], x.new_zeros(len(x))
         for level in self.levels:
             x, logdet_level = level(x)
@@ -492,7 +584,7 @@ class Glow(nn.Module):
                 z.append(z_a.flatten(1))
         return torch.cat([*z, x.flatten(1)], dim=1), logdet
 
-    def inverse(self, z):
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         logdet = z.new_zeros(len(z))
         parts = z.split([math.prod(shape) for shape in self.z_shapes], dim=1)
         *parts, x = [part.unflatten(1, shape) for part, shape in zip(parts, self.z_shapes)]
@@ -503,54 +595,72 @@ class Glow(nn.Module):
                 x = torch.cat([parts.pop(), x], dim=1)
         return x, logdet
 
-    def log_prob(self, x, u=None):
-        """uint8 images (B, C, H, W), dequantization noise u of the same shape in [0, 1) -> log p(x) in nats (B,)"""
+    def log_prob(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """Return log p(x) in nats, of shape (B,), of uint8 images.
+
+        ``u`` is the noise of the dequantization, of the shape of ``x`` and in [0, 1). Without it
+        the noise is drawn.
+        """
         x, logdet_bins = self.dequantize(x, u)
         z, logdet = self(x)
         return log_normal(z) + logdet + logdet_bins
 
     @torch.no_grad()
-    def sample(self, n, z_std=1.0, generator=None):
-        """-> n uint8 images (n, C, H, W), drawn at temperature z_std (sec. 6: the prior's deviation is scaled)"""
+    def sample(
+        self, n: int, z_std: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return ``n`` uint8 images, drawn at temperature ``z_std`` (sec. 6).
+
+        The temperature is a factor of the prior's deviation.
+        """
         z = z_std * torch.randn(n, math.prod(self.input_dims), generator=generator)
-        return self.dequantize.inverse(self.inverse(z.to(next(self.parameters()).device))[0])[0]
+        x, _ = self.inverse(z.to(next(self.parameters()).device))
+        return self.dequantize.inverse(x)[0]
 
 
 @torch.no_grad()
-def initialize(model, x, u=None):
-    """Data-dependent initialisation of every actnorm that has none yet, from uint8 images (sec. 3.1)"""
-    hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: module.initialize(inputs[0]))
-        for module in model.modules()
-        if hasattr(module, 'initialize')
-    ]
+def initialize(model: Glow, x: Tensor, u: Tensor | None = None) -> None:
+    """Initialize every actnorm that has not been yet from uint8 images (sec. 3.1)."""
+
+    def initialize_layer(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        layer.initialize(inputs[0])
+
+    hooks = []
+    for module in model.modules():
+        if hasattr(module, 'initialize'):
+            hooks.append(module.register_forward_pre_hook(initialize_layer))
     model(model.dequantize(x, u)[0])
     for hook in hooks:
         hook.remove()
 
 
-def log_normal(z):
-    """log N(z; 0, I) of each row, in nats: (B, D) -> (B,)"""
-    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+def log_normal(z: Tensor) -> Tensor:
+    """Return log N(z; 0, I) of each row in nats: (B, D) becomes (B,)."""
+    log_of_constant = z.shape[1] * math.log(2 * math.pi)
+    return -0.5 * (z.square().sum(1) + log_of_constant)
 
 
 class BitsPerDim(nn.Module):
-    """The training objective, -log2 p(x) / n_values averaged over the batch: what DistributedDataParallel wraps."""
+    """The training objective: -log2 p(x) / ``n_values``, averaged over the batch.
 
-    def __init__(self, model, n_values, bf16=False):
+    DistributedDataParallel wraps it, so that the loss is computed inside ``forward``.
+    """
+
+    def __init__(self, model: Glow, n_values: int, bf16: bool = False) -> None:
         super().__init__()
         self.model, self.n_values, self.bf16 = model, n_values, bf16
 
-    def forward(self, x, u=None):
+    def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return -self.model.log_prob(x, u).mean() / (math.log(2) * self.n_values)
+            log_p = self.model.log_prob(x, u).mean()
+        return -log_p / (math.log(2) * self.n_values)
 
 
-def build_model(config, input_dims):
+def build_model(config: Config, input_dims: tuple[int, ...]) -> Glow:
+    """Build the model of a config for images of (C, H, W), seeded by the config."""
     if list(input_dims[1:]) != [config.image_size] * 2:
-        raise UserError(
-            f'a model of images of {config.image_size}x{config.image_size} has no input of {input_dims}'
-        )
+        size = config.image_size
+        raise UserError(f'a model of images of {size}x{size} has no input of {input_dims}')
     torch.manual_seed(config.seed)
     model = Glow(
         input_dims,
@@ -559,12 +669,17 @@ def build_model(config, input_dims):
         config.width,
         config.n_bits,
         config.checkpoint_grads,
-        not config.plain_conv1x1,
+        plu=not config.plain_conv1x1,
     )
     return model.to(memory_format=torch.channels_last)
 
 
-# -------------------------------------------------------------------------------------- processes, checkpoints
+def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimizer of a training."""
+    return torch.optim.Adam(parameters, lr=config.lr, fused=True)
+
+
+# --------------------------------------------------------------------------------------- processes
 
 
 class Process(NamedTuple):
@@ -573,110 +688,141 @@ class Process(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
-    store: object = None
+    store: Any = None
 
-    def gather(self, value):
-        """-> what each process has, in the order of their ranks"""
+    def gather(self, value: Any) -> list:
+        """Return the value of every process, in the order of ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def sum(self, values):
-        """-> a tensor, summed in place over all processes"""
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag):
-        """Whether the flag is set on any of the processes"""
-        return (
-            bool(flag)
-            if self.world_size == 1
-            else self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
-        )
+    def any(self, flag: object) -> bool:
+        """Return whether the flag is set on any process."""
+        if self.world_size == 1:
+            return bool(flag)
+        flags = torch.tensor(float(bool(flag)), device=self.device)
+        return self.sum(flags).item() > 0
 
 
 @contextlib.contextmanager
-def setup():
-    """Join the process group of torchrun or torch.distributed.launch, if one started us: NCCL on GPUs, else Gloo."""
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
-    world_size, n_here, n_nodes = (
-        int(os.environ.get(f'{of}WORLD_SIZE', 1)) for of in ('', 'LOCAL_', 'GROUP_')
-    )
-    device, store, n_restarts = (
-        local_device(local_rank, n_here),
-        None,
-        os.environ.get('TORCHELASTIC_RESTART_COUNT'),
-    )
+def setup() -> Iterator[Process]:
+    """Join the process group of torchrun or torch.distributed.launch, if one has started us.
+
+    The backend is NCCL on GPUs and Gloo on CPUs.
+    """
+    rank = int(os.environ.get('RANK', 0))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    n_nodes = int(os.environ.get('GROUP_WORLD_SIZE', 1))
+    n_restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT')
+    device = local_device(local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+    store = None
     if world_size > 1 or n_restarts:
         store, _, _ = next(dist.rendezvous('env://'))
-        store = getattr(
-            store, 'underlying_store', store
-        )  # torch 2.4 gives each start a part of its own
+        store = getattr(store, 'underlying_store', store)  # torch 2.4 wraps it for each start
     if world_size > 1:
-        # torchrun's store outlives the processes: those it starts anew must not find in it the addresses of the dead.
-        # (Each node counts its own restarts, so that the count is of no use to several.)
-        own = dist.PrefixStore(f'start {n_restarts if n_nodes == 1 else 0}', store)
+        # torchrun's store outlives the processes: those it starts anew must not find in it the
+        # addresses of the dead. (Each node counts its own restarts, so several have no common
+        # count.)
+        prefix = f'start {n_restarts if n_nodes == 1 else 0}'
         dist.init_process_group(
             'nccl' if device.type == 'cuda' else 'gloo',
             timeout=timedelta(minutes=30),
-            store=own,
+            store=dist.PrefixStore(prefix, store),
             rank=rank,
             world_size=world_size,
         )
+
     try:
         yield Process(rank, world_size, device, store)
     finally:
-        if world_size > 1 and not isinstance(
-            sys.exc_info()[1], RuntimeError
-        ):  # report a lost process first
-            time.sleep(
-                0.1
-            )  # torch 2.4 hangs in the next line while Gloo's thread still frees its last tensor
+        # where a process is lost, its error is reported first
+        if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):
+            time.sleep(0.1)  # torch 2.4 hangs below while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
 
 
-def wrap_ddp(objective, process, **own):
-    """-> the objective, its gradients averaged over all processes, once these are found to agree on all of own and on the
-    weights; its buffers never change and are not sent"""
+def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module:
+    """Wrap the objective, so that its gradients are averaged over all processes.
+
+    Raises ``UserError`` unless all processes agree on the given values and on the weights. Buffers
+    are not sent, as they never change.
+    """
     if process.world_size == 1:
         return objective
-    require_agreement(
-        process,
-        weights=digest('', (value.cpu() for value in objective.state_dict().values())),
-        **own,
-    )
+    weights = digest('', map(tensor_bytes, objective.state_dict().values()))
+    require_agreement(process, weights=weights, **values)
+
     buffers = [name for name, _ in objective.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
     return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
-def load_checkpoint(path):
-    """-> the dict in a checkpoint, its config a Config, or UserError: nothing in the file is trusted"""
-    return read_checkpoint(
-        path,
-        f'{NAME}.py',
-        CHECKPOINT,
-        Config,
-        N_DIMS,
-        lambda *options: AveragedModel(build_model(*options)),
-    )
+# ------------------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT = CheckpointFormat(
+    script=f'{NAME}.py',
+    number=1,
+    config_class=Config,
+    n_dims=3,  # of an image: (C, H, W)
+    fields={
+        'step': int,
+        'n_skipped': int,
+        'skips_in_a_row': int,
+        'validation_loss': float,
+        'best': float,
+    },
+    parts={
+        'model': dict,
+        'average': dict,
+        'optimizer': {'state': dict, 'param_groups': [dict]},
+    },
+    build_model=build_model,
+    build_optimizer=build_optimizer,
+)
 
 
-def restore_model(saved, device):
-    """-> the model with the averaged weights of a checkpoint, ready to evaluate and to sample"""
+def save_checkpoint(run: 'Training', log: TrainingLog, path: Path) -> None:
+    """Save the state of a training, on rank 0, after the scalars of the steps that it includes."""
+    if run.process.rank == 0:
+        log.flush()
+        CHECKPOINT.save(run, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint, its config as a ``Config``.
+
+    Nothing in the file is trusted. Raises ``UserError`` where it is damaged.
+    """
+    return CHECKPOINT.read(path)
+
+
+def restore_model(saved: dict[str, Any], device: torch.device) -> nn.Module:
+    """Return the model with the averaged weights of a checkpoint, in evaluation mode."""
     average = AveragedModel(build_model(saved['config'], saved['input_dims']))
     average.load_state_dict(saved['average'])
     return average.module.to(device).eval()
 
 
-# ------------------------------------------------------------------------------------------------------ data
+# -------------------------------------------------------------------------------------------- data
 
 
-def training_batch(data, config, step, process):
-    """-> this process's uint8 images and noise of a step: functions of (seed, step, rank)"""
-    index = batch_indices(
+def training_batch(
+    data: ImageData, config: Config, step: int, process: Process
+) -> tuple[Tensor, Tensor]:
+    """Return this process's uint8 images and dequantization noise of a step.
+
+    Both are functions of (seed, step, rank).
+    """
+    indices = batch_indices(
         len(data.train.images),
         config.batch_size,
         config.seed,
@@ -685,88 +831,119 @@ def training_batch(data, config, step, process):
         process.world_size,
     )
     generator = seeded_generator(process.device, config.seed, step, process.rank)
-    x = torch.from_numpy(data.train.images[index]).to(process.device)
+    x = torch.from_numpy(data.train.images[indices]).to(process.device)
     if data.max_shift:
         x = shift_randomly(x, data.max_shift, generator)
     return x, torch.rand(x.shape, device=process.device, generator=generator)
 
 
 @torch.no_grad()
-def bits_per_dim(model, images, n_values, batch_size, process):
-    """-> mean bits/dim over all the images and two standard errors of it. Image i always gets the same noise, so that
-    the number depends neither on batch_size nor on how many processes share the work."""
+def bits_per_dim(
+    model: Glow, images: np.ndarray, n_values: int, batch_size: int, process: Process
+) -> tuple[float, float]:
+    """Return the mean bits/dim of all images, and two standard errors of it.
+
+    Image i always gets the same noise, so that the result depends neither on ``batch_size`` nor
+    on the number of processes that share the work.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=process.device)
     own = np.arange(len(images))[process.rank :: process.world_size]
-    for index in (own[i : i + batch_size] for i in range(0, len(own), batch_size)):
-        x = torch.from_numpy(images[index]).to(process.device)
-        u = torch.stack(
-            [torch.rand(x.shape[1:], generator=seeded_generator('cpu', int(i))) for i in index]
-        )
-        bits = -model.log_prob(x, u.to(process.device)).double() / (math.log(2) * n_values)
+    for start in range(0, len(own), batch_size):
+        indices = own[start : start + batch_size]
+        x = torch.from_numpy(images[indices]).to(process.device)
+        noise = []
+        for i in indices:
+            generator = seeded_generator('cpu', int(i))
+            noise.append(torch.rand(x.shape[1:], generator=generator))
+        u = torch.stack(noise).to(process.device)
+        log_p = model.log_prob(x, u).double()
+        bits = -log_p / (math.log(2) * n_values)
         sums += torch.stack([bits.sum(), bits.square().sum()])
+
     mean, mean_square = (process.sum(sums) / len(images)).tolist()
-    return mean, 2 * math.sqrt(max(0, mean_square - mean**2) / len(images))
+    variance = max(0, mean_square - mean**2)
+    return mean, 2 * math.sqrt(variance / len(images))
 
 
 @torch.no_grad()
-def sample_rows(model, temperatures, n_columns, seed, device):
-    """-> one row of uint8 samples (n_columns, C, H, W) a temperature, each sorted by log-probability, best first"""
+def sample_rows(
+    model: Glow,
+    temperatures: Iterable[float],
+    n_columns: int,
+    seed: int,
+    device: torch.device,
+) -> list[np.ndarray]:
+    """Return a row of uint8 samples (``n_columns``, C, H, W) for each temperature.
+
+    Each row is sorted by log-probability, best first. Raises ``UserError`` where samples are not
+    finite.
+    """
     rows = []
     for row, z_std in enumerate(temperatures):
-        eps = torch.randn(
-            n_columns, math.prod(model.input_dims), generator=seeded_generator('cpu', seed, row)
-        )
-        z = z_std * eps.to(device)
-        x, logdet = (
-            torch.cat(parts) for parts in zip(*(model.inverse(z_some) for z_some in z.split(64)))
-        )
-        order = (log_normal(z) - logdet).argsort(descending=True)
+        generator = seeded_generator('cpu', seed, row)
+        z = z_std * torch.randn(n_columns, math.prod(model.input_dims), generator=generator)
+        z = z.to(device)
+        parts = [model.inverse(part) for part in z.split(64)]
+        x, logdet = (torch.cat(tensors) for tensors in zip(*parts))
         if not x.isfinite().all():
             raise UserError(
                 f'samples at temperature {z_std:g} are not finite: the model has diverged'
             )
-        rows.append(model.dequantize.inverse(x)[0][order].cpu().numpy())
+        images, _ = model.dequantize.inverse(x)
+        order = (log_normal(z) - logdet).argsort(descending=True)
+        rows.append(images[order].cpu().numpy())
     return rows
 
 
-# -------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
-def learning_rate(config, step, per_epoch):
-    """Linear warm-up from 0, constant, and a linear fall to 0 over the last lr_decay of the training"""
+def learning_rate(config: Config, step: int, per_epoch: int) -> float:
+    """Return the learning rate of a step, of ``per_epoch`` steps per epoch.
+
+    It rises linearly from 0, stays constant, and falls linearly to 0 over the last ``lr_decay``
+    of the training.
+    """
     n_steps = config.n_epochs * per_epoch
     warmup = (step + 1) / max(1, config.n_epochs_warmup * per_epoch)
-    fall = (n_steps - step) / (config.lr_decay * n_steps) if config.lr_decay else 1.0
+    fall = 1.0
+    if config.lr_decay:
+        fall = (n_steps - step) / (config.lr_decay * n_steps)
     return config.lr * min(1.0, warmup, fall)
 
 
 class Training:
-    """What a run carries from step to step: weights, their average, the optimizer, and where it stands."""
+    """A training: the weights, their average, the optimizer, and where it stands."""
 
-    def __init__(self, config, data, process, saved=None):
+    score = 'bits_per_dim'
+
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        process: Process,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
         self.config, self.data, self.process = config, data, process
         self.input_dims = list(data.train.images.shape[1:])
         self.model = build_model(config, self.input_dims).to(process.device)
-        self.step, self.best, self.validation_loss = 0, math.inf, math.nan
-        self.n_skipped = self.skips_in_a_row = 0
-        n = len(data.train.images)
-        self.steps_per_epoch = steps_per_epoch(n, config.batch_size, process.world_size)
-        self.validate_every = self.steps_per_epoch * math.ceil(
-            VALIDATE_STEPS / self.steps_per_epoch
-        )
+        self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
+        self.best, self.validation_loss = math.inf, math.nan
+
+        n_images = len(data.train.images)
+        self.steps_per_epoch = steps_per_epoch(n_images, config.batch_size, process.world_size)
+        epochs_per_validation = math.ceil(VALIDATE_STEPS / self.steps_per_epoch)
+        self.validate_every = self.steps_per_epoch * epochs_per_validation
         self.n_steps = self.last_step = config.n_epochs * self.steps_per_epoch
-        if saved is None:  # the same on every process, before the model is wrapped
-            x = data.train.images[
-                batch_indices(n, min(n, config.batch_size_init), config.seed, step=0)
-            ]
-            u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
-            initialize(self.model, torch.from_numpy(x).to(process.device), u.to(process.device))
-        self.average = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
-        )
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+
+        if saved is None:
+            self.initialize_actnorms()
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        self.average = AveragedModel(self.model, multi_avg_fn=average)
+        self.optimizer = build_optimizer(config, self.model.parameters())
         if saved is not None:
-            restore_state(self, saved, FIELDS, PARTS)
+            CHECKPOINT.restore(self, saved)
+
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()  # steps of one shape share what was compiled for the first
@@ -778,17 +955,24 @@ class Training:
             step=self.step,
         )
 
-    def take_step(self):
-        """-> bits/dim and gradient norm of one step, as tensors"""
-        self.optimizer.param_groups[0]['lr'] = learning_rate(
-            self.config, self.step, self.steps_per_epoch
-        )
-        return update(
-            self, self.objective(*training_batch(self.data, self.config, self.step, self.process))
-        )
+    def initialize_actnorms(self) -> None:
+        """Initialize the actnorms from the same images and noise on every process."""
+        images, config = self.data.train.images, self.config
+        n = min(len(images), config.batch_size_init)
+        x = images[batch_indices(len(images), n, config.seed, step=0)]
+        u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
+        device = self.process.device
+        initialize(self.model, torch.from_numpy(x).to(device), u.to(device))
 
-    def validate(self, run_dir):
-        """Bits/dim on the validation split, with the averaged weights, and samples of these as a picture"""
+    def take_step(self) -> tuple[Tensor, Tensor]:
+        """Take one step. Returns its bits/dim and its gradient norm."""
+        lr = learning_rate(self.config, self.step, self.steps_per_epoch)
+        self.optimizer.param_groups[0]['lr'] = lr
+        x, u = training_batch(self.data, self.config, self.step, self.process)
+        return update(self, self.objective(x, u))
+
+    def validate(self, folder: Path) -> None:
+        """Score the averaged weights on the validation split, and draw samples of them."""
         self.validation_loss, _ = bits_per_dim(
             self.average.module,
             self.data.validation.images,
@@ -799,280 +983,341 @@ class Training:
         if self.process.rank == 0:
             tqdm.write(f'step {self.step}: validation {self.validation_loss:.4f} bits/dim')
             with warn_on_error('picture'):
+                temperatures = (0.0, 0.25, 0.7, 1.0)
                 rows = sample_rows(
-                    self.average.module,
-                    (0.0, 0.25, 0.7, 1.0),
-                    8,
-                    self.config.seed,
-                    self.process.device,
+                    self.average.module, temperatures, 8, self.config.seed, self.process.device
                 )
-                save_grid(
-                    run_dir / f'samples_at_step_{self.step:06}.png',
-                    rows,
-                    ['T = 0', 'T = 0.25', 'T = 0.7', 'T = 1'],
-                )
+                labels = [f'T = {temperature:g}' for temperature in temperatures]
+                save_grid(folder / f'samples_at_step_{self.step:06}.png', rows, labels)
 
 
-def update(run, loss):
-    """One step of the optimizer -> loss, gradient norm. Where these are not finite, no process changes its weights."""
+def update(run: Training, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Take one step of the optimizer. Returns the loss and the gradient norm.
+
+    Where these are not finite on one process, no process changes its weights.
+    """
     run.optimizer.zero_grad()
-    loss.backward(
-        torch.where(loss.isfinite(), 1.0, math.nan)
-    )  # else NaN gradients, on all processes
+    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))  # NaN reaches all processes
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_norm_clip)
-    run.skips_in_a_row = 0 if norm.isfinite() else run.skips_in_a_row + 1
-    run.n_skipped += run.skips_in_a_row > 0
-    if not run.skips_in_a_row:
+    if norm.isfinite():
+        run.skips_in_a_row = 0
         run.optimizer.step()
         run.average.update_parameters(run.model)
+    else:
+        run.skips_in_a_row += 1
+        run.n_skipped += 1
     run.step += 1
     return loss.detach(), norm
 
 
-def train(data, config, request, process, saved=None):
-    """Train to the end, from a checkpoint's dict if there is one; leaves checkpoint.pt, the last state, and best.pt
-    -> the best one's dict, or None where a signal ended it before"""
+def train(
+    data: Any,
+    config: Config,
+    request: Request,
+    process: Process,
+    saved: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Train to the end, from the content of a checkpoint if there is one.
+
+    The folder of the run gets checkpoint.pt, the last state, and best.pt, the one with the best
+    validation score. Returns the content of the latter, or None where a signal came first.
+    """
     torch.autograd.set_detect_anomaly(request.detect_anomaly)
     with (
-        open_run_folder(NAME, config, request, process, saved, load_checkpoint) as run_dir,
+        open_run_folder(NAME, config, request, process, saved, load_checkpoint) as folder,
         catch_stop_signals() as signals,
     ):
-        run, best, newest = (
-            Training(config, data, process, saved),
-            run_dir / 'best.pt',
-            run_dir / 'checkpoint.pt',
-        )
-        log = TrainingLog(run, run_dir, SCORE, UNIT, ITEMS)
-        save = partial(save_checkpoint, run, log, NAME, FIELDS, PARTS)
-        if not newest.exists():
-            save(newest)
+        run = Training(config, data, process, saved)
+        log = TrainingLog(run, folder, UNIT, ITEMS)
+        last, best = folder / LAST, folder / BEST
+        if not last.exists():
+            save_checkpoint(run, log, last)
+            if process.rank == 0:
+                load_checkpoint(last)  # what cannot be read back is found out now
         if not best.exists():
             run.best = math.inf
+
         with log:
-            while run.step < run.last_step and not process.any(signals):
-                loss, norm = run.take_step()
-                log.step(loss, norm, LOG_STEPS)
-                is_due = run.step % run.validate_every == 0 or run.step == run.last_step
-                if is_due:
-                    run.validate(run_dir)
-                    log.validated()
-                stop_if_diverged(run, is_due, request.max_skips, newest)
-                if is_due and run.validation_loss < run.best:
-                    run.best = run.validation_loss
-                    save(best)
-                if (
-                    is_due or run.step % SAVE_STEPS == 0
-                ):  # last: what a checkpoint is past is never redone
-                    save(newest)
-        if (
-            process.any(signals) or run.step < run.last_step
-        ):  # a collective call: by now rank 0 has written its files
-            save(newest)
-            log.stopped(signals, NAME, newest)
+            take_steps(run, log, folder, request.max_skips, signals)
+        # a collective call: when it returns, rank 0 has written its files
+        was_stopped = process.any(signals) or run.step < run.last_step
+        if was_stopped:
+            save_checkpoint(run, log, last)
+            print_how_to_go_on(run, NAME, signals, last)
             return None
-        return load_checkpoint(best if best.exists() else newest)
+        return load_checkpoint(best if best.exists() else last)
 
 
-# ----------------------------------------------------------------------------------------------------- modes
+def take_steps(
+    run: Training, log: TrainingLog, folder: Path, max_skips: int, signals: list[str]
+) -> None:
+    """Train, validate and save until the last step, or until a signal comes to any process."""
+    last, best = folder / LAST, folder / BEST
+    saved_at = time.monotonic()
+    while run.step < run.last_step and not run.process.any(signals):
+        loss, norm = run.take_step()
+        log.log_step(loss, norm, LOG_STEPS)
+
+        is_due = run.step % run.validate_every == 0 or run.step == run.last_step
+        if is_due:
+            run.validate(folder)
+            log.log_validation()
+        stop_if_diverged(run, is_due, max_skips, last)
+
+        if is_due and run.validation_loss < run.best:
+            run.best = run.validation_loss
+            save_checkpoint(run, log, best)
+        # after best.pt, as what the last checkpoint includes is never done again
+        if is_due or time.monotonic() >= saved_at + SAVE_SECONDS:
+            save_checkpoint(run, log, last)
+            saved_at = time.monotonic()
 
 
-def evaluate(model, data, saved, config, process):
-    """Bits/dim on the whole test split: printed, and kept as results.json beside the checkpoint."""
+# ------------------------------------------------------------------------------------------- modes
+
+
+def evaluate(
+    model: Glow, data: ImageData, saved: dict[str, Any], config: Config, process: Process
+) -> None:
+    """Print bits/dim on the whole test split, and save it as results.json beside the checkpoint."""
     mean, error = bits_per_dim(
         model, data.test.images, data.n_values, 4 * config.batch_size, process
     )
-    if process.rank == 0:
-        results = {
-            'bits_per_dim': mean,
-            'two_standard_errors': error,
-            'n_images': len(data.test.images),
-            'values_per_image': data.n_values,
-            'n_bits': config.n_bits,
-            'dataset': config.dataset,
-            'step': saved['step'],
-            'checkpoint': saved['path'].name,
-            'bf16': torch.is_autocast_enabled(process.device.type),
-        }
-        write_json(saved['path'].with_name('results.json'), results)
-        print(
-            f'{config.dataset} test: {mean:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
-            f'({len(data.test.images)} images, two standard errors)'
-        )
+    if process.rank > 0:
+        return
+
+    n_images = len(data.test.images)
+    results = {
+        'bits_per_dim': mean,
+        'two_standard_errors': error,
+        'n_images': n_images,
+        'values_per_image': data.n_values,
+        'n_bits': config.n_bits,
+        'dataset': config.dataset,
+        'step': saved['step'],
+        'checkpoint': saved['path'].name,
+        'bf16': torch.is_autocast_enabled(process.device.type),
+    }
+    write_json(saved['path'].with_name('results.json'), results)
+    print(
+        f'{config.dataset} test: {mean:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
+        f'({n_images} images, two standard errors)'
+    )
 
 
-def generate(model, path, config, device, z_std, n_samples):
-    """Samples at one temperature, or the grid of TEMPERATURES, beside the checkpoint."""
+def generate(
+    model: Glow,
+    path: Path,
+    config: Config,
+    device: torch.device,
+    z_std: float | None,
+    n_samples: int | None,
+) -> None:
+    """Save samples beside the checkpoint: at one temperature, or a row for each of several."""
     if z_std is None:
-        name, labels = 'range', [f'T = {t:g}' for t in TEMPERATURES]
+        name = 'range'
+        labels = [f'T = {temperature:g}' for temperature in TEMPERATURES]
         rows = sample_rows(model, TEMPERATURES, 4, config.seed, device)
     else:
-        name, labels = f'{z_std:g}', ()
-        samples = sample_rows(model, [z_std], n_samples, config.seed, device)[0]
-        rows = [samples[i : i + 8] for i in range(0, n_samples, 8)]
+        name, labels = f'{z_std:g}', []
+        samples = sample_rows(model, [z_std], n_samples or 32, config.seed, device)[0]
+        rows = [samples[i : i + 8] for i in range(0, len(samples), 8)]
     save_grid(path.with_name(f'generated_samples_at_z_std_{name}.png'), rows, labels)
 
 
 @torch.no_grad()
-def encode(model, images, device):
-    """uint8 images (N, C, H, W) -> latents (N, D) of the middles of their bins, so that decoding returns the same bins"""
+def encode(model: Glow, images: np.ndarray, device: torch.device) -> Tensor:
+    """Return the latents (N, D) of uint8 images (N, C, H, W).
+
+    They are those of the middles of the images' bins, so that decoding returns the same bins.
+    """
     x = torch.tensor(images, device=device)
-    return model(model.dequantize(x, torch.full(x.shape, 0.5, device=device))[0])[0]
+    middles = torch.full(x.shape, 0.5, device=device)
+    return model(model.dequantize(x, middles)[0])[0]
 
 
 @torch.no_grad()
-def decode(model, z):
-    """latents (N, D) -> uint8 images (N, C, H, W)"""
-    return model.dequantize.inverse(model.inverse(z)[0])[0].cpu().numpy()
+def decode(model: Glow, z: Tensor) -> np.ndarray:
+    """Return the uint8 images (N, C, H, W) of latents (N, D)."""
+    x, _ = model.inverse(z)
+    images, _ = model.dequantize.inverse(x)
+    return images.cpu().numpy()
 
 
-def attribute_directions(model, data, path, config, device):
-    """-> dz (A, D): DZ_SCALE times the mean latent of training images with an attribute minus that without it (sec. 6)
+def attribute_directions(
+    model: Glow, data: ImageData, path: Path, config: Config, device: torch.device
+) -> Tensor:
+    """Return the direction of each attribute in the space of latents, of shape (A, D) (sec. 6).
 
-    NaN where an attribute has no positives or no negatives. Kept beside the checkpoint under a key of its content.
+    It is ``DZ_SCALE`` times the mean latent of the training images that have the attribute, minus
+    that of those that do not; NaN where one of the two has no images. The directions are kept in
+    a file beside the checkpoint, whose name identifies what they were computed from.
     """
-    images, attributes = (
-        data.train.images[:DZ_IMAGES],
-        torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double(),
-    )
+    images = data.train.images[:DZ_IMAGES]
+    attributes = torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
+    batch_size = 4 * config.batch_size
 
-    def compute():
-        weights = (
-            attributes / attributes.sum(0) - (1 - attributes) / (1 - attributes).sum(0)
-        ).T  # of a difference of means
-        n = 4 * config.batch_size
-        return (
-            DZ_SCALE
-            * sum(
-                weights[:, i : i + n] @ encode(model, images[i : i + n], device).double().cpu()
-                for i in progress_bar(range(0, len(images), n), 'encoding training images')
-            ).float()
-        )
+    def compute() -> Tensor:
+        share_with = attributes / attributes.sum(0)
+        share_without = (1 - attributes) / (1 - attributes).sum(0)
+        weights = (share_with - share_without).T  # of a difference of two means
+        total = 0
+        for i in progress_bar(range(0, len(images), batch_size), 'encoding training images'):
+            z = encode(model, images[i : i + batch_size], device).double().cpu()
+            total = total + weights[:, i : i + batch_size] @ z
+        return DZ_SCALE * total.float()
 
-    key = digest(
-        [data.fingerprint, DZ_IMAGES, DZ_SCALE, torch.is_autocast_enabled(device.type)],
-        (value.cpu() for value in model.state_dict().values()),
-    )
+    is_bf16 = torch.is_autocast_enabled(device.type)
+    weights_of_model = map(tensor_bytes, model.state_dict().values())
+    key = digest([data.fingerprint, DZ_IMAGES, DZ_SCALE, is_bf16], weights_of_model)
     shape = attributes.shape[1], math.prod(images.shape[1:])
     return tensor_cache(path.with_name(f'attribute_directions_{key}.pt'), shape, compute)
 
 
-def visualize(model, data, path, config, device, vis_attrs, vis_alphas, vis_img):
-    """Decode z + alpha * dz: one row an attribute, one column an alpha, the unchanged image in the middle."""
-    names, chosen = (
-        data.attribute_names,
-        data.editable(vis_attrs, DZ_IMAGES, f'{config.dataset} in {config.data_dir}'),
-    )
-    image = (
-        load_photo(vis_img, config.dataset, config.image_size) if vis_img else data.test.images[0]
-    )
+def visualize(
+    model: Glow,
+    data: ImageData,
+    path: Path,
+    config: Config,
+    device: torch.device,
+    request: Request,
+) -> None:
+    """Save a grid of edits z + alpha * dz of an image: a row per attribute, a column per alpha.
+
+    ``--z_std`` multiplies the latents that the splits give off, as the original author's code
+    does by 0.6.
+    """
+    names = data.attribute_names
+    source = f'{config.dataset} in {config.data_dir}'
+    chosen = data.editable(request.vis_attrs, DZ_IMAGES, source)
+    image = data.test.images[0]
+    if request.vis_img:
+        image = load_photo(request.vis_img, config.dataset, config.image_size)
     dz = attribute_directions(model, data, path, config, device)
     z = encode(model, image[None], device)
-    alphas = torch.tensor(vis_alphas, device=device)[:, None]
-    rows = [decode(model, z + alphas * dz[i].to(device)) for i in chosen]
-    labels = [names[i] if names[i] == str(i) else f'{i} {names[i]}' for i in chosen]
-    attrs = ','.join(str(i) for i in chosen) if vis_attrs else 'all'
-    source = f'img_{Path(vis_img).stem}' if vis_img else 'sample'
-    save_grid(
-        path.with_name(f'manipulated_{source}_attr_{attrs}.png'),
-        rows,
-        labels,
-        [f'{alpha:+g}' if alpha else 'unchanged' for alpha in vis_alphas],
-    )
+
+    factor = torch.ones_like(z)
+    n_last = math.prod(model.z_shapes[-1])
+    if request.z_std is not None:
+        factor[:, :-n_last] = request.z_std
+    alphas = torch.tensor(request.vis_alphas, device=device)[:, None]
+    rows, row_labels = [], []
+    for i in chosen:
+        edited = z + alphas * dz[i].to(device)
+        rows.append(decode(model, factor * edited))
+        row_labels.append(names[i] if names[i] == str(i) else f'{i} {names[i]}')
+    column_labels = [f'{alpha:+g}' if alpha else 'unchanged' for alpha in request.vis_alphas]
+
+    image_name = f'img_{Path(request.vis_img).stem}' if request.vis_img else 'sample'
+    attribute_name = ','.join(str(i) for i in chosen) if request.vis_attrs else 'all'
+    name = f'manipulated_{image_name}_attr_{attribute_name}'
+    if request.z_std is not None:
+        name += f'_z_std_{request.z_std:g}'
+    save_grid(path.with_name(f'{name}.png'), rows, row_labels, column_labels)
 
 
 @torch.no_grad()
-def check(model, data, config, device):
-    """Largest error of inverse(forward(x)) on the test split: of the whole flow in bins, and of the layer with the most"""
-    errors = {}
+def check(model: Glow, data: ImageData, config: Config, device: torch.device) -> None:
+    """Print the largest error of inverse(forward(x)) on the test split.
 
-    def compare(name, layer, inputs, output):
-        error = (layer.inverse(output[0])[0] - inputs[0]).abs().max().nan_to_num(math.inf).item()
+    That of the whole flow is in bins. The layer with the largest error of its own is named.
+    """
+    errors: dict[str, float] = {}
+
+    def compare(name: str, layer: nn.Module, inputs: tuple, output: tuple) -> None:
+        x, _ = layer.inverse(output[0])
+        error = (x - inputs[0]).abs().max().nan_to_num(math.inf).item()
         errors[name] = max(error, errors.get(name, 0.0))
 
-    for name, layer in model.named_modules():
-        if hasattr(layer, 'inverse') and not isinstance(layer, (Sequence, Dequantize)):
-            layer.register_forward_hook(partial(compare, name))
-    for i in progress_bar(
-        range(0, len(data.test.images), 4 * config.batch_size), 'decoding test images'
-    ):
-        encode(model, data.test.images[i : i + 4 * config.batch_size], device)
+    batch_size = 4 * config.batch_size
+    with contextlib.ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if hasattr(layer, 'inverse') and not isinstance(layer, (Sequence, Dequantize)):
+                hook = layer.register_forward_hook(partial(compare, name))
+                hooks.callback(hook.remove)
+        for i in progress_bar(range(0, len(data.test.images), batch_size), 'decoding test images'):
+            encode(model, data.test.images[i : i + batch_size], device)
+
     bins = errors.pop('') * 2**config.n_bits
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=lambda name: errors[name])
+    kind = type(model.get_submodule(worst)).__name__
+    verdict = '' if bins < 0.5 else ', which is NOT to the same bin'
     print(
-        f'{config.dataset} test: all {len(data.test.images)} images come back within {bins:.2g} bins'
-        f'{"" if bins < 0.5 else ", which is NOT to the same bin"}; worst layer: {worst} '
-        f'({type(model.get_submodule(worst)).__name__}), {errors[worst]:.2g}'
+        f'{config.dataset} test: all {len(data.test.images)} images come back within {bins:.2g} '
+        f'bins{verdict}; worst layer: {worst} ({kind}), {errors[worst]:.2g}'
     )
 
 
-# ------------------------------------------------------------------------------------------------------ main
+# -------------------------------------------------------------------------------------------- main
+
+COMMAND_LINE = CommandLine(
+    script=f'{NAME}.py',
+    description=__doc__,
+    modes=MODES,
+    mode_options=MODE_OPTIONS,
+    config_class=Config,
+    request_class=Request,
+    defaults=DEFAULTS,
+)
 
 
-def parse_args(argv):
-    """-> the mode, {name: value} of the options of Config that were given, and a Request"""
-    parser = argparse.ArgumentParser(
-        f'{NAME}.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-    return parse(parser, argv, MODES, Config, Request, DEFAULTS)
+def parse_args(argv: list[str]) -> tuple[str, dict[str, Any], Request]:
+    """Return the mode, the options of ``Config`` that were given, and the request."""
+    return COMMAND_LINE.parse(argv)
 
 
-def start(mode, values, request, process):
-    saved = find_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
-    config = resolve_config(Config, values, DEFAULTS, saved, MAY_CHANGE[mode == 'train'])
-    if mode == 'train' and config.compile and not shutil.which(os.environ.get('CXX', 'g++')):
+def require_compiler() -> None:
+    """Raise ``UserError`` where there is no C++ compiler, which torch.compile needs."""
+    if not shutil.which(os.environ.get('CXX', 'g++')):
         raise UserError(
-            '--compile needs a C++ compiler: install g++, or name yours in the environment variable CXX'
+            '--compile needs a C++ compiler: install g++, or name yours in the environment '
+            'variable CXX'
         )
-    data = (
-        None
-        if mode == 'generate'
-        else load_images(config.dataset, config.data_dir, config.image_size)
-    )
+
+
+def run_mode(mode: str, options: dict[str, Any], request: Request, process: Process) -> None:
+    """Build or restore what a mode needs, and run it."""
+    saved = load_selected_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
+    config = resolve_config(Config, options, DEFAULTS, saved, MODE_OPTIONS[mode])
+    if mode == 'train' and config.compile:
+        require_compiler()
+    data = None
+    if mode != 'generate':
+        data = load_images(config.dataset, config.data_dir, config.image_size)
+
     if mode == 'train':
         saved = train(data, config, request, process, saved)
         if saved is None:
             return
-    model, path, device = restore_model(saved, process.device), saved['path'], process.device
-    bf16 = mode != 'train' and values.get(
-        'bf16', False
-    )  # what was trained in bf16 is evaluated in it only when asked
+    path, device = saved['path'], process.device
+    model = restore_model(saved, device)
+
+    # what was trained in bf16 is evaluated in it only when asked
+    bf16 = mode != 'train' and options.get('bf16', False)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if mode in ('train', 'evaluate'):
             evaluate(model, data, saved, config, process)
         elif process.rank == 0 and mode == 'generate':
             generate(model, path, config, device, request.z_std, request.n_samples)
         elif process.rank == 0 and mode == 'visualize':
-            visualize(
-                model,
-                data,
-                path,
-                config,
-                device,
-                request.vis_attrs,
-                request.vis_alphas,
-                request.vis_img,
-            )
+            visualize(model, data, path, config, device, request)
         elif process.rank == 0:
             check(model, data, config, device)
     if process.rank == 0 and mode == 'train':
         print(f'the model is {path}; sample grids lie beside it')
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
     with exit_on_user_error(NAME):
-        mode, values, request = parse_args(sys.argv[1:] if argv is None else argv)
+        mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            require_agreement(
-                process,
-                mode=mode,
-                **{
-                    f'--{name}': value
-                    for name, value in {**values, **vars(request)}.items()
-                    if name not in ('data_dir', 'output_dir', 'restore_file')
-                },
-            )
-            start(mode, values, request, process)
+            given = {**options, **vars(request)}
+            for path in ('data_dir', 'output_dir', 'restore_file'):
+                given.pop(path, None)  # may differ from machine to machine
+            same = {f'--{name}': value for name, value in given.items()}
+            require_agreement(process, mode=mode, **same)
+            run_mode(mode, options, request, process)
 
 
 if __name__ == '__main__':

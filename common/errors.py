@@ -1,4 +1,4 @@
-"""Errors that a user sees as one line."""
+"""Errors that the user can mend. They are raised anywhere and reported in one line."""
 
 import contextlib
 import difflib
@@ -6,75 +6,92 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
 
 
 class UserError(Exception):
-    """One clear line for the user: what is wrong and what to do."""
+    """An error that the user can mend. Its text is one line: what was wrong and what to do."""
 
-    def __str__(self):  # what comes from a file or its name must not reach a terminal as it is
-        return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+    def __str__(self) -> str:
+        """Return the text with unprintable characters escaped.
 
-
-def one_line(error):
-    """What an error says, in one line and not too long"""
-    return ' '.join(str(error).split())[:200] or type(error).__name__
-
-
-def truncate(name, n=40):
-    """A name as there is room for in a picture or a line"""
-    return name if len(name) <= n else f'{name[: n - 1]}…'
-
-
-def index_of_name(text, names, what):
-    """'8' or 'Black_Hair' -> 8; raises UserError with the nearest names"""
-    if re.fullmatch(r'-?\d+', text):
-        if not 0 <= int(text) < len(names):
-            raise UserError(f'{what} {text} is out of range: there are 0 to {len(names) - 1}')
-        return int(text)
-    if text not in names:
-        near = difflib.get_close_matches(text, names, cutoff=0) or names
-        raise UserError(f'unknown {what} {text!r}: the nearest are {", ".join(near)}')
-    return names.index(text)
+        They may come from a file or from its name, and must not control a terminal.
+        """
+        text = super().__str__()
+        return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager
-def warn_on_error(what):
-    """For what is not worth a training: a UserError or a singular matrix in it is printed, and that is all"""
+def exit_on_user_error(script: str) -> Iterator[None]:
+    """Turn expected errors into one line on stderr and exit code 2.
+
+    An error that all processes have in common is printed by the first process of each machine
+    only. Any other exception passes through: it is a bug, and its traceback is wanted.
+    """
+    try:
+        yield
+        return
+    except UserError as error:
+        message, is_common = str(error), True
+    except KeyboardInterrupt:
+        message, is_common = 'interrupted', True
+    except (OSError, torch.linalg.LinAlgError) as error:
+        message, is_common = str(error), False
+    except torch.cuda.OutOfMemoryError:
+        message = 'out of GPU memory: lower --batch_size or the model, or add --checkpoint_grads'
+        is_common = False
+    except (RuntimeError, ValueError) as error:
+        if not is_lost_connection(error):
+            raise
+        process = f'process {os.environ.get("RANK", 0)} on {socket.gethostname()}'
+        message = f'{process} stops, having lost another one or found none: {one_line(error)}'
+        is_common = False
+
+    if not is_common or int(os.environ.get('LOCAL_RANK', 0)) == 0:
+        print(f'{script}.py: error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Return whether an error of torch.distributed says that another process is gone."""
+    words = 'gloo|nccl|connect|clients|rendezvous'
+    return 'WORLD_SIZE' in os.environ and bool(re.search(words, str(error), re.IGNORECASE))
+
+
+@contextlib.contextmanager
+def warn_on_error(what: str) -> Iterator[None]:
+    """Log errors of an optional side product instead of ending the training."""
     try:
         yield
     except (UserError, torch.linalg.LinAlgError) as error:
         tqdm.write(f'no {what}: {error}')
 
 
-@contextlib.contextmanager
-def exit_on_user_error(name):
-    """Ends the program with exit code 2 and one line on stderr, printed only once per machine where all its processes have
-    the error in common."""
-    try:
-        yield
-        return
-    except (UserError, OSError, torch.linalg.LinAlgError) as error:
-        common, message = isinstance(error, UserError), str(error)
-    except torch.cuda.OutOfMemoryError:
-        common, message = (
-            False,
-            'out of GPU memory: lower --batch_size or the model, or add --checkpoint_grads',
-        )
-    except (RuntimeError, ValueError) as error:
-        if 'WORLD_SIZE' not in os.environ or not re.search(
-            'gloo|nccl|connect|clients|rendezvous', str(error), re.IGNORECASE
-        ):
-            raise
-        process = f'process {os.environ.get("RANK", 0)} on {socket.gethostname()}'
-        common, message = (
-            False,
-            f'{process} stops, having lost another one or found none: {one_line(error)}',
-        )
-    except KeyboardInterrupt:
-        common, message = True, 'interrupted'
-    if not common or int(os.environ.get('LOCAL_RANK', 0)) == 0:
-        print(f'{name}.py: error: {message}', file=sys.stderr)
-    sys.exit(2)
+def one_line(error: BaseException) -> str:
+    """Return the text of an error, or its type where it has none, in at most 200 characters."""
+    return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+def truncate(name: str, n: int = 40) -> str:
+    """Shorten a name to ``n`` characters, for a picture or a line of text."""
+    return name if len(name) <= n else f'{name[: n - 1]}…'
+
+
+def index_of_name(text: str, names: Sequence[str], what: str) -> int:
+    """Return the index that ``text`` means: ``'8'`` is 8, ``'Black_Hair'`` is its place in names.
+
+    Raises ``UserError`` with the nearest names, or with the range of indices. ``what`` says in
+    that message what is named, such as ``'column'``.
+    """
+    if re.fullmatch(r'-?\d+', text):
+        if not 0 <= int(text) < len(names):
+            raise UserError(f'{what} {text} is out of range: there are 0 to {len(names) - 1}')
+        return int(text)
+
+    if text not in names:
+        nearest = difflib.get_close_matches(text, names, cutoff=0) or names
+        raise UserError(f'unknown {what} {text!r}: the nearest are {", ".join(nearest)}')
+    return names.index(text)

@@ -1,4 +1,4 @@
-"""Files written atomically, locks, and what identifies a file."""
+"""Files: written atomically, locked, and recognised by their size and time or by their content."""
 
 import contextlib
 import errno
@@ -7,47 +7,58 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from .errors import UserError
 
-
-def first_existing(data_dir, name, candidates):
-    """-> the first candidate there is in data_dir or in its sub-folder of the data set's name, else None"""
-    paths = [
-        folder / candidate for folder in (data_dir, data_dir / name) for candidate in candidates
-    ]
-    return next((path for path in paths if path.exists()), None)
+FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
-def file_signature(path):
-    """Name, size and time of a file: what a cache made of it is known by"""
+def first_existing(data_dir: Path, name: str, candidates: Iterable[str]) -> Path | None:
+    """Return the first candidate in ``data_dir``, else in its sub-folder ``name``, else None."""
+    candidates = list(candidates)
+    for folder in (data_dir, data_dir / name):
+        for candidate in candidates:
+            if (folder / candidate).exists():
+                return folder / candidate
+    return None
+
+
+def file_signature(path: Path) -> list[str | int]:
+    """Return name, size and time of a file. A cache of the file is stale when they differ."""
     status = path.stat()
     return [f'{path.parent.name}/{path.name}', status.st_size, status.st_mtime_ns]
 
 
-def digest(source, arrays=()):
-    """-> hexadecimal digest of plain values and of arrays"""
-    content = hashlib.sha256(json.dumps(source).encode())
+def digest(values: Any, arrays: Iterable[Any] = ()) -> str:
+    """Return 16 hexadecimal digits that identify plain values (as JSON) and arrays."""
+    content = hashlib.sha256(json.dumps(values).encode())
     for array in arrays:
-        content.update(np.ascontiguousarray(array))
+        content.update(np.ascontiguousarray(array).data)
     return content.hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def file_lock(path, other, wait=True):
-    """Holds a lock file, which the system frees when its holder dies. Where another holds it, says what that one does and
-    waits, or raises UserError."""
+def file_lock(path: Path, other: str, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file. The system frees it when its holder dies.
+
+    ``other`` says what the other holder does, such as ``'another process trains in ...'``. It is
+    printed while this process waits or, with ``wait=False``, raised as ``UserError``.
+    """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except Timeout as error:
         if not wait:
-            raise UserError(f'{other}: wait until it is done, or stop it') from None
+            raise UserError(f'{other}: wait until it is done, or stop it') from error
         print(f'{other}: waiting until it is done', file=sys.stderr)
         lock.acquire()
+
     try:
         yield
     finally:
@@ -55,18 +66,21 @@ def file_lock(path, other, wait=True):
 
 
 @contextlib.contextmanager
-def report_full_disk(what, besides=''):
-    """UserError where there is no room for what is written"""
+def report_full_disk(what: object, consequence: str = '') -> Iterator[None]:
+    """Raise ``UserError`` where there is no room to write ``what``."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL_DISK:
             raise
-        raise UserError(f'{what} cannot be written{besides}: {error.strerror}') from None
+        raise UserError(f'{what} cannot be written{consequence}: {error.strerror}') from error
 
 
-def write_atomically(path, write):
-    """write(file name) to a temporary file that takes its final name only when it is whole and on the disk"""
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write(temporary)``, and rename that file to ``path`` once it is on the disk.
+
+    A process that is killed leaves the file as it was before, or whole.
+    """
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         with report_full_disk(path, ' and is as it was before'):
@@ -78,16 +92,17 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, content):
-    write_atomically(
-        path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + '\n')
-    )
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values as a JSON file, atomically."""
+    text = json.dumps(content, indent=2) + '\n'
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
-def fsync_path(path):
-    """Waits until a file, or the names in a folder, are on the disk"""
+def fsync_path(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     if path.is_dir() and os.name != 'posix':
         return
+
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -95,16 +110,20 @@ def fsync_path(path):
         os.close(handle)
 
 
-def make_new_folder(path):
-    """Makes a folder of that name or, where there is one, of the first free name-2, name-3 ..."""
+def make_new_folder(path: Path) -> Path:
+    """Make the folder ``path`` or, if it exists, the first free of ``path-2``, ``path-3``, ..."""
     for n in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            folder = path if n == 1 else path.with_name(f'{path.name}-{n}')
+        folder = path if n == 1 else path.with_name(f'{path.name}-{n}')
+        try:
             folder.mkdir(parents=True)
-            return folder
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError('counting never ends')
 
 
-def is_writable(folder):
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be made in a folder, which is made if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

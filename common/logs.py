@@ -1,55 +1,61 @@
-"""Progress bar and TensorBoard scalars."""
+"""Progress bar and TensorBoard scalars of rank 0."""
 
 import math
 import os
 import sys
 import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
 
+import torch
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from .files import report_full_disk
+from .interfaces import Training
+
+FLUSH_SECONDS = 30
+FEW_AVERAGING_TIMES = 3
 
 
-def progress_bar(*args, **options):
-    """tqdm, seldom updated where its output goes to a file"""
-    return tqdm(
-        *args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15, **options
-    )
+def progress_bar(*args: Any, **options: Any) -> tqdm:
+    """Return a tqdm bar that is updated rarely where its output goes to a file."""
+    interval = 0.5 if sys.stderr.isatty() else 15
+    return tqdm(*args, dynamic_ncols=True, mininterval=interval, **options)
 
 
 class ScalarWriter:
-    """Scalars of a run for tensorboard, in an events file that supersedes what earlier files say of first_step and later
-    ones. (SummaryWriter writes by a thread, which loses what it still holds when it is killed, and tells no one of a full
-    disk.) Does nothing without a folder."""
+    """Writes scalars for TensorBoard to an events file in a folder; without a folder, does nothing.
 
-    def __init__(self, folder, first_step):
-        self.folder, self.writer = (
-            folder,
-            folder and EventsWriter(str(folder / 'events'), f'.{os.getpid()}'),
-        )
+    The file supersedes what earlier files of the folder say about ``first_step`` and later steps.
+    ``SummaryWriter`` is not used: it writes from a thread, which loses events when the process is
+    killed and reports no full disk.
+    """
+
+    def __init__(self, folder: Path | None, first_step: int) -> None:
+        self.folder = folder
+        self.writer = EventsWriter(str(folder / 'events'), f'.{os.getpid()}') if folder else None
         self.flushed = time.time()
         self.write(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, **content):
+    def write(self, **content: Any) -> None:
+        """Write an event."""
         if self.writer:
             with report_full_disk(f'the events of {self.folder}'):
                 self.writer.write_event(Event(wall_time=time.time(), **content))
 
-    def add(self, step, values):
-        self.write(
-            step=step,
-            summary=Summary(
-                value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-            ),
-        )
-        if time.time() > self.flushed + 30:
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        """Write the scalars of a step. They are on the disk within half a minute."""
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self.write(step=step, summary=Summary(value=values))
+        if time.time() > self.flushed + FLUSH_SECONDS:
             self.flush()
 
-    def flush(self):
-        """On the disk, before a checkpoint says that these steps are done"""
+    def flush(self) -> None:
+        """Put all scalars on the disk. A checkpoint flushes first: its steps are not repeated."""
         if self.writer:
             with report_full_disk(f'the events of {self.folder}'):
                 self.writer.flush()
@@ -57,64 +63,79 @@ class ScalarWriter:
 
 
 class TrainingLog(ScalarWriter):
-    """What the main process shows of a training of a score, in units, on items: scalars and, as a context, a progress bar"""
+    """Progress bar and TensorBoard scalars of rank 0. As a context, it shows the bar.
 
-    def __init__(self, run, folder, score, unit, items):
+    Arguments:
+        run: the training.
+        folder: the folder of the run.
+        unit: the unit of its loss, such as ``'bits/dim'``.
+        items: what a batch consists of, such as ``'images'``.
+    """
+
+    def __init__(self, run: Training, folder: Path, unit: str, items: str) -> None:
         super().__init__(folder if run.process.rank == 0 else None, run.step + 1)
-        self.run, self.score, self.unit, self.items = run, score, unit, items
+        self.run, self.unit, self.items = run, unit, items
+        self.restart_clock()
 
-    def __enter__(self):
+    def __enter__(self) -> 'TrainingLog':
         run = self.run
         if self.writer:
-            print(
-                f'{sum(p.numel() for p in run.model.parameters()):,} parameters, step {run.step:,} of at most {run.n_steps:,}'
-            )
-            if run.n_steps * (1 - run.config.ema_decay) < 3:
+            n_parameters = sum(p.numel() for p in run.model.parameters())
+            print(f'{n_parameters:,} parameters, step {run.step:,} of at most {run.n_steps:,}')
+            if run.n_steps * (1 - run.config.ema_decay) < FEW_AVERAGING_TIMES:
                 print(
-                    'note: after so few steps the averaged weights, which are scored, are mostly the first: lower --ema_decay'
+                    'note: after so few steps the averaged weights, which are scored, '
+                    'are mostly the first: lower --ema_decay'
                 )
-        self.begin, self.first = time.perf_counter(), run.step
         self.bar = progress_bar(
             total=run.n_steps, initial=run.step, disable=not self.writer, unit='step'
         )
+        self.restart_clock()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.bar.close()
 
-    def step(self, loss, norm, every):
-        """After each step of the optimizer; loss and gradient norm are shown every so many steps"""
+    def restart_clock(self) -> None:
+        """Measure the speed from here on."""
+        self.clock_step, self.clock_time = self.run.step, time.perf_counter()
+
+    def items_per_second(self) -> float:
+        """Return the speed, over all processes, since the clock was last restarted."""
+        run = self.run
+        n_items = (run.step - self.clock_step) * run.config.batch_size * run.process.world_size
+        return n_items / (time.perf_counter() - self.clock_time)
+
+    def log_step(self, loss: torch.Tensor, norm: torch.Tensor, every: int) -> None:
+        """Count a step of the optimizer. Every so many steps, show its loss and gradient norm."""
         run = self.run
         self.bar.update()
-        if run.step % every == 0 and not run.skips_in_a_row:
-            speed = (
-                (run.step - self.first)
-                * run.config.batch_size
-                * run.process.world_size
-                / (time.perf_counter() - self.begin)
-            )
-            validation = f' (validation: {run.validation_loss:.3f})' if run.best < math.inf else ''
-            self.bar.set_postfix_str(
-                f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s', refresh=False
-            )
-            self.add(
-                run.step,
-                {
-                    f'{self.score}/train': loss.item(),
-                    'gradient_norm': norm.item(),
-                    'lr': run.optimizer.param_groups[0]['lr'],
-                    f'{self.items}_per_s': speed,
-                    'steps_skipped': run.n_skipped,
-                },
-            )
+        if run.step % every or run.skips_in_a_row:
+            return
 
-    def validated(self):
-        self.add(self.run.step, {f'{self.score}/validation': self.run.validation_loss})
+        speed = self.items_per_second()
+        validation = ''
+        if run.best < math.inf:
+            validation = f' (validation: {run.validation_loss:.3f})'
+        self.bar.set_postfix_str(
+            f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s', refresh=False
+        )
+        scalars = {
+            f'{run.score}/train': loss.item(),
+            'gradient_norm': norm.item(),
+            'lr': run.optimizer.param_groups[0]['lr'],
+            f'{self.items}_per_s': speed,
+            'steps_skipped': run.n_skipped,
+        }
+        self.add(run.step, scalars)
+        self.restart_clock()
 
-    def stopped(self, signals, script, newest):
-        """Says, after a signal, how to go on"""
-        if self.writer:
-            print(
-                f'stopped after step {self.run.step} by {signals[0] if signals else "a signal to another process"}; to go on: '
-                f'python {script}.py --train --restore_file={newest}'
-            )
+    def log_validation(self) -> None:
+        """Write the validation score. The time that it took does not count as training."""
+        self.add(self.run.step, {f'{self.run.score}/validation': self.run.validation_loss})
+        self.restart_clock()

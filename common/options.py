@@ -1,9 +1,16 @@
-"""What a program can be asked for: dataclasses whose fields are its options, with their bounds, wherever they come from."""
+"""Options of a program: fields of dataclasses, checked wherever their values come from.
 
+A script has two such dataclasses: a config, which a checkpoint keeps, and a request, which holds
+for one call of the program. The command line and ``--help`` are made from their fields.
+"""
+
+import argparse
 import math
 import re
 import textwrap
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 from .errors import UserError
 
@@ -14,124 +21,75 @@ GROUPS = {
     'run': 'runs and processes (torchrun or torch.distributed.launch start them)',
     'output': 'output',
 }
+EVERY_MODE = ('output_dir', 'restore_file', 'distributed')  # takes these options
+Defaults = dict[str, dict[str, Any]]  # of each data set: {option: value}
 
 
-def option(group, default, text, low=0, high=1e18, choices=()):
-    """-> a field of Options; its bounds, included in what it may be, are those of each number where it holds a list of them"""
-    shown = (
-        '' if default in (None, '') or default is False or '(default' in text else f' [{default}]'
-    )
-    return field(
-        default=default,
-        metadata=dict(group=group, help=text + shown, low=low, high=high, choices=choices),
-    )
+def option(
+    group: str,
+    default: Any,
+    help: str,
+    low: float = 0,
+    high: float = 1e18,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Return a dataclass field that is an option of the command line.
+
+    Arguments:
+        group: one of ``GROUPS``, under which ``--help`` lists it.
+        default: its default, which is not checked; None stands for "not given".
+        help: what it is, in the words of ``--help``.
+        low, high: bounds of a number, or of each number in a list; both are allowed values.
+        choices: the allowed values of a text, if not all are.
+    """
+    has_no_default = default in (None, '') or default is False
+    if not has_no_default and '(default' not in help:
+        help = f'{help} [{default}]'
+    metadata = {
+        'group': group,
+        'help': help,
+        'low': low,
+        'high': high,
+        'choices': choices,
+    }
+    return field(default=default, metadata=metadata)
 
 
+@dataclass
 class Options:
-    """A dataclass whose values are of their fields' types and within their bounds."""
+    """A dataclass whose values have the types of their fields and lie within their bounds."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata['low'], f.metadata['high']
-            if value is f.default:
-                continue
-            if f.type in (str, bool, list):
-                if type(value) is not f.type or f.type is str and not value.isprintable():
-                    raise UserError(
-                        f'--{f.name}={value!r} is not printable text or has the wrong type'
-                    )
-                if f.metadata['choices'] and value not in f.metadata['choices']:
-                    raise UserError(
-                        f'--{f.name}={value} must be one of {", ".join(f.metadata["choices"])}'
-                    )
-                continue
-            kind, numbers = (float, value) if f.type == list[float] else (f.type, [value])
-            if not all(
-                type(number) is kind and low <= number <= high and number < math.inf
-                for number in numbers
-            ):
-                raise UserError(f'--{f.name}={value!r} is outside {low}..{high}')
+            value = getattr(self, f.name)
+            if value is not f.default:
+                check_value(f, value)
 
 
-def parse(parser, argv, modes, kind, request, defaults):
-    """What argparse's parser finds in argv -> one of the modes, {name: value} of those options of a kind that were given,
-    and the request, of a kind of its own. defaults: {data set: {name: value}}, for --help"""
+def check_value(f: Field, value: Any) -> None:
+    """Raise ``UserError`` unless an option may have this value."""
+    if f.type in (str, bool, list):
+        is_printable = f.type is not str or (isinstance(value, str) and value.isprintable())
+        if type(value) is not f.type or not is_printable:
+            raise UserError(f'--{f.name}={value!r} is not printable text or has the wrong type')
+        choices = f.metadata['choices']
+        if choices and value not in choices:
+            raise UserError(f'--{f.name}={value} must be one of {", ".join(choices)}')
+        return
 
-    def fail(message):
-        raise UserError(f'{message} (see python {parser.prog} --help)')
-
-    parser.error, parser.allow_abbrev = fail, False
-    own = {}
-    for name, values in defaults.items():
-        own.setdefault(' '.join(f'{key}={value:.3g}' for key, value in values.items()), []).append(
-            name
-        )
-    parser.epilog = (
-        'In brackets: defaults. Data sets have their own of some of them:\n'
-        + '\n'.join(
-            textwrap.fill(f'{", ".join(names)}: {text}', 110, subsequent_indent='  ')
-            for text, names in own.items()
-            if text
-        )
-    )
-    one_of = parser.add_argument_group('mode, one of').add_mutually_exclusive_group(required=True)
-    for mode, text in modes.items():
-        one_of.add_argument(f'--{mode}', action='store_const', const=mode, dest='mode', help=text)
-    groups = {name: parser.add_argument_group(text) for name, text in GROUPS.items()}
-    for f in (*fields(kind), *fields(request)):
-        how = (
-            dict(action='store_true', default=None)
-            if f.type is bool
-            else dict(
-                metavar='X',
-                **(dict(type=f.type) if f.type in (int, float, str) else dict(nargs='+')),
-            )
-        )
-        groups[f.metadata['group']].add_argument(f'--{f.name}', help=f.metadata['help'], **how)
-    # a leading space keeps a list such as -2,-1,0 from being taken for an option
-    args = vars(
-        parser.parse_args([f' {word}' if re.match(r'-[\d.]', word) else word for word in argv])
-    )
-    return args['mode'], explicit_options(kind, args), request(**explicit_options(request, args))
-
-
-def explicit_options(kind, args):
-    """-> {name: value} of those options of a kind that are among args and were given, lists of words taken apart"""
-    values = {f.name: args[f.name] for f in fields(kind) if args[f.name] is not None}
-    for f in fields(kind):
-        if f.name in values and f.type in (list, list[float]):  # 8,20 is 8 20
-            text = (
-                ','.join(values[f.name])
-                if f.type is list
-                else ','.join(values[f.name]).replace(' ', ',')
-            )
-            words = [word.strip() for word in text.split(',') if word.strip()]
-            try:
-                values[f.name] = words if f.type is list else [float(word) for word in words]
-            except ValueError:
-                raise UserError(f'--{f.name} takes numbers, not {" ".join(words)}') from None
-            if not words:
-                raise UserError(f'--{f.name} is empty')
-    return values
-
-
-def resolve_config(kind, values, defaults, saved, may_change):
-    """-> the options of a kind that were given over those of the checkpoint or, without one, over defaults, the data sets'.
-    UserError where one of them contradicts the checkpoint and is none of those that may change."""
-    if saved is None:
-        return kind(**{**defaults.get(values.get('dataset', kind.dataset), {}), **values})
-    for name in values.keys() - may_change:
-        if values[name] != getattr(saved['config'], name):
-            raise UserError(
-                f'--{name}={values[name]} contradicts the checkpoint {saved["path"]}, '
-                f'which has {name}={getattr(saved["config"], name)}'
-            )
-    return replace(saved['config'], **values)
+    is_list = f.type == list[float]
+    number_type = float if is_list else f.type
+    numbers = value if is_list else [value]
+    low, high = f.metadata['low'], f.metadata['high']
+    for number in numbers:
+        is_right_type = type(number) is number_type
+        if not (is_right_type and low <= number <= high and number < math.inf):
+            raise UserError(f'--{f.name}={value!r} is outside {low}..{high}')
 
 
 @dataclass
 class RunRequest(Options):
-    """What the command line asks of any training, for this run of the program only"""
+    """Options of one call that every script has."""
 
     output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
     restore_file: str = option(
@@ -143,9 +101,193 @@ class RunRequest(Options):
     max_skips: int = option(
         'run',
         20,
-        'steps in a row that may be skipped for gradients that are not finite, before it stops',
+        'steps in a row that may be skipped because gradients are not finite, before training ends',
     )
     detect_anomaly: bool = option(
         'run', False, 'slow: name the operation that gave the first gradient that is not finite'
     )
     distributed: bool = option('run', False, 'accepted, but the launcher decides')
+
+    def require_consistency(self, mode: str) -> None:
+        """Raise ``UserError`` where an option has no effect beside the others."""
+
+
+# ------------------------------------------------------------------------------------ command line
+
+OptionsT = TypeVar('OptionsT', bound=Options)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The command line of a script.
+
+    Attributes:
+        script: the file name of the script.
+        description: the text on top of ``--help``.
+        modes: each mode, and what it does in the words of ``--help``. One must be given.
+        mode_options: the options that each mode takes, beside those of ``EVERY_MODE``. All others
+            are the checkpoint's own. Training without a checkpoint takes the whole config.
+        config_class: the dataclass of the options that a checkpoint keeps.
+        request_class: the dataclass of the options of one call.
+        defaults: the defaults that a data set changes.
+    """
+
+    script: str
+    description: str | None
+    modes: dict[str, str]
+    mode_options: dict[str, set[str]]
+    config_class: type[Options]
+    request_class: type[RunRequest]
+    defaults: Defaults
+
+    def parse(self, argv: Sequence[str]) -> tuple[str, dict[str, Any], Any]:
+        """Return the mode, the options of the config that were given, and the request.
+
+        Raises ``UserError`` for an unknown option or an impossible value, and for an option of
+        the request that the mode does not take.
+        """
+        # a leading space keeps a list such as -2,-1,0 from being taken for an option
+        words = [f' {word}' if re.match(r'-[\d.]', word) else word for word in argv]
+        args = vars(self.build_parser().parse_args(words))
+
+        mode = args['mode']
+        given = explicit_options(self.request_class, args)
+        for name in given:
+            self.require_taken(name, mode)
+        request = self.request_class(**given)
+        request.require_consistency(mode)
+        return mode, explicit_options(self.config_class, args), request
+
+    def require_taken(self, name: str, mode: str) -> None:
+        """Raise ``UserError`` where a mode does not take an option of the request."""
+        if name in EVERY_MODE or name in self.mode_options[mode]:
+            return
+        takers = [f'--{other}' for other, names in self.mode_options.items() if name in names]
+        raise UserError(f'--{name} goes with {" or ".join(takers)}, not with --{mode}')
+
+    def build_parser(self) -> 'Parser':
+        """Build the parser. Options that were not given are None in its result."""
+        parser = Parser(
+            self.script,
+            description=self.description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            epilog=f'{self.modes_table()}\n\n{defaults_table(self.defaults)}',
+        )
+        # torch.distributed.launch passes the second spelling, older versions of it the first
+        parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+
+        group = parser.add_argument_group('mode, one of')
+        choice = group.add_mutually_exclusive_group(required=True)
+        for mode, help in self.modes.items():
+            choice.add_argument(
+                f'--{mode}', action='store_const', const=mode, dest='mode', help=help
+            )
+
+        groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+        for f in (*fields(self.config_class), *fields(self.request_class)):
+            arguments: dict[str, Any] = {'help': f.metadata['help'], 'default': None}
+            if f.type is bool:
+                arguments['action'] = 'store_true'
+            elif f.type in (int, float, str):
+                arguments.update(type=f.type, metavar='X')
+            else:
+                arguments.update(nargs='+', metavar='X')
+            groups[f.metadata['group']].add_argument(f'--{f.name}', **arguments)
+        return parser
+
+    def modes_table(self) -> str:
+        """Return the lines of ``--help`` that say which mode takes which options."""
+        lines = [
+            'With a checkpoint, each mode takes these options; the checkpoint brings the rest:'
+        ]
+        lines.append(f'  every mode: {" ".join(EVERY_MODE)}')
+        for mode, names in self.mode_options.items():
+            text = f'--{mode}: {" ".join(sorted(names))}'
+            lines.append(textwrap.fill(text, 98, initial_indent='  ', subsequent_indent='      '))
+        return '\n'.join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises ``UserError`` instead of printing its usage."""
+
+    def error(self, message: str) -> Any:
+        """Raise ``UserError``, with a pointer to ``--help``."""
+        raise UserError(f'{message} (see python {self.prog} --help)')
+
+
+def defaults_table(defaults: Defaults) -> str:
+    """Return the lines of ``--help`` that say which defaults a data set changes."""
+    datasets_of: dict[str, list[str]] = {}
+    for name, values in defaults.items():
+        text = ' '.join(f'{key}={value:.3g}' for key, value in values.items())
+        datasets_of.setdefault(text, []).append(name)
+
+    lines = ['In brackets: defaults. Data sets have their own of some of them:']
+    for text, names in datasets_of.items():
+        if text:
+            line = f'{", ".join(names)}: {text}'
+            lines.append(textwrap.fill(line, 98, subsequent_indent='  '))
+    return '\n'.join(lines)
+
+
+def explicit_options(config_class: type[Options], args: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of ``config_class`` that were given on the command line.
+
+    Raises ``UserError`` where a list is empty or holds something other than numbers.
+    """
+    options = {}
+    for f in fields(config_class):
+        value = args[f.name]
+        if value is None:
+            continue
+        if f.type in (list, list[float]):
+            value = parse_list(f, value)
+        options[f.name] = value
+    return options
+
+
+def parse_list(f: Field, arguments: list[str]) -> list:
+    """Split ``8,20`` and ``8 20`` alike. Names may contain spaces, numbers may not."""
+    text = ','.join(arguments)
+    if f.type == list[float]:
+        text = text.replace(' ', ',')
+    words = [word.strip() for word in text.split(',') if word.strip()]
+
+    if not words:
+        raise UserError(f'--{f.name} is empty')
+    if f.type is list:
+        return words
+    try:
+        return [float(word) for word in words]
+    except ValueError as error:
+        raise UserError(f'--{f.name} takes numbers, not {" ".join(words)}') from error
+
+
+def resolve_config(
+    config_class: type[OptionsT],
+    options: dict[str, Any],
+    defaults: Defaults,
+    saved: dict[str, Any] | None,
+    may_change: Collection[str],
+) -> OptionsT:
+    """Return the config of a run.
+
+    Given ``options`` come first, then those of the checkpoint ``saved`` or, without one, the
+    defaults of the data set, then those of ``config_class``. Raises ``UserError`` where an option
+    contradicts the checkpoint and is none of those that ``may_change``.
+    """
+    if saved is None:
+        defaults_of_class = {f.name: f.default for f in fields(config_class)}
+        dataset = options.get('dataset', defaults_of_class['dataset'])
+        return config_class(**{**defaults.get(dataset, {}), **options})
+
+    config: OptionsT = saved['config']
+    for name in options.keys() - may_change:
+        own = getattr(config, name)
+        if options[name] != own:
+            raise UserError(
+                f'--{name}={options[name]} contradicts the checkpoint {saved["path"]}, '
+                f'which has {name}={own}'
+            )
+    return replace(config, **options)

@@ -1,155 +1,228 @@
-"""Runs."""
+"""Runs: their folders, which checkpoint they start from, what their processes agree on, signals."""
 
 import contextlib
 import math
+import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 
 from .errors import UserError
 from .files import file_lock, make_new_folder
+from .interfaces import LoadCheckpoint, Process, Training
+from .options import Options, RunRequest
+
+LAST, BEST = 'checkpoint.pt', 'best.pt'
 
 
-@contextlib.contextmanager
-def lock_run_folder(folder, is_new):
-    """-> the folder, or a new one of a name like it, held against other trainings until the end"""
-    folder = make_new_folder(folder) if is_new else folder
-    with file_lock(folder / '.lock', f'another process trains in {folder}', wait=False):
-        for kind in ('pt', 'png', 'json'):
-            for stale in folder.glob(
-                f'.*.{kind}.[0-9]*'
-            ):  # of a process that was killed while it wrote
-                if stale.suffix[1:].isdigit():
-                    stale.unlink()
-        yield folder
+def local_device(local_rank: int, n_processes: int) -> torch.device:
+    """Return the GPU of this process, of ``n_processes`` on this machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device('cpu')
 
-
-@contextlib.contextmanager
-def catch_stop_signals():
-    """-> list of the names of SIGTERM and SIGINT as they come: they end nothing, so that a step can be finished and saved"""
-    seen = []
-    before = {
-        number: signal.signal(
-            number, lambda number, frame: seen.append(signal.Signals(number).name)
+    n_gpus = torch.cuda.device_count()
+    if n_processes > n_gpus:
+        raise UserError(
+            f'{n_processes} processes on a machine of {n_gpus} GPUs: lower --nproc_per_node'
         )
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    torch.cuda.set_device(local_rank)
+    return torch.device('cuda', local_rank)
 
 
-def find_run(script, request, is_to_train, load, begun=None):
-    """-> load(path) of the last checkpoint in a folder that was begun, of the one that restore_file names or, by default, of
-    the newest run: to train on, of its last one, else of its best. None where training starts from nothing."""
-    begun = begun and Path(begun) / 'checkpoint.pt'
-    if begun and begun.exists():
-        return load(begun)
+def require_agreement(process: Process, **values: Any) -> None:
+    """Raise ``UserError`` that names the values that are not the same on all processes."""
+    of_each_process = process.gather(values)
+    names = sorted(set().union(*of_each_process))
+    different = []
+    for name in names:
+        if len({repr(own.get(name)) for own in of_each_process}) > 1:
+            different.append(name)
+    if different:
+        raise UserError(f'the processes start from different {" and ".join(different)}')
+
+
+# ------------------------------------------------------------------------- which checkpoint to use
+
+
+def load_selected_checkpoint(
+    script: str,
+    unit: str,
+    mode: str,
+    request: RunRequest,
+    process: Process,
+    load: LoadCheckpoint,
+) -> dict[str, Any] | None:
+    """Load the checkpoint that ``select_checkpoint`` chooses, and print which one it is.
+
+    Returns None where a training starts from nothing.
+    """
+    restarted_from = None
+    if process.store and process.store.check([script]):
+        restarted_from = Path(process.store.get(script).decode())
+    path = select_checkpoint(script, request, mode, restarted_from)
+    saved = load(path) if path else None
+
+    position = saved and [saved[name] for name in ('step', 'validation_loss', 'best')]
+    require_agreement(process, checkpoint=position)
+    if saved and process.rank == 0:
+        score = 'not validated yet'
+        if saved['best'] < math.inf:
+            score = f'validation loss {saved["validation_loss"]:.4f} {unit}'
+        print(f'restored {path}: step {saved["step"]}, {score}')
+        if mode == 'train' and saved['world_size'] != process.world_size:
+            print(
+                f'note: {saved["world_size"]} processes before, {process.world_size} now: the '
+                'batch of a step and the number of steps in an epoch change with them'
+            )
+    return saved
+
+
+def select_checkpoint(
+    script: str, request: RunRequest, mode: str, restarted_from: Path | None = None
+) -> Path | None:
+    """Choose the checkpoint to start from. Raises ``UserError`` where there is none to use.
+
+    A run that torchrun restarts goes on from the last checkpoint of its folder,
+    ``restarted_from``, if it has saved one. Otherwise ``--restore_file`` decides. Without it,
+    training starts from nothing (None) or, with ``--resume``, from the newest run's last
+    checkpoint; all other modes take the newest run's best one.
+    """
+    if restarted_from and (restarted_from / LAST).exists():
+        return restarted_from / LAST
     if request.restore_file:
-        return load(Path(request.restore_file))
-    found = Path(request.output_dir).glob(f'{script}_*/checkpoint.pt')
+        return Path(request.restore_file)
+
+    found = Path(request.output_dir).glob(f'{script}_*/{LAST}')
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    if is_to_train:
-        return load(newest) if newest and request.resume else None
+    if mode == 'train':
+        return newest if request.resume else None
     if newest is None:
         raise UserError(
             f'no checkpoint of {script}.py under {request.output_dir}: train first '
             f'(python {script}.py --train), or give --restore_file or --output_dir'
         )
-    best = newest.with_name('best.pt')
-    return load(best if best.exists() else newest)
+    best = newest.with_name(BEST)
+    return best if best.exists() else newest
 
 
-def find_checkpoint(script, unit, mode, request, process, load):
-    """-> load(path) of the run that torchrun starts anew, else what find_run gives, perhaps None; prints which it is"""
-    begun = (
-        process.store.get(script).decode()
-        if process.store and process.store.check([script])
-        else None
-    )
-    saved = find_run(script, request, mode == 'train', load, begun)
-    require_agreement(
-        process, checkpoint=saved and [saved[key] for key in ('step', 'validation_loss', 'best')]
-    )
-    if saved and process.rank == 0:
-        score = (
-            f'validation loss {saved["validation_loss"]:.4f} {unit}'
-            if saved['best'] < math.inf
-            else 'not validated yet'
+def require_newest(saved: dict[str, Any] | None, load: LoadCheckpoint) -> None:
+    """Refuse to train on from a checkpoint that is older than the newest one in its folder."""
+    newest = saved['path'].with_name(LAST) if saved else None
+    if saved and newest and newest.exists() and load(newest)['step'] > saved['step']:
+        raise UserError(
+            f'{newest} is at a later step than {saved["path"]} was and would be overwritten: go on '
+            f'from it, or copy {saved["path"].name} to a folder of its own'
         )
-        print(f'restored {saved["path"]}: step {saved["step"]}, {score}')
-        if mode == 'train' and saved['world_size'] != process.world_size:
-            print(
-                f'note: {saved["world_size"]} processes before, {process.world_size} now: the batch of a step and the number '
-                'of steps in an epoch change with them'
-            )
-    return saved
+
+
+# ---------------------------------------------------------------------------------- folders of runs
 
 
 @contextlib.contextmanager
-def open_run_folder(script, config, request, process, saved, load):
-    """-> the folder of the run, a new one or its checkpoint's, the same for all processes"""
-    name = f'{script}_{Path(config.dataset).stem}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
+def open_run_folder(
+    script: str,
+    config: Options,
+    request: RunRequest,
+    process: Process,
+    saved: dict[str, Any] | None,
+    load: LoadCheckpoint,
+) -> Iterator[Path]:
+    """Yield the folder of a run, the same for all processes: a new one, or its checkpoint's."""
+    dataset = Path(config.dataset).stem  # type: ignore[attr-defined]
+    name = f'{script}_{dataset}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
     folder = saved['path'].parent if saved else Path(request.output_dir) / name
-    with (
-        lock_run_folder(folder, saved is None)
-        if process.rank == 0
-        else contextlib.nullcontext() as folder
-    ):
-        folder, *_ = process.gather(folder)
+
+    with contextlib.ExitStack() as stack:
+        if process.rank == 0:
+            folder = stack.enter_context(lock_run_folder(folder, is_new=saved is None))
+        folder = process.gather(folder)[0]
         if process.rank == 0:
             require_newest(saved, load)
             if process.store:
                 process.store.set(script, str(folder))
-            print(
-                f'{folder}: '
-                + ' '.join(f'{name}={value}' for name, value in asdict(config).items())
-            )
+            settings = [f'{key}={value}' for key, value in asdict(config).items()]
+            print(f'{folder}: {" ".join(settings)}')
         yield folder
 
 
-def require_agreement(process, **own):
-    """Refuses to go on where something is not the same on all processes, naming it"""
-    all_of_them = process.gather(own)
-    different = sorted(
-        name
-        for name in set().union(*all_of_them)
-        if len({repr(one.get(name)) for one in all_of_them}) > 1
+@contextlib.contextmanager
+def lock_run_folder(folder: Path, is_new: bool) -> Iterator[Path]:
+    """Hold a folder against other trainings. A new one gets a free name like the one given.
+
+    Temporary files that a killed process has left in it are removed.
+    """
+    if is_new:
+        folder = make_new_folder(folder)
+    with file_lock(folder / '.lock', f'another process trains in {folder}', wait=False):
+        for suffix in ('pt', 'png', 'json'):
+            for path in folder.glob(f'.*.{suffix}.[0-9]*'):
+                if path.suffix[1:].isdigit():
+                    path.unlink()
+        yield folder
+
+
+# ---------------------------------------------------------------------------- how a training ends
+
+
+@contextlib.contextmanager
+def catch_stop_signals() -> Iterator[list[str]]:
+    """Collect the names of SIGTERM and SIGINT in a list instead of ending the process.
+
+    The training looks at the list after each step, so that the step is finished and saved.
+    """
+    caught: list[str] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        caught.append(signal.Signals(number).name)
+
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, remember)
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def print_how_to_go_on(run: Training, script: str, signals: list[str], checkpoint: Path) -> None:
+    """Print, on rank 0, which signal has ended a training and the command that continues it."""
+    if run.process.rank == 0:
+        signal_name = signals[0] if signals else 'a signal to another process'
+        command = f'{launcher()} {script}.py --train --restore_file={checkpoint}'
+        print(f'stopped after step {run.step} by {signal_name}; to go on: {command}')
+
+
+def launcher() -> str:
+    """Return the command that started this process, up to the script: python or torchrun."""
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return 'python'
+    words = ['torchrun']
+    n_nodes = os.environ.get('GROUP_WORLD_SIZE', '1')
+    if n_nodes != '1':
+        words.append(f'--nnodes={n_nodes}')
+    words.append(f'--nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", "1")}')
+    return ' '.join(words)
+
+
+def stop_if_diverged(run: Training, is_validated: bool, max_skips: int, checkpoint: Path) -> None:
+    """Raise ``UserError`` where a training has diverged.
+
+    It has when more than ``max_skips`` steps in a row were skipped, or when the validation score
+    is not finite.
+    """
+    has_bad_score = is_validated and not math.isfinite(run.validation_loss)
+    if run.skips_in_a_row <= max_skips and not has_bad_score:
+        return
+    raise UserError(
+        f'training diverged: at step {run.step}, learning rate '
+        f'{run.optimizer.param_groups[0]["lr"]:g}, the loss, its gradients or the validation score '
+        f'are not finite ({run.skips_in_a_row} steps skipped in a row); start again with a lower '
+        f'--lr; the last checkpoint is {checkpoint}'
     )
-    if different:
-        raise UserError(f'the processes start from different {" and ".join(different)}')
-
-
-def require_newest(saved, load):
-    """UserError where the last checkpoint in its folder, which is claimed, is past the one to train on from"""
-    newest = saved and saved['path'].with_name('checkpoint.pt')
-    if newest and newest.exists() and load(newest)['step'] > saved['step']:
-        raise UserError(
-            f'{newest} is at a later step than {saved["path"]} was and would be overwritten: go on from it, or '
-            f'copy {saved["path"].name} to a folder of its own'
-        )
-
-
-def stop_if_diverged(run, is_validated, max_skips, newest):
-    """UserError where a training diverged: too many steps in a row were skipped, or the validation score is not finite"""
-    if run.skips_in_a_row > max_skips or is_validated and not math.isfinite(run.validation_loss):
-        raise UserError(
-            f'training diverged: at step {run.step}, learning rate {run.optimizer.param_groups[0]["lr"]:g}, the '
-            f'loss, its gradients or the validation score are not finite ({run.skips_in_a_row} steps skipped in '
-            f'a row); start again with a lower --lr; the last checkpoint is {newest}'
-        )
-
-
-def local_device(local_rank, n_here):
-    """-> this process's GPU, of n_here processes on this machine, or the CPU"""
-    if not torch.cuda.is_available():
-        return torch.device('cpu')
-    if n_here > (n_gpus := torch.cuda.device_count()):
-        raise UserError(f'{n_here} processes on a machine of {n_gpus} GPUs: lower --nproc_per_node')
-    torch.cuda.set_device(local_rank)
-    return torch.device('cuda', local_rank)

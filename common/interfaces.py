@@ -1,0 +1,51 @@
+"""What common/ expects of a script: its processes, and its training."""
+
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar('T')
+
+
+class Process(Protocol):
+    """This process among those that a launcher has started."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    store: Any
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value of every process, in the order of ranks."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all processes, in place."""
+
+    def any(self, flag: object) -> bool:
+        """Return whether the flag is set on any process."""
+
+
+class Training(Protocol):
+    """A training: what it carries from step to step, and where it stands."""
+
+    config: Any
+    process: Process
+    input_dims: list[int]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    score: str
+    step: int
+    n_steps: int
+    n_skipped: int
+    skips_in_a_row: int
+    best: float
+    validation_loss: float
+
+
+class LoadCheckpoint(Protocol):
+    """Read and validate a checkpoint. Raises ``UserError`` where it is damaged."""
+
+    def __call__(self, path: Path) -> dict[str, Any]:
+        """Return the content of the checkpoint, its path and its config as a dataclass."""
