@@ -1,4 +1,4 @@
-"""The data sets, apart from the algorithms: images, for which see images.py, and rows of numbers (tabular.py, toy.py)."""
+"""Data sets and pictures of them: images (images.py) and tables of numbers (tabular.py, toy.py)."""
 
 from .images import (
     IMAGE_DATASETS,

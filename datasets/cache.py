@@ -1,63 +1,124 @@
-"""Arrays kept on the disk and memory-mapped."""
+"""Arrays that are prepared once, kept on disk, and memory-mapped from then on."""
 
-import contextlib
 import math
 import shutil
+import tokenize
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from common.errors import UserError, one_line
 from common.files import digest, file_lock, is_writable, write_atomically
 
+Shape = tuple[int, ...]
+CreateArray = Callable[[Shape, npt.DTypeLike], np.memmap]
+IsValid = Callable[[np.ndarray], bool]
 
-def memmap_cache(data_dir, name, source, make, fits):
-    """-> the array on disk, memory-mapped, that make(create) filled, create(shape, dtype) being what gives it the array;
-    made anew when its source is another, or what lies there does not fit"""
-    file = f'{name}_{digest(source)}.npy'
+# NumPy parses the header of a .npy file as Python source. A damaged header can therefore fail in
+# the tokenizer, in the parser, or where its values are turned into a data type and a shape.
+DAMAGED_ARRAY_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    SyntaxError,
+    tokenize.TokenError,
+    RecursionError,
+    MemoryError,
+)
+
+
+def memmap_cache(
+    data_dir: Path,
+    name: str,
+    source: Any,
+    make: Callable[[CreateArray], object],
+    fits: IsValid,
+) -> np.ndarray:
+    """Return an array that is memory-mapped from a cache file; prepare the file if necessary.
+
+    The file is in ``.cache`` of ``data_dir`` or, where that cannot be written to, of ``data``.
+
+    Arguments:
+        data_dir: The folder of the data set.
+        name: The first part of the file's name.
+        source: JSON-serialisable description of what the array is made from. Its digest is part of
+            the file's name, so a change of the source makes the cache stale.
+        make: Fills the array. It is called with a function that creates the array on disk from a
+            shape and a dtype.
+        fits: Whether an array has the expected shape and dtype; any other is made again.
+
+    Raises ``UserError`` where there is no folder to write to or not enough space.
+    """
+    file_name = f'{name}_{digest(source)}.npy'
     folders = [data_dir / '.cache', Path('data') / '.cache']
-
-    def load(folder):
-        """-> the array, None where there is none, or a damaged or another one: it is made again"""
-        with contextlib.suppress(ValueError):
-            array = map_npy(folder / file)
-            return array if fits(array) else None
-
-    for folder in folders:
-        if (array := load(folder)) is not None:
+    for candidate in folders:
+        array = load_valid(candidate / file_name, fits)
+        if array is not None:
             return array
+
     folder = next((folder for folder in folders if is_writable(folder)), None)
     if folder is None:
         raise UserError(f'neither {folders[0]} nor {folders[1]} can be written to')
+    path = folder / file_name
 
-    def write(temporary):
-        def create(shape, dtype):
-            size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
-            if (
-                size > free
-            ):  # writing to a mapped file for which there is no room is no error but the end (SIGBUS)
-                raise UserError(
-                    f'the cache of {name} takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} left'
-                )
-            return np.lib.format.open_memmap(temporary, 'w+', dtype, shape)
-
-        make(create)
+    def write(temporary: Path) -> None:
+        make(lambda shape, dtype: create_array(temporary, shape, dtype, name))
 
     with file_lock(folder / f'.{name}.lock', f'another process prepares {name}'):
-        if (array := load(folder)) is not None:  # made while this process waited
+        # Another process may have prepared it while this one waited for the lock.
+        array = load_valid(path, fits)
+        if array is not None:
             return array
-        for stale in (
-            *folder.glob(f'{name}_*.npy'),
-            *folder.glob(f'.{name}_*.npy.*'),
-        ):  # of before, of the killed
-            stale.unlink()
-        write_atomically(folder / file, write)
-        return map_npy(folder / file)
+
+        remove_other_versions(folder, name)
+        write_atomically(path, write)
+        return map_npy(path)
 
 
-def map_npy(path):
-    """-> the array in a .npy file, memory-mapped. Raises ValueError, also where np.load would read archives or pickles."""
+def load_valid(path: Path, fits: IsValid) -> np.ndarray | None:
+    """Memory-map an array; return None if it is missing, damaged, or does not fit."""
+    try:
+        array = map_npy(path)
+    except ValueError:
+        return None
+    return array if fits(array) else None
+
+
+def create_array(path: Path, shape: Shape, dtype: npt.DTypeLike, name: str) -> np.memmap:
+    """Create a .npy file and return its array, memory-mapped for writing.
+
+    Raises ``UserError`` where the disk has too little space. Without this check, writing to the
+    memory-mapped array would end the process by a signal (SIGBUS) instead of an error.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise UserError(
+            f'the cache of {name} takes {size / 1e9:.1f} GB, '
+            f'{path.parent} has {free / 1e9:.1f} left'
+        )
+    return np.lib.format.open_memmap(path, 'w+', dtype, shape)
+
+
+def remove_other_versions(folder: Path, name: str) -> None:
+    """Remove the caches of earlier sources and the temporary files of killed processes."""
+    for pattern in (f'{name}_*.npy', f'.{name}_*.npy.*'):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def map_npy(path: Path) -> np.memmap:
+    """Memory-map the array in a .npy file for reading.
+
+    Raises ``ValueError`` if it cannot be read. Unlike with ``np.load``, this includes archives and
+    arrays of pickled objects.
+    """
     try:
         return np.lib.format.open_memmap(path, mode='r')
-    except Exception as error:  # a damaged header fails in too many ways to list
-        raise ValueError(one_line(error)) from None
+    except DAMAGED_ARRAY_ERRORS as error:
+        raise ValueError(one_line(error)) from error

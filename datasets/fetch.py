@@ -1,11 +1,14 @@
-"""Where the data sets come from, and how their files get into a folder: downloaded, verified, unpacked.
+"""Where the published data sets come from; how they are downloaded, verified and unpacked.
 
-requests does the transfer, and not pooch, which starts a broken download again: here a .part stays and is gone on with.
+Downloads use requests. The library pooch would start an interrupted download from the beginning;
+here the bytes received so far stay in a file ending in ``.part``, which the next attempt continues.
 """
 
+import contextlib
 import filecmp
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -14,8 +17,12 @@ import tarfile
 import time
 import zipfile
 import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import requests
 from tqdm import tqdm
@@ -26,95 +33,139 @@ from common.files import file_lock, file_signature, first_existing, write_json
 from .images import find_images
 from .tabular import TABLES
 
-TIMEOUT = 10, 30  # seconds to connect, and without a byte
-TRIES, PAUSE = 4, 2  # rounds over the mirrors that bring nothing, and seconds between them
-MAX_DOWNLOAD, MAX_UNPACKED = 4 * 2**30, 16 * 2**30  # bytes, more than any of these sets has
+TIMEOUT = (10, 30)  # seconds to connect, and seconds without a byte
+MAX_FRUITLESS_ROUNDS = 4  # rounds over all mirrors in a row in which not one byte arrives
+PAUSE = 2  # seconds between two rounds
+MAX_DOWNLOAD = 4 * 2**30  # bytes; more than any archive below has
+MAX_UNPACKED = 16 * 2**30  # bytes; more than any data set below has
+BLOCK_SIZE = 2**20  # bytes that are read from a file at a time
+UNAVAILABLE = (  # a mirror that answers so is not asked again
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.GONE,
+)
+# What the standard library raises while it reads a damaged archive: each compression method has an
+# error of its own, encrypted members are a RuntimeError, and bad offsets become an OSError.
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
-class File:
-    """One to download: an archive, or a file of the data set itself"""
+class PublishedFile:
+    """A file to download: an archive, or a file of the data set itself."""
 
     name: str
-    urls: tuple  # mirrors of each other; none where only the owner's form gives it out
-    members: dict  # regular expressions of what is wanted of it -> where that goes below data_dir
-    md5: str = ''  # '' where none is published
-    kept: bool = False  # as other data sets come from it too
+    urls: tuple[str, ...]  # mirrors; none where the owners give it out only on request
+    targets: dict[str, str]  # regular expression of a member's name -> its path below data_dir
+    md5: str = ''  # empty where no checksum is published
+    is_kept: bool = False  # after unpacking, because other data sets need it too
 
 
 @dataclass(frozen=True)
 class Source:
+    """One line of ``python -m datasets list``, and the files that the data set consists of."""
+
     kind: str
     items: str
     dimensions: str
-    download: str  # size
+    download: str  # size of the download
     origin: str
     license: str
-    files: tuple = ()
-    raw: tuple = ()  # the same from the UCI repository, as it was before its preprocessing
+    files: tuple[PublishedFile, ...] = ()
+    raw_files: tuple[PublishedFile, ...] = ()  # from the UCI repository, without preprocessing
     citation: str = ''
 
 
-def mnist_file(name, md5):
+def mnist_file(name: str, md5: str) -> PublishedFile:
+    """Return one of the four files of MNIST, which two mirrors serve."""
+    archive = f'{name}.gz'
     mirrors = (
         'https://ossci-datasets.s3.amazonaws.com/mnist/',
         'https://storage.googleapis.com/cvdf-datasets/mnist/',
     )
-    return File(
-        f'{name}.gz',
-        tuple(mirror + f'{name}.gz' for mirror in mirrors),
-        {re.escape(f'{name}.gz'): f'mnist/{name}.gz'},
-        md5,
-    )
+    urls = tuple(mirror + archive for mirror in mirrors)
+    return PublishedFile(archive, urls, {re.escape(archive): f'mnist/{archive}'}, md5)
 
 
-def maf_file(*paths):
-    """The one archive of the five tables, of which each takes its own"""
-    return File(
+def celeba_file(name: str, pattern: str, target: str, md5: str) -> PublishedFile:
+    """Return a file of CelebA, which its owners give out only after consent."""
+    return PublishedFile(name, (), {rf'(.*/)?{pattern}': f'celeba/{target}'}, md5)
+
+
+def maf_file(*paths: str) -> PublishedFile:
+    """Return the archive that holds all five tables, with the members of one of them."""
+    return PublishedFile(
         'maf_data.tar.gz',
         ('https://zenodo.org/records/1161203/files/data.tar.gz?download=1',),
         {rf'(\./)?data/{re.escape(path)}': path for path in paths},
-        '9b9c9b0375315ad270eba4ce80c093ab',
-        True,
+        md5='9b9c9b0375315ad270eba4ce80c093ab',
+        is_kept=True,
     )
 
 
-def uci_file(number, title, name, *members):
-    return File(
+def uci_file(number: int, title: str, name: str, *members: str) -> PublishedFile:
+    """Return the archive of a data set of the UCI repository, which publishes no checksums."""
+    return PublishedFile(
         f'uci_{name}.zip',
         (f'https://archive.ics.uci.edu/static/public/{number}/{title}.zip',),
-        {f'(.*/)?{re.escape(member)}': f'{name}/{member}' for member in members},
+        {rf'(.*/)?{re.escape(member)}': f'{name}/{member}' for member in members},
     )
 
 
-MAF = 'Papamakarios, Pavlakou and Murray: Masked Autoregressive Flow for Density Estimation. NeurIPS 2017'
+MAF = (
+    'Papamakarios, Pavlakou and Murray: Masked Autoregressive Flow for Density Estimation. '
+    'NeurIPS 2017'
+)
 SOURCES = {
-    'faces': Source('images', '12,000', '3x32x32', '-', 'drawn by datasets/faces.py', 'MIT'),
-    'digits': Source('images', '1,797', '1x8x8', '-', 'scikit-learn', 'CC BY 4.0'),
+    'faces': Source(
+        kind='images',
+        items='12,000',
+        dimensions='3x32x32',
+        download='-',
+        origin='drawn by datasets/faces.py',
+        license='MIT',
+    ),
+    'digits': Source(
+        kind='images',
+        items='1,797',
+        dimensions='1x8x8',
+        download='-',
+        origin='scikit-learn',
+        license='CC BY 4.0',
+    ),
     'mnist': Source(
-        'images',
-        '70,000',
-        '1x28x28',
-        '12 MB',
-        'LeCun, Cortes, Burges',
-        'CC BY-SA 3.0',
-        (
+        kind='images',
+        items='70,000',
+        dimensions='1x28x28',
+        download='12 MB',
+        origin='LeCun, Cortes, Burges',
+        license='CC BY-SA 3.0',
+        files=(
             mnist_file('train-images-idx3-ubyte', 'f68b3c2dcbeaaa9fbdd348bbdeb94873'),
             mnist_file('train-labels-idx1-ubyte', 'd53e105ee54ea40749a09fcbcd1e9432'),
             mnist_file('t10k-images-idx3-ubyte', '9fb629c4189551a2d022fa330f9573f3'),
             mnist_file('t10k-labels-idx1-ubyte', 'ec29112dd5afa0611ce80d1b7f02629c'),
         ),
-        citation='LeCun, Bottou, Bengio and Haffner: Gradient-based learning applied to document recognition. 1998',
+        citation='LeCun, Bottou, Bengio and Haffner: Gradient-based learning applied to '
+        'document recognition. 1998',
     ),
     'cifar10': Source(
-        'images',
-        '60,000',
-        '3x32x32',
-        '170 MB',
-        'cs.toronto.edu/~kriz',
-        'none stated',
-        (
-            File(
+        kind='images',
+        items='60,000',
+        dimensions='3x32x32',
+        download='170 MB',
+        origin='cs.toronto.edu/~kriz',
+        license='none stated',
+        files=(
+            PublishedFile(
                 'cifar-10-python.tar.gz',
                 ('https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz',),
                 {r'(\./)?(cifar-10-batches-py/(data_batch_[1-5]|test_batch))': r'cifar10/\2'},
@@ -124,44 +175,51 @@ SOURCES = {
         citation='Krizhevsky: Learning Multiple Layers of Features from Tiny Images. 2009',
     ),
     'celeba': Source(
-        'images',
-        '202,599',
-        '3x178x218',
-        '1.4 GB',
-        'mmlab.ie.cuhk.edu.hk',
-        'non-commercial research',
-        (
-            File(
+        kind='images',
+        items='202,599',
+        dimensions='3x178x218',
+        download='1.4 GB',
+        origin='mmlab.ie.cuhk.edu.hk',
+        license='non-commercial research',
+        files=(
+            celeba_file(
                 'img_align_celeba.zip',
-                (),
-                {r'(.*/)?img_align_celeba/(\d{6}\.jpg)': r'celeba/img_align_celeba/\2'},
+                r'img_align_celeba/(\d{6}\.jpg)',
+                r'img_align_celeba/\2',
                 '00d2c5bc6d35e252742224ab0c1e8fcb',
             ),
-            File(
+            celeba_file(
                 'list_attr_celeba.txt',
-                (),
-                {r'(.*/)?list_attr_celeba\.txt': 'celeba/list_attr_celeba.txt'},
+                r'list_attr_celeba\.txt',
+                'list_attr_celeba.txt',
                 '75e246fa4810816ffd6ee81facbd244c',
             ),
-            File(
+            celeba_file(
                 'list_eval_partition.txt',
-                (),
-                {r'(.*/)?list_eval_partition\.txt': 'celeba/list_eval_partition.txt'},
+                r'list_eval_partition\.txt',
+                'list_eval_partition.txt',
                 'd32c9cbf5e040fd4025c592c306e6668',
             ),
         ),
         citation='Liu, Luo, Wang and Tang: Deep Learning Face Attributes in the Wild. ICCV 2015',
     ),
-    'folder': Source('images', 'any', '3x64x64', '-', 'your own', 'yours'),
+    'folder': Source(
+        kind='images',
+        items='any',
+        dimensions='3x64x64',
+        download='-',
+        origin='your own',
+        license='yours',
+    ),
     'power': Source(
-        'rows',
-        '2,049,280',
-        '6',
-        '0.8 GB',
-        'MAF authors, of UCI 235',
-        'CC BY 4.0',
-        (maf_file('power/data.npy'),),
-        (
+        kind='rows',
+        items='2,049,280',
+        dimensions='6',
+        download='0.8 GB',
+        origin='MAF authors, from UCI 235',
+        license='CC BY 4.0',
+        files=(maf_file('power/data.npy'),),
+        raw_files=(
             uci_file(
                 235,
                 'individual+household+electric+power+consumption',
@@ -169,56 +227,84 @@ SOURCES = {
                 'household_power_consumption.txt',
             ),
         ),
-        MAF,
-    ),
-    'gas': Source(
-        'rows',
-        '1,052,065',
-        '8',
-        '0.8 GB',
-        'MAF authors, of UCI 322',
-        'CC BY 4.0',
-        (maf_file('gas/ethylene_CO.pickle'),),
-        (uci_file(322, 'gas+sensor+array+under+dynamic+gas+mixtures', 'gas', 'ethylene_CO.txt'),),
-        MAF,
-    ),
-    'hepmass': Source(
-        'rows',
-        '525,123',
-        '21',
-        '0.8 GB',
-        'MAF authors, of UCI 347',
-        'CC BY 4.0',
-        (maf_file('hepmass/1000_train.csv', 'hepmass/1000_test.csv'),),
-        (uci_file(347, 'hepmass', 'hepmass', '1000_train.csv.gz', '1000_test.csv.gz'),),
-        MAF,
-    ),
-    'miniboone': Source(
-        'rows',
-        '36,488',
-        '43',
-        '0.8 GB',
-        'MAF authors, of UCI 199',
-        'CC BY 4.0',
-        (maf_file('miniboone/data.npy'),),
-        (uci_file(199, 'miniboone+particle+identification', 'miniboone', 'MiniBooNE_PID.txt'),),
-        MAF,
-    ),
-    'bsds300': Source(
-        'rows',
-        '1,300,000',
-        '63',
-        '0.8 GB',
-        'MAF authors, of Berkeley',
-        'non-commercial research',
-        (maf_file('BSDS300/BSDS300.hdf5'),),
         citation=MAF,
     ),
-    '8gaussians ... swissroll': Source('rows', 'drawn anew', '2', '-', 'datasets/toy.py', 'MIT'),
-    'u1 ... u4': Source('energy', '-', '2', '-', 'datasets/toy.py', 'MIT'),
+    'gas': Source(
+        kind='rows',
+        items='1,052,065',
+        dimensions='8',
+        download='0.8 GB',
+        origin='MAF authors, from UCI 322',
+        license='CC BY 4.0',
+        files=(maf_file('gas/ethylene_CO.pickle'),),
+        raw_files=(
+            uci_file(
+                322,
+                'gas+sensor+array+under+dynamic+gas+mixtures',
+                'gas',
+                'ethylene_CO.txt',
+            ),
+        ),
+        citation=MAF,
+    ),
+    'hepmass': Source(
+        kind='rows',
+        items='525,123',
+        dimensions='21',
+        download='0.8 GB',
+        origin='MAF authors, from UCI 347',
+        license='CC BY 4.0',
+        files=(maf_file('hepmass/1000_train.csv', 'hepmass/1000_test.csv'),),
+        raw_files=(uci_file(347, 'hepmass', 'hepmass', '1000_train.csv.gz', '1000_test.csv.gz'),),
+        citation=MAF,
+    ),
+    'miniboone': Source(
+        kind='rows',
+        items='36,488',
+        dimensions='43',
+        download='0.8 GB',
+        origin='MAF authors, from UCI 199',
+        license='CC BY 4.0',
+        files=(maf_file('miniboone/data.npy'),),
+        raw_files=(
+            uci_file(
+                199,
+                'miniboone+particle+identification',
+                'miniboone',
+                'MiniBooNE_PID.txt',
+            ),
+        ),
+        citation=MAF,
+    ),
+    'bsds300': Source(
+        kind='rows',
+        items='1,300,000',
+        dimensions='63',
+        download='0.8 GB',
+        origin='MAF authors, from Berkeley',
+        license='non-commercial research',
+        files=(maf_file('BSDS300/BSDS300.hdf5'),),
+        citation=MAF,
+    ),
+    '8gaussians ... swissroll': Source(
+        kind='rows',
+        items='drawn anew',
+        dimensions='2',
+        download='-',
+        origin='datasets/toy.py',
+        license='MIT',
+    ),
+    'u1 ... u4': Source(
+        kind='energy',
+        items='-',
+        dimensions='2',
+        download='-',
+        origin='datasets/toy.py',
+        license='MIT',
+    ),
 }
-# Of files as they lie in the folder; CIFAR-10's as torchvision has them
-MD5 = {
+# Of the files that training reads. CIFAR-10's are not published by its author, but by torchvision.
+PUBLISHED_MD5 = {
     **{file.name: file.md5 for file in SOURCES['mnist'].files},
     'data_batch_1': 'c99cafc152244af753f735de768cd75f',
     'data_batch_2': 'd4bba439e000b95fd0a9bffe97cbabec',
@@ -228,315 +314,502 @@ MD5 = {
     'test_batch': '40351d587109b95175f43aff81a1287e',
 }
 CELEBA_STEPS = """\
-CelebA is handed out by its owners alone, for non-commercial research:
-  1. open https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, read its agreement, and follow a link to its downloads
-  2. download Img/img_align_celeba.zip, Anno/list_attr_celeba.txt and Eval/list_eval_partition.txt
-  3. python -m datasets fetch celeba --data_dir={} --from img_align_celeba.zip list_attr_celeba.txt \\
-       list_eval_partition.txt"""
+Only its owners give out CelebA, for non-commercial research:
+  1. open https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, read the agreement,
+     and follow a link to the downloads
+  2. download Img/img_align_celeba.zip, Anno/list_attr_celeba.txt
+     and Eval/list_eval_partition.txt
+  3. python -m datasets fetch celeba --data_dir={} --from img_align_celeba.zip \\
+       list_attr_celeba.txt list_eval_partition.txt"""
 
 
-# ------------------------------------------------------------------------------------------------- what is there
+# ------------------------------------------------------------------- what is in the data folder
 
 
-def locate(name, data_dir, raw=False):
-    """-> the paths that the loader of a data set would read, None for what is missing; [] if it reads none"""
+def find_data_files(name: str, data_dir: Path, raw: bool = False) -> list[Path | None]:
+    """Return the paths that the loader of a data set reads, with ``None`` for each missing one.
+
+    The list is empty for a data set that is computed. With ``raw``, a table's file from the MAF
+    authors does not count.
+    """
     if name not in TABLES:
         return find_images(name, data_dir)
-    path = first_existing(data_dir, name, TABLES[name][2][int(raw) :])
-    test = path and path.with_name(path.name.replace('train', 'test'))  # HEPMASS has two
-    return [path, *([] if test == path else [test if test.exists() else None])]
+
+    _, _, candidates = TABLES[name]
+    path = first_existing(data_dir, name, candidates[1:] if raw else candidates)
+    if path is None:
+        return [None]
+    test_path = path.with_name(path.name.replace('train', 'test'))
+    if test_path == path:
+        return [path]
+    return [path, test_path if test_path.exists() else None]  # HEPMASS has two files
 
 
-def state(name, data_dir):
-    """-> 'built in', 'absent', 'incomplete', 'present' or, by its checksums, 'verified' or 'damaged'"""
+def data_set_status(name: str, data_dir: Path) -> str:
+    """Return in one word what is in ``data_dir`` of a data set.
+
+    It is 'built in', 'absent', 'incomplete', 'present' (without a published checksum), 'verified'
+    or 'damaged' (by its checksum); '-' for ``folder``, of which nothing is known.
+    """
     if name == 'folder':
         return '-'
-    paths = locate(name, data_dir)
-    if None in paths:
-        return 'incomplete' if any(paths) else 'absent'
-    known = verified_stamps(data_dir)
-    right = [
-        file_signature(path) in known
-        or (checksum(path) == MD5[path.name] if path.name in MD5 else None)
-        for path in paths
-    ]
-    if False in right:
+    paths = find_data_files(name, data_dir)
+    if not paths:
+        return 'built in'
+    existing = [path for path in paths if path]
+    if not existing:
+        return 'absent'
+    if len(existing) < len(paths):
+        return 'incomplete'
+
+    verified = read_verified_signatures(data_dir)
+    checks = [file_signature(path) in verified or has_published_md5(path) for path in existing]
+    if False in checks:
         return 'damaged'
-    return 'built in' if not paths else 'verified' if all(right) else 'present'
+    return 'verified' if all(checks) else 'present'
 
 
-def verified_stamps(data_dir):
+def has_published_md5(path: Path) -> bool | None:
+    """Return whether a file has the published checksum, or ``None`` where none is published."""
+    if path.name not in PUBLISHED_MD5:
+        return None
+    return md5_of_file(path) == PUBLISHED_MD5[path.name]
+
+
+def read_verified_signatures(data_dir: Path) -> list[list]:
+    """Return the signatures of the files that came from an archive with the right checksum."""
     try:
-        return json.loads((data_dir / '.cache' / 'verified.json').read_text())
+        signatures = json.loads((data_dir / '.cache' / 'verified.json').read_text())
     except (OSError, ValueError):
         return []
+    return signatures if isinstance(signatures, list) else []
 
 
-def checksum(path):
+def save_verified_signatures(data_dir: Path, paths: Sequence[Path]) -> None:
+    """Note that these files came from an archive with the right checksum."""
+    signatures = read_verified_signatures(data_dir)
+    signatures += [file_signature(path) for path in paths]
+    (data_dir / '.cache').mkdir(exist_ok=True)
+    write_json(data_dir / '.cache' / 'verified.json', signatures)
+
+
+def md5_of_file(path: Path) -> str:
+    """Return the MD5 checksum of a file as hexadecimal digits."""
     md5 = hashlib.md5(usedforsecurity=False)
     with open(path, 'rb') as file:
-        for content in iter(partial(file.read, 2**20), b''):
-            md5.update(content)
+        while block := file.read(BLOCK_SIZE):
+            md5.update(block)
     return md5.hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------------- fetch
+# ----------------------------------------------------------------------------------------- fetch
 
 
-def fetch(name, data_dir, raw=False, given=()):
-    """Puts the files of a data set below data_dir -> its state. given: files that the user has downloaded."""
-    if name not in SOURCES or not SOURCES[name].files:
-        fetched = [known for known, source in SOURCES.items() if source.files]
-        raise UserError(f'{name} is none of those that can be fetched: {", ".join(fetched)}')
-    files = SOURCES[name].raw if raw else SOURCES[name].files
-    if not files:
-        raise UserError(f'{name} has no raw form: leave --raw out')
-    if None in locate(name, data_dir, raw):
+def fetch_data_set(name: str, data_dir: Path, raw: bool = False, given: Sequence[Path] = ()) -> str:
+    """Download, verify and unpack what ``data_dir`` lacks of a data set, and return its status.
+
+    Args:
+        raw: Take a table from the UCI repository instead of the MAF authors' archive.
+        given: Files that the user has downloaded, which are unpacked instead.
+
+    Raises ``UserError`` where the data set cannot be fetched, is incomplete afterwards, or does not
+    have the published checksum.
+    """
+    files = files_to_fetch(name, raw)
+    if None in find_data_files(name, data_dir, raw):
         if not given and not all(file.urls for file in files):
             print(CELEBA_STEPS.format(data_dir))
             raise UserError(
-                f"{name} needs its owners' consent: download it yourself, and name its files by --from"
+                f"{name} needs its owners' consent: download it yourself and name its files by "
+                '--from'
             )
         data_dir.mkdir(parents=True, exist_ok=True)
-        with file_lock(data_dir / '.fetch.lock', f'another process fetches into {data_dir}'):
-            if None in locate(name, data_dir, raw):
-                get(name, files, data_dir, raw, given)
-    found = state(name, data_dir)
-    if found == 'damaged':
-        damaged = [
-            path
-            for path in locate(name, data_dir)
-            if path.name in MD5 and checksum(path) != MD5[path.name]
-        ]
-        raise UserError(
-            f'{damaged[0]} is not what is published, by its checksum: move it away and fetch {name} again'
-        )
-    return found
+        with file_lock(data_dir / '.fetch.lock', f'another process is fetching into {data_dir}'):
+            # Another process may have fetched it while this one waited for the lock.
+            if None in find_data_files(name, data_dir, raw):
+                fetch_missing_files(name, files, data_dir, raw, given)
+
+    status = data_set_status(name, data_dir)
+    if status == 'damaged':
+        for path in find_data_files(name, data_dir):
+            if path and has_published_md5(path) is False:
+                raise checksum_error(path, name)
+    return status
 
 
-def get(name, files, data_dir, raw, given):
-    members = {pattern: target for file in files for pattern, target in file.members.items()}
-    right = True
+def files_to_fetch(name: str, raw: bool) -> tuple[PublishedFile, ...]:
+    """Return the files of a data set, or raise ``UserError`` where it has none."""
+    if name not in SOURCES or not SOURCES[name].files:
+        known = ', '.join(known for known, source in SOURCES.items() if source.files)
+        raise UserError(f'{name} is none of those that can be fetched: {known}')
+    files = SOURCES[name].raw_files if raw else SOURCES[name].files
+    if not files:
+        raise UserError(f'{name} has no raw form: leave --raw out')
+    return files
+
+
+def fetch_missing_files(
+    name: str,
+    files: Sequence[PublishedFile],
+    data_dir: Path,
+    raw: bool,
+    given: Sequence[Path],
+) -> None:
+    """Unpack the given files, or download and unpack all, and require that nothing is missing."""
+    if given:
+        is_verified = unpack_given_files(name, files, given, data_dir)
+    else:
+        for file in files:
+            download_and_unpack(name, file, data_dir)
+        is_verified = all(file.md5 for file in files)
+
+    paths = find_data_files(name, data_dir, raw)
+    existing = [path for path in paths if path]
+    if len(existing) < len(paths):
+        missing = ', '.join(names_of_missing_files(files, paths))
+        raise UserError(f'{name} is not complete in {data_dir}: it still needs {missing}')
+    if is_verified:
+        save_verified_signatures(data_dir, existing)
+
+
+def names_of_missing_files(
+    files: Sequence[PublishedFile], paths: Sequence[Path | None]
+) -> list[str]:
+    """Return the names of the published files that hold what is missing."""
+    if len(files) < len(paths):  # one archive holds them all
+        return [file.name for file in files]
+    return [file.name for file, path in zip(files, paths) if path is None]
+
+
+def unpack_given_files(
+    name: str, files: Sequence[PublishedFile], given: Sequence[Path], data_dir: Path
+) -> bool:
+    """Unpack files that the user has downloaded. Return whether all have a published checksum.
+
+    Raises ``UserError`` for a checksum other than the published one. Files that their owners give
+    out on request are exempt, because users may have packed them in another way.
+    """
+    targets: dict[str, str] = {}
+    for file in files:
+        targets.update(file.targets)
+    checksums = [file.md5 for file in files]
+    is_checksum_required = all(file.urls and file.md5 for file in files)
+
+    is_verified = True
     for path in given:
         if not path.is_file():
             raise UserError(f'{path}: no such file')
-        md5 = checksum(path)
-        if not any(md5 == file.md5 for file in files):
-            if all(file.urls and file.md5 for file in files):
+        md5 = md5_of_file(path)
+        if md5 not in checksums:
+            if is_checksum_required:
                 raise UserError(
-                    f'{path} has the checksum {md5}, and {name} has {files[0].md5}: download it again'
+                    f'{path} has the checksum {md5}, but {name} has {checksums[0]}: '
+                    'download it again'
                 )
-            right = False
-        place(path, members, data_dir)
-    for file in files if not given else ():
-        path = data_dir / file.name
-        is_new = not path.exists()
-        if is_new:
-            download(file, path)
-        elif file.md5 and checksum(path) != file.md5:
-            raise UserError(
-                f'{path} is not what is published, by its checksum: move it away and fetch {name} again'
-            )
-        try:
-            place(path, file.members, data_dir)
-        finally:
-            if is_new and not file.kept:
-                path.unlink()
-        right = right and bool(file.md5)
-    paths = locate(name, data_dir, raw)
-    if None in paths:
-        missing = [
-            file.name for file, path in zip(files, paths) if path is None or len(files) < len(paths)
-        ]
-        raise UserError(
-            f'{name} is not complete in {data_dir}: it still needs {", ".join(missing)}'
-        )
-    if right:
-        stamps = verified_stamps(data_dir) + [file_signature(path) for path in paths]
-        (data_dir / '.cache').mkdir(exist_ok=True)
-        write_json(data_dir / '.cache' / 'verified.json', stamps)
+            is_verified = False
+        unpack(path, targets, data_dir)
+    return is_verified
+
+
+def download_and_unpack(name: str, file: PublishedFile, data_dir: Path) -> None:
+    """Download a file unless it is in ``data_dir`` already, and unpack it there.
+
+    A file that was downloaded here is removed afterwards, unless other data sets need it too.
+    """
+    path = data_dir / file.name
+    is_new = not path.exists()
+    if is_new:
+        download(file, path)
+    elif file.md5 and md5_of_file(path) != file.md5:
+        raise checksum_error(path, name)
+    try:
+        unpack(path, file.targets, data_dir)
+    finally:
+        if is_new and not file.is_kept:
+            path.unlink()
+
+
+def checksum_error(path: Path, name: str) -> UserError:
+    """Return the error for a file that differs from the published one."""
+    return UserError(
+        f'{path} is not what is published, as its checksum differs: '
+        f'move it away and fetch {name} again'
+    )
+
+
+# -------------------------------------------------------------------------------------- download
 
 
 class TransferError(requests.RequestException):
-    pass
+    """A server answered, but not with the content that was asked for."""
 
 
-def download(file, path):
-    """path is the whole verified file, or UserError is raised, and what came of it lies in path.part."""
+def download(file: PublishedFile, path: Path) -> None:
+    """Download a file from its mirrors to ``path`` and verify its checksum.
+
+    Each mirror continues where the one before broke off, and all are tried again as long as bytes
+    arrive. Raises ``UserError`` where the file stays incomplete; what has arrived by then is kept
+    in a file ending in ``.part``, which the next call continues.
+    """
     part = path.with_name(f'{path.name}.part')
-    size = lambda: part.stat().st_size if part.exists() else 0
-    problems, mirrors, tries = {}, list(file.urls), TRIES
+    mirrors = list(file.urls)
+    failures: dict[str, requests.RequestException] = {}
+    fruitless_rounds = 0
+
     with requests.Session() as session:
-        session.headers['Accept-Encoding'] = (
-            'identity'  # ranges and checksums are those of the bytes as they lie
-        )
-        while mirrors and tries:
-            before = size()
-            for url in list(mirrors):
+        # Ranges and checksums refer to the file itself, not to a compressed form of it.
+        session.headers['Accept-Encoding'] = 'identity'
+
+        while mirrors and fruitless_rounds < MAX_FRUITLESS_ROUNDS:
+            if failures:
+                time.sleep(PAUSE)
+            size_before = size_of_file(part)
+            for url in mirrors:
                 try:
-                    transfer(session, url, part, size())
-                    if file.md5 and checksum(part) != file.md5:
-                        part.unlink()
-                        raise TransferError('its checksum is not the published one')
+                    download_and_verify(session, url, file.md5, part)
+                except requests.RequestException as error:
+                    failures[url] = error
+                else:
                     os.replace(part, path)
                     return
-                except requests.RequestException as error:
-                    problems[url] = explain(error)
-                    if isinstance(error, requests.HTTPError) and error.response.status_code in (
-                        401,
-                        403,
-                        404,
-                        410,
-                    ):
-                        mirrors.remove(url)
-            tries = TRIES if size() > before else tries - 1
-            if mirrors and tries:
-                time.sleep(PAUSE)
-    rest = (
-        f'; {size():,} bytes are kept in {part}, and the same command goes on from there'
-        if size()
-        else ''
-    )
-    raise UserError(
-        f'{file.name} cannot be downloaded: '
-        + '; '.join(f'{url}: {problem}' for url, problem in problems.items())
-        + rest
-    )
+            mirrors = [url for url in mirrors if not is_permanent(failures[url])]
+            if size_of_file(part) > size_before:
+                fruitless_rounds = 0
+            else:
+                fruitless_rounds += 1
+
+    raise download_error(file.name, part, failures) from failures[file.urls[-1]]
 
 
-def transfer(session, url, part, start):
-    """Adds to part, of start bytes, what the url has beyond them"""
+def download_error(
+    name: str, part: Path, failures: dict[str, requests.RequestException]
+) -> UserError:
+    """Return the error that says what went wrong at each mirror, and how to continue."""
+    problems = [f'{url}: {describe_transfer_error(error)}' for url, error in failures.items()]
+    message = f'{name} cannot be downloaded: {"; ".join(problems)}'
+    size = size_of_file(part)
+    if size:
+        message += f'; {size:,} bytes are kept in {part}, and the same command continues from there'
+    return UserError(message)
+
+
+def size_of_file(path: Path) -> int:
+    """Return the size of a file in bytes, 0 where it does not exist."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def download_and_verify(session: requests.Session, url: str, md5: str, part: Path) -> None:
+    """Complete ``part`` from a URL. Remove it where its checksum turns out to be wrong."""
+    transfer(session, url, part)
+    if md5 and md5_of_file(part) != md5:
+        part.unlink()
+        raise TransferError('its checksum is not the published one')
+
+
+def transfer(session: requests.Session, url: str, part: Path) -> None:
+    """Append to ``part`` what the URL has beyond it, or overwrite it where the server cannot."""
+    start = size_of_file(part)
     headers = {'Range': f'bytes={start}-'} if start else {}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:
-            if response.headers.get('Content-Range') == f'bytes */{start}':
-                return  # all of it was there
+        content_range = response.headers.get('Content-Range', '')
+
+        if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            if content_range == f'bytes */{start}':  # part is complete
+                return
             part.unlink()
             raise TransferError('it is shorter than what was kept of it')
+
         response.raise_for_status()
-        goes_on = response.status_code == 206
-        if goes_on and not response.headers.get('Content-Range', '').startswith(f'bytes {start}-'):
+        if response.status_code != HTTPStatus.PARTIAL_CONTENT:
+            start = 0
+        elif not content_range.startswith(f'bytes {start}-'):
             raise TransferError('it answers with another range than was asked for')
-        start = start if goes_on else 0
-        length = response.headers.get('Content-Length', '')
-        total = start + int(length) if length.isdigit() else None
-        with (
-            open(part, 'ab' if goes_on else 'wb') as file,
-            tqdm(
-                desc=part.stem,
-                initial=start,
-                total=total,
-                unit='B',
-                unit_scale=True,
-                dynamic_ncols=True,
-            ) as bar,
-        ):
-            for content in response.iter_content(2**14):
-                file.write(content)
-                bar.update(len(content))
-                if bar.n > MAX_DOWNLOAD:
-                    part.unlink()
-                    raise UserError(
-                        f'{url} sends more than {MAX_DOWNLOAD:,} bytes, which no data set has'
-                    )
-        if total is not None and bar.n != total:
-            raise TransferError('it broke off')
+        write_content(response, url, part, start)
 
 
-def explain(error):
-    """What a failed transfer comes down to, in a few words"""
+def write_content(response: requests.Response, url: str, part: Path, start: int) -> None:
+    """Write the content of a response to ``part``, from the position ``start`` on.
+
+    Raises ``UserError`` beyond ``MAX_DOWNLOAD`` bytes, and ``TransferError`` where fewer or more
+    bytes arrive than the server has announced.
+    """
+    size = start
+    length = response.headers.get('Content-Length', '')
+    total = start + int(length) if length.isdigit() else None
+    with (
+        open(part, 'ab' if start else 'wb') as file,
+        byte_progress_bar(part.stem, initial=start, total=total) as bar,
+    ):
+        for block in response.iter_content(2**14):
+            file.write(block)
+            bar.update(len(block))
+            size += len(block)
+            if size > MAX_DOWNLOAD:
+                break
+
+    if size > MAX_DOWNLOAD:
+        part.unlink()
+        raise UserError(f'{url} sends more than {MAX_DOWNLOAD:,} bytes, which no data set has')
+    if total is not None and size != total:
+        raise TransferError('it broke off')
+
+
+def byte_progress_bar(description: str, initial: int = 0, total: int | None = None) -> tqdm:
+    """Return a progress bar that counts bytes."""
+    return tqdm(
+        desc=description,
+        initial=initial,
+        total=total,
+        unit='B',
+        unit_scale=True,
+        dynamic_ncols=True,
+    )
+
+
+def is_permanent(error: requests.RequestException) -> bool:
+    """Return whether a mirror does not have the file, or does not give it out."""
+    if not isinstance(error, requests.HTTPError) or error.response is None:
+        return False
+    return error.response.status_code in UNAVAILABLE
+
+
+def describe_transfer_error(error: requests.RequestException) -> str:
+    """Return in a few words why a transfer failed."""
     if isinstance(error, TransferError):
         return str(error)
-    if isinstance(error, requests.HTTPError):
+    if isinstance(error, requests.HTTPError) and error.response is not None:
         return f'{error.response.status_code} {error.response.reason}'
     if 'timed out' in str(error):
         return 'it does not answer'
-    kinds = {
-        requests.TooManyRedirects: 'it redirects without end',
-        requests.exceptions.ProxyError: 'the proxy fails',
-        requests.exceptions.SSLError: 'its certificate is not trusted',
-        requests.ConnectionError: 'no connection',
-        requests.exceptions.ChunkedEncodingError: 'it broke off',
-    }
-    return next((words for kind, words in kinds.items() if isinstance(error, kind)), str(error))
+
+    descriptions = (  # the first two are also a ConnectionError
+        (requests.exceptions.ProxyError, 'the proxy fails'),
+        (requests.exceptions.SSLError, 'its certificate is not trusted'),
+        (requests.ConnectionError, 'no connection'),
+        (requests.TooManyRedirects, 'it redirects without end'),
+        (requests.exceptions.ChunkedEncodingError, 'it broke off'),
+    )
+    for error_class, description in descriptions:
+        if isinstance(error, error_class):
+            return description
+    return str(error)
 
 
-# ------------------------------------------------------------------------------------------------------- unpack
+# ---------------------------------------------------------------------------------------- unpack
 
 
-def entries(archive):
-    """-> name, whether it is a regular file, and a function that opens it, of each member of a zip or tar; of a file
-    that is neither, its own"""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as zipped:
-            for info in zipped.infolist():
-                kind = stat.S_IFMT(info.external_attr >> 16)
-                yield info.filename, kind in (0, stat.S_IFREG), partial(zipped.open, info)
-    elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                yield member.name, member.isreg(), partial(tar.extractfile, member)
-    else:
-        yield archive.name, True, partial(open, archive, 'rb')
+class Member(NamedTuple):
+    """A member of an archive."""
+
+    name: str
+    is_regular: bool  # neither a link nor a device
+    open: Callable[[], IO[bytes] | None]
 
 
-def place(archive, members, data_dir):
-    """Unpacks the members of an archive whose names are wanted, to places that members gives and the archive has no say
-    in: nothing can leave data_dir. They are moved there when all are whole; what is there already is not overwritten."""
+def unpack(archive: Path, targets: dict[str, str], data_dir: Path) -> None:
+    """Unpack the wanted members of an archive into ``data_dir``.
+
+    ``targets`` maps regular expressions of the members' names to paths below ``data_dir``. An
+    archive has no say in where its members go, so none can leave ``data_dir``. They are moved there
+    when all are complete, and a file that is there already is not overwritten.
+    """
     scratch = data_dir / '.unpack'
-    shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
-    targets, n_bytes = [], 0
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
     try:
-        with tqdm(
-            desc=f'unpacking {archive.name}', unit='B', unit_scale=True, dynamic_ncols=True
-        ) as bar:
-            for name, is_file, opened in entries(archive):
-                target = next(
-                    (
-                        match.expand(members[pattern])
-                        for pattern in members
-                        if (match := re.fullmatch(pattern, name))
-                    ),
-                    None,
-                )
-                if target is None:
-                    continue
-                if not is_file or target in targets:
-                    raise UserError(
-                        f'{archive} is not to be trusted: {name} is in it twice, or is no regular file'
-                    )
-                targets.append(target)
-                (scratch / target).parent.mkdir(parents=True, exist_ok=True)
-                with opened() as source, open(scratch / target, 'wb') as file:
-                    for content in iter(partial(source.read, 2**20), b''):
-                        n_bytes += len(content)
-                        if n_bytes > MAX_UNPACKED:
-                            raise UserError(
-                                f'{archive} is not to be trusted: it unpacks to over {MAX_UNPACKED:,} bytes'
-                            )
-                        file.write(content)
-                        bar.update(len(content))
-        if not targets:
-            raise UserError(
-                f'{archive} holds nothing that is wanted of it, such as {next(iter(members.values()))}'
-            )
-        for target in targets:
-            if (data_dir / target).exists():
-                if not filecmp.cmp(scratch / target, data_dir / target, shallow=False):
-                    raise UserError(
-                        f'{data_dir / target} is there already, and differs: move it away first'
-                    )
-            else:
-                (data_dir / target).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(scratch / target, data_dir / target)
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        EOFError,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        raise UserError(f'{archive} cannot be unpacked: {error}; download it again') from None
+        unpacked = extract_members(archive, targets, scratch)
+        if not unpacked:
+            example = next(iter(targets.values()))
+            raise UserError(f'{archive} holds nothing that is wanted of it, such as {example}')
+        for target in unpacked:
+            move_into_place(scratch / target, data_dir / target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def extract_members(archive: Path, targets: dict[str, str], scratch: Path) -> list[str]:
+    """Extract the wanted members into an empty folder. Return their paths relative to it."""
+    extracted: list[str] = []
+    n_bytes = 0
+    with (
+        contextlib.closing(iterate_members(archive)) as members,
+        byte_progress_bar(f'unpacking {archive.name}') as bar,
+    ):
+        for member in members:
+            target = match_target(member.name, targets)
+            if target is None:
+                continue
+            if not member.is_regular or target in extracted:
+                raise UserError(
+                    f'{archive} is not to be trusted: {member.name} is in it twice, '
+                    'or is not a regular file'
+                )
+            extracted.append(target)
+
+            path = scratch / target
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, 'wb') as file:
+                for block in read_blocks(archive, member):
+                    n_bytes += len(block)
+                    if n_bytes > MAX_UNPACKED:
+                        raise UserError(
+                            f'{archive} is not to be trusted: '
+                            f'it unpacks to over {MAX_UNPACKED:,} bytes'
+                        )
+                    file.write(block)
+                    bar.update(len(block))
+    return extracted
+
+
+def match_target(name: str, targets: dict[str, str]) -> str | None:
+    """Return where a member goes by the first pattern that matches it, else ``None``."""
+    for pattern, target in targets.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(target)
+    return None
+
+
+def move_into_place(path: Path, target: Path) -> None:
+    """Move a file to its target, unless the same is there. Another one there is an error."""
+    if target.exists():
+        if not filecmp.cmp(path, target, shallow=False):
+            raise UserError(f'{target} is there already, and differs: move it away first')
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(path, target)
+
+
+def iterate_members(archive: Path) -> Generator[Member, None, None]:
+    """Yield the members of a zip or tar file. Any other file is its own only member."""
+    with report_damaged_archive(archive):
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                for info in zipped.infolist():
+                    file_type = stat.S_IFMT(info.external_attr >> 16)
+                    is_regular = file_type in (0, stat.S_IFREG)  # 0 where the mode is not recorded
+                    yield Member(info.filename, is_regular, partial(zipped.open, info))
+        elif tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tar:
+                for entry in tar:
+                    yield Member(entry.name, entry.isreg(), partial(tar.extractfile, entry))
+        else:
+            yield Member(archive.name, True, lambda: open(archive, 'rb'))
+
+
+def read_blocks(archive: Path, member: Member) -> Iterator[bytes]:
+    """Yield the content of a regular member of an archive in blocks."""
+    with report_damaged_archive(archive):
+        source = member.open()
+        assert source is not None  # as it is for links and devices in a tar file
+        with source:
+            while block := source.read(BLOCK_SIZE):
+                yield block
+
+
+@contextlib.contextmanager
+def report_damaged_archive(archive: Path) -> Iterator[None]:
+    """Raise ``UserError`` where an archive cannot be read."""
+    try:
+        yield
+    except ARCHIVE_ERRORS as error:
+        raise UserError(f'{archive} cannot be unpacked: {error}; download it again') from error

@@ -1,7 +1,8 @@
-"""Image data sets: faces (drawn), digits (scikit-learn's), mnist, cifar10, celeba, and any folder of images.
+"""Image data sets: faces (drawn), digits (scikit-learn's), mnist, cifar10, celeba, image folders.
 
-All come as uint8 arrays (N, C, H, W) with boolean attributes (N, A), in three splits. What has to be drawn or decoded
-is so once, into an array on disk that is memory-mapped from then on.
+All come as uint8 arrays (N, C, H, W) with boolean attributes (N, A), in three splits. Images that
+must be drawn or decoded are prepared once and stored in an array on disk, which is memory-mapped
+from then on.
 """
 
 import csv
@@ -9,13 +10,16 @@ import gzip
 import multiprocessing
 import os
 import signal
+import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -25,28 +29,25 @@ from tqdm import tqdm
 from common.errors import UserError, index_of_name, one_line, truncate
 from common.files import digest, file_signature, first_existing, write_atomically
 
-from .cache import memmap_cache
+from .cache import CreateArray, memmap_cache
 from .faces import ATTRIBUTES, draw_faces, face_attributes
-from .pickles import read_pickle, value
+from .pickles import array_of, read_pickle
 
 IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', 'celeba', 'folder')
-FORMATS = (
-    'JPEG',
-    'PNG',
-    'BMP',
-    'WEBP',
-    'GIF',
-    'TIFF',
-    'PPM',
-)  # whatever a file is named; Pillow gives others to programs
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
-SPLITS = {'train': 0, 'validation': 1, 'val': 1, 'valid': 1, 'test': 2}
-TEN_CLASSES = tuple('0123456789')
+# The formats that are decoded, whatever a file's name says. Pillow hands some others, such as
+# PostScript, to external programs.
+FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM')
+CACHE_VERSION = 1  # must be increased whenever the same source would give other pixels
+
+DIGIT_NAMES = tuple('0123456789')
 MNIST_FILES = [
-    f'{part}-{kind}'
-    for part in ('train', 't10k')
-    for kind in ('images-idx3-ubyte', 'labels-idx1-ubyte')
+    'train-images-idx3-ubyte',
+    'train-labels-idx1-ubyte',
+    't10k-images-idx3-ubyte',
+    't10k-labels-idx1-ubyte',
 ]
+MAX_IDX_BYTES = 2**26  # the largest file of MNIST holds 47 million
 CIFAR_CLASSES = (
     'airplane',
     'automobile',
@@ -60,64 +61,135 @@ CIFAR_CLASSES = (
     'truck',
 )
 CIFAR_FILES = [*(f'data_batch_{k}' for k in range(1, 6)), 'test_batch']
-CELEBA_FILES = 'img_align_celeba', 'list_attr_celeba.txt', 'list_eval_partition.txt'
-CACHE_VERSION = 1  # raised whenever the same source would give other pixels
+CIFAR_ROW = 1 + 3 * 32 * 32  # bytes of a label and an image
+
+CELEBA_FILES = ('img_align_celeba', 'list_attr_celeba.txt', 'list_eval_partition.txt')
+CELEBA_FOLDERS = ('Img', 'Anno', 'Eval')  # the sub-folders in which CelebA's owners keep them
+# CelebA's aligned photos are 178 pixels wide and 218 high, with background above and below the
+# face. As in Real NVP (Dinh et al., 2017, section 4.1), the central 148x148 pixels are kept and
+# resized. The crop is written as a share of the shorter side, to apply to photos of other sizes.
+CELEBA_CROP = 148 / 178
+
 FACES_SEED = 842
-FACES_FIRST = (
-    4  # of the test split, so that what is edited by default is a plain face with nothing covered
-)
-CELEBA_CROP = 148 / 178  # share of an image's shorter side that is kept
-DECODED_AT_ONCE = 64  # images a process takes at a time
+# The test split starts with this one of its faces, a plain one with nothing covered, because the
+# first test images are those that are edited by default.
+FIRST_TEST_FACE = 4
+
+SPLIT_NAMES = {'train': 0, 'validation': 1, 'val': 1, 'valid': 1, 'test': 2}
 MAX_ATTRIBUTES = 1000
+DECODE_CHUNK = 64  # images that a worker process decodes at a time
+
+GRID_CELL = 128  # pixels to which small images are enlarged in a grid
+GRID_MARGIN = 8
+GRID_FONT_SIZE = 18
+
+# A damaged image makes Pillow fail in whichever step meets the damage: it parses headers, tags and
+# compressed data in Python, and few of its checks raise an error of its own.
+DAMAGED_IMAGE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+SplitIndex = slice | np.ndarray
+Row = list[str]  # the cells of a row of a table
 
 
 @dataclass(frozen=True)
 class ImageSplit:
-    images: np.ndarray  # (N, C, H, W) uint8, perhaps memory-mapped
-    attributes: np.ndarray  # (N, A) bool; A = 0 where there are none
+    """Images of one split.
+
+    Attributes:
+        images: (N, C, H, W), uint8, memory-mapped if they come from a cache.
+        attributes: (N, A), boolean; A is 0 where the data set has none.
+    """
+
+    images: np.ndarray
+    attributes: np.ndarray
 
 
 @dataclass(frozen=True)
 class ImageData:
+    """An image data set.
+
+    Attributes:
+        train, validation, test: The three splits.
+        attribute_names: A names; the classes of a labelled data set are attributes.
+        n_values: Values per image by which bits/dim is divided. This is C * H * W, except for
+            mnist: its 28x28 images are padded to 32x32, and 784 values count.
+        max_shift: By how many pixels training images may be shifted at random.
+        fingerprint: Digest of what the images were made from.
+    """
+
     train: ImageSplit
     validation: ImageSplit
     test: ImageSplit
-    attribute_names: tuple
-    n_values: (
-        int  # by which bits/dim is divided: C H W, but 784 for mnist, which is padded to 32x32
-    )
-    max_shift: int  # training images may be shifted by up to so many pixels
-    fingerprint: str  # digest of what the images were made from
+    attribute_names: tuple[str, ...]
+    n_values: int
+    max_shift: int
+    fingerprint: str
 
-    def attribute_index(self, text):
-        """'8' or 'Black_Hair' -> 8; raises UserError with the nearest names"""
+    def attribute_index(self, text: str) -> int:
+        """Return the index of an attribute given by index or name, such as '8' or 'Black_Hair'.
+
+        Raises ``UserError`` with the nearest names if there is no such attribute.
+        """
         return index_of_name(text, self.attribute_names, 'attribute')
 
-    def editable(self, texts, n, source):
-        """-> indices of the attributes that texts name, by default of all, that differ among the first n training images.
-        UserError where there are none, or one that is named does not."""
-        has = self.train.attributes[:n]
-        differs = has.any(0) & ~has.all(0)
+    def editable(self, texts: Sequence[str] | None, n: int, source: str) -> list[int]:
+        """Return the indices of attributes that differ among the first ``n`` training images.
+
+        Arguments:
+            texts: Indices or names of the attributes; by default, all that differ.
+            n: How many training images to look at.
+            source: What to call the data set in an error message.
+
+        Raises ``UserError`` if no attribute differs, or one of those given does not.
+        """
+        present = self.train.attributes[:n]
+        differs = np.asarray(present.any(0) & ~present.all(0))
         if not differs.any():
             raise UserError(
-                f'the images of {source} have no attributes that differ: a folder has those of its attributes.csv'
+                f'the images of {source} have no attributes that differ: for a folder of images, '
+                'list them in its attributes.csv'
             )
-        chosen = (
-            [self.attribute_index(text) for text in texts]
-            if texts
-            else np.flatnonzero(differs).tolist()
-        )
+        if not texts:
+            return np.flatnonzero(differs).tolist()
+
+        chosen = [self.attribute_index(text) for text in texts]
         for i in chosen:
             if not differs[i]:
                 raise UserError(
-                    f'attribute {i} ({self.attribute_names[i]}) is the same in all training images: it cannot '
-                    'be edited'
+                    f'attribute {i} ({self.attribute_names[i]}) is the same in all training '
+                    'images: it cannot be edited'
                 )
         return chosen
 
 
-def load_images(name, data_dir='data', image_size=None):
-    """-> ImageData of one of IMAGE_DATASETS; image_size in pixels a side. Raises UserError."""
+def load_images(
+    name: str, data_dir: str | Path = 'data', image_size: int | None = None
+) -> ImageData:
+    """Load an image data set.
+
+    Arguments:
+        name: One of ``IMAGE_DATASETS``.
+        data_dir: The folder of its files and of the cache.
+        image_size: Height and width in pixels, of data sets that can have several sizes.
+
+    Raises ``UserError`` if files are missing or damaged, or the size does not fit.
+    """
     loaders = {
         'faces': load_faces,
         'digits': load_digits,
@@ -131,514 +203,781 @@ def load_images(name, data_dir='data', image_size=None):
     return loaders[name](Path(data_dir), image_size)
 
 
-def find_images(name, data_dir):
-    """-> what the named data set consists of in data_dir, a path or None each; [] if it needs no files of its own"""
-    places = {
+def find_images(name: str, data_dir: str | Path) -> list[Path | None]:
+    """Return the paths of the files of a data set in ``data_dir``, None for each missing file.
+
+    The list is empty for data sets that have no files of their own.
+    """
+    candidates = {
         'mnist': [[file, f'{file}.gz'] for file in MNIST_FILES],
         'cifar10': [[f'cifar-10-batches-py/{file}', file] for file in CIFAR_FILES],
         'celeba': [
-            [file, f'{folder}/{file}']
-            for file, folder in zip(CELEBA_FILES, ('Img', 'Anno', 'Eval'))
+            [file, f'{folder}/{file}'] for file, folder in zip(CELEBA_FILES, CELEBA_FOLDERS)
         ],
     }
-    return [first_existing(Path(data_dir), name, candidates) for candidates in places.get(name, [])]
+    files = candidates.get(name, [])
+    return [first_existing(Path(data_dir), name, paths) for paths in files]
 
 
-def load_photo(path, name, image_size):
-    """A user's photo, cropped and resized as the named data set's own images -> (C, image_size, image_size) uint8"""
+def require_files(name: str, data_dir: Path, needs: str) -> list[Path]:
+    """Return the paths of the files of a data set; raise ``UserError`` if any is missing."""
+    paths = find_images(name, data_dir)
+    present = [path for path in paths if path is not None]
+    if len(present) < len(paths):
+        raise UserError(f'{name} is not in {data_dir}: it needs {needs}')
+    return present
+
+
+def require_size(name: str, image_size: int | None, size: int) -> None:
+    """Raise ``UserError`` if another size is asked for than the one that the images have."""
+    if image_size not in (None, size):
+        raise UserError(
+            f'--image_size={image_size}: the images of {name} are {size}x{size}, '
+            'leave --image_size out'
+        )
+
+
+def load_photo(path: str | Path, name: str, image_size: int) -> np.ndarray:
+    """Decode a user's photo in the way of a data set; return (C, image_size, image_size) bytes."""
     if name == 'mnist':
-        return np.pad(decode(path, 28, mode='L'), ((0, 0), (2, 2), (2, 2)))
+        return pad_digits(decode(path, 28, mode='L'))
     if name == 'digits':
         return decode(path, 8, mode='L') // 16 * 17
-    return decode(path, image_size, CELEBA_CROP if name == 'celeba' else 1.0)
+    crop = CELEBA_CROP if name == 'celeba' else 1.0
+    return decode(path, image_size, crop)
 
 
-def shift_randomly(x, max_shift, generator):
-    """Each image of a tensor (B, C, H, W) moved by up to max_shift pixels both ways; its margin, empty, wraps round"""
+def shift_randomly(x: torch.Tensor, max_shift: int, generator: torch.Generator) -> torch.Tensor:
+    """Shift each image (B, C, H, W) by up to ``max_shift`` pixels along both axes.
+
+    What leaves the image on one side comes back on the other, so the margin should be empty.
+    """
     b, _, h, w = x.shape
-    dy, dx = torch.randint(
+    offsets = torch.randint(
         -max_shift, max_shift + 1, (2, b, 1), device=x.device, generator=generator
     )
-    rows = (torch.arange(h, device=x.device) + dy) % h
-    columns = (torch.arange(w, device=x.device) + dx) % w
-    return x[
-        torch.arange(b, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None]
-    ].permute(0, 3, 1, 2)
+    rows = (torch.arange(h, device=x.device) + offsets[0]) % h
+    columns = (torch.arange(w, device=x.device) + offsets[1]) % w
+    images = torch.arange(b, device=x.device)[:, None, None]
+
+    # Indexing around a slice moves the axis of the slice to the end: (B, H, W, C).
+    rows, columns = rows[:, :, None], columns[:, None, :]
+    return x[images, :, rows, columns].permute(0, 3, 1, 2)
 
 
-def make_image_data(images, attributes, names, parts, source, n_values=None, max_shift=0):
-    """parts: slices or indices of the train, validation and test splits -> ImageData"""
-    splits = [ImageSplit(images[part], attributes[part]) for part in parts]
-    n_values = n_values or int(np.prod(images.shape[1:]))
-    return ImageData(*splits, tuple(names), n_values, max_shift, digest(source))
+def make_image_data(
+    images: np.ndarray,
+    attributes: np.ndarray,
+    names: Sequence[str],
+    parts: Sequence[SplitIndex],
+    source: Any,
+    n_values: int | None = None,
+    max_shift: int = 0,
+) -> ImageData:
+    """Split images and attributes into a data set.
+
+    Arguments:
+        images: (N, C, H, W), uint8.
+        attributes: (N, A), boolean.
+        names: A names of attributes.
+        parts: Slices or indices of the train, validation and test images.
+        source: JSON-serialisable description of what the images were made from.
+        n_values, max_shift: See ``ImageData``; by default, C * H * W values and no shift.
+    """
+    train, validation, test = [ImageSplit(images[part], attributes[part]) for part in parts]
+    return ImageData(
+        train,
+        validation,
+        test,
+        attribute_names=tuple(names),
+        n_values=n_values or int(np.prod(images.shape[1:])),
+        max_shift=max_shift,
+        fingerprint=digest(source),
+    )
 
 
-def seeded_parts(n, where):
-    """80/10/10 of n images, shuffled once and for all -> three arrays of sorted indices"""
+def slices_in_order(n_train: int, n_validation: int) -> list[slice]:
+    """Split images in their order. The last of ``n_train`` images are the validation split."""
+    first = n_train - n_validation
+    return [slice(0, first), slice(first, n_train), slice(n_train, None)]
+
+
+def random_split(n: int, source: str | Path) -> list[np.ndarray]:
+    """Return sorted indices of 80, 10 and 10% of ``n`` images, always the same ones.
+
+    Raises ``UserError`` if there are fewer than ten images; ``source`` names them.
+    """
     if n < 10:
         raise UserError(
-            f'{where} has {n} images: at least 10 are needed for a split into train, validation and test'
+            f'{source} has {n} images: at least 10 are needed for a split into train, validation '
+            'and test'
         )
     order = np.random.default_rng(0).permutation(n)
-    return [np.sort(part) for part in np.split(order, [n - 2 * (n // 10), n - n // 10])]
+    n_held_out = n // 10
+    parts = np.split(order, [n - 2 * n_held_out, n - n_held_out])
+    return [np.sort(part) for part in parts]
 
 
-def is_pixels(*shape):
-    return lambda array: (array.shape, array.dtype) == (shape, np.uint8)
+def one_hot(labels: np.ndarray) -> np.ndarray:
+    """Return labels 0 to 9 as boolean attributes (N, 10)."""
+    return np.eye(10, dtype=bool)[labels]
 
 
-def save_grid(path, *grid):
-    write_atomically(Path(path), lambda temporary: draw_grid(*grid).save(temporary, format='png'))
+def is_image_array(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Return whether an array has this shape and holds bytes."""
+    return array.shape == shape and array.dtype == np.uint8
+
+
+# ---------------------------------------------------------------------------------- grids of images
+
+
+def save_grid(
+    path: str | Path,
+    rows: Sequence[np.ndarray],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+) -> None:
+    """Save the picture of ``draw_grid`` as a PNG file."""
+    picture = draw_grid(rows, row_labels, column_labels)
+    write_atomically(Path(path), lambda temporary: picture.save(temporary, format='png'))
     tqdm.write(f'wrote {path}')
 
 
-def draw_grid(rows, row_labels=(), column_labels=()):
-    """Rows of uint8 images (n, C, H, W) -> PIL image: whole-number enlargement, margins, labels left and above"""
-    c, h, w = rows[0].shape[1:]
+def draw_grid(
+    rows: Sequence[np.ndarray],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+) -> Image.Image:
+    """Draw rows of images, with labels at the left and at the top.
+
+    Images are enlarged by a whole number, so that their pixels stay sharp.
+
+    Arguments:
+        rows: Arrays (n, C, H, W) of uint8; the first row has the most images.
+        row_labels: One for each row, or none.
+        column_labels: One for each image of the first row, or none.
+    """
+    height, width = rows[0].shape[2:]
+    zoom = max(1, GRID_CELL // max(height, width))
+    height, width = height * zoom, width * zoom
+    row_step = height + GRID_MARGIN
+    column_step = width + GRID_MARGIN
+
+    font = ImageFont.load_default(GRID_FONT_SIZE)
     row_labels = [truncate(label) for label in row_labels]
-    zoom = max(1, 128 // max(h, w))
-    h, w, gap, font = h * zoom, w * zoom, 8, ImageFont.load_default(18)
-    left = gap + max([int(font.getlength(label)) + 2 * gap for label in row_labels], default=0)
-    top = gap + (18 + gap if column_labels else 0)
-    canvas = Image.new(
-        'RGB', (left + len(rows[0]) * (w + gap), top + len(rows) * (h + gap)), 'white'
-    )
+    label_widths = [int(font.getlength(label)) for label in row_labels]
+    left = top = GRID_MARGIN
+    if row_labels:
+        left += max(label_widths) + 2 * GRID_MARGIN
+    if column_labels:
+        top += GRID_FONT_SIZE + GRID_MARGIN
+
+    size = (left + len(rows[0]) * column_step, top + len(rows) * row_step)
+    canvas = Image.new('RGB', size, 'white')
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            corner = (left + j * column_step, top + i * row_step)
+            canvas.paste(enlarge(image, zoom), corner)
+
     draw = ImageDraw.Draw(canvas)
-    for i, j in ((i, j) for i, row in enumerate(rows) for j in range(len(row))):
-        pixels = rows[i][j].transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
-        canvas.paste(
-            Image.fromarray(pixels[..., 0] if c == 1 else pixels),
-            (left + j * (w + gap), top + i * (h + gap)),
-        )
     for i, label in enumerate(row_labels):
-        draw.text((left - 2 * gap, top + i * (h + gap) + h // 2), label, 'black', font, anchor='rm')
+        position = (left - 2 * GRID_MARGIN, top + i * row_step + height // 2)
+        draw.text(position, label, 'black', font, anchor='rm')
     for j, label in enumerate(column_labels):
-        draw.text((left + j * (w + gap) + w // 2, top - gap - 2), label, 'black', font, anchor='ms')
+        position = (left + j * column_step + width // 2, top - GRID_MARGIN - 2)
+        draw.text(position, label, 'black', font, anchor='ms')
     return canvas
 
 
-# ------------------------------------------------------------------------------------- drawn and bundled sets
+def enlarge(image: np.ndarray, zoom: int) -> Image.Image:
+    """Return an image (C, H, W) as a picture in which each pixel is a square of ``zoom`` pixels."""
+    enlarged = image.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    pixels = enlarged.transpose(1, 2, 0)
+    if pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    return Image.fromarray(pixels)
 
 
-def load_faces(data_dir, image_size):
-    size, n_train, n_held_out = image_size or 32, 10_000, 1_000
-    n = n_train + 2 * n_held_out
+# ---------------------------------------------------------------------- drawn and bundled data sets
+
+
+def load_faces(data_dir: Path, image_size: int | None) -> ImageData:
+    """Load 12,000 drawn faces with CelebA's attributes (see faces.py), 32x32 by default."""
+    size = image_size or 32
+    n_train, n_validation, n_test = 10_000, 1_000, 1_000
+    n = n_train + n_validation + n_test
+    shape = (n, 3, size, size)
     source = ['faces', CACHE_VERSION, size, n, FACES_SEED]
-    images = memmap_cache(
-        data_dir,
-        f'faces_{size}',
-        source,
-        lambda create: np.copyto(
-            create((n, 3, size, size), np.uint8), draw_faces(n, size, FACES_SEED)
-        ),
-        is_pixels(n, 3, size, size),
-    )
-    test = np.roll(np.arange(n_train + n_held_out, n), -FACES_FIRST)
-    parts = slice(0, n_train), slice(n_train, n_train + n_held_out), test
-    return make_image_data(images, face_attributes(n, FACES_SEED), ATTRIBUTES, parts, source)
+
+    def draw(create: CreateArray) -> None:
+        array = create(shape, np.uint8)
+        array[:] = draw_faces(n, size, FACES_SEED)
+
+    def fits(array: np.ndarray) -> bool:
+        return is_image_array(array, shape)
+
+    images = memmap_cache(data_dir, f'faces_{size}', source, draw, fits)
+    attributes = face_attributes(n, FACES_SEED)
+    test = np.roll(np.arange(n - n_test, n), -FIRST_TEST_FACE)
+    parts: list[SplitIndex] = [slice(0, n_train), slice(n_train, n - n_test), test]
+    return make_image_data(images, attributes, ATTRIBUTES, parts, source)
 
 
-def load_digits(data_dir, image_size):
-    """scikit-learn's 1,797 handwritten digits, 8x8 with values 0..16; the topmost two merged, 4 bits hold them all"""
-    from sklearn.datasets import load_digits as load
+def load_digits(data_dir: Path, image_size: int | None) -> ImageData:
+    """Load the 1,797 handwritten digits, 8x8, that come with scikit-learn.
+
+    Their 17 levels are reduced to 16, by merging the two highest, so that 4 bits hold a value.
+    """
+    from sklearn import datasets as sklearn_datasets  # takes a second, so only where needed
 
     require_size('digits', image_size, 8)
-    pixels, labels = load(return_X_y=True)
-    images = (np.minimum(pixels, 15) * 17).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return make_image_data(
-        images,
-        np.eye(10, dtype=bool)[labels],
-        TEN_CLASSES,
-        seeded_parts(len(images), 'digits'),
-        ['digits'],
-    )
+    pixels, labels = sklearn_datasets.load_digits(return_X_y=True)
+    levels = np.minimum(pixels, 15).astype(np.uint8)
+    images = (levels * 17).reshape(-1, 1, 8, 8)
+    parts = random_split(len(images), 'digits')
+    return make_image_data(images, one_hot(labels), DIGIT_NAMES, parts, ['digits'])
 
 
-def require_size(name, given, own):
-    if given not in (None, own):
-        raise UserError(
-            f'--image_size={given}: the images of {name} are {own}x{own}, leave --image_size out'
-        )
+# -------------------------------------------------------------------------------------------- mnist
 
 
-# ------------------------------------------------------------------------------------------------------ mnist
+def load_mnist(data_dir: Path, image_size: int | None) -> ImageData:
+    """Load the four files of MNIST (LeCun, Cortes and Burges), which may be gzipped.
 
-
-def load_mnist(data_dir, image_size):
-    """The four idx files of LeCun, Cortes and Burges, gzipped or not; the last 5,000 training images validate.
-
-    28x28, padded with zeros to 32x32 on one channel; bits/dim counts the 784 values of the digit itself.
+    The 28x28 images are padded with zeros to 32x32. The last 5,000 training images (at most a
+    tenth) are the validation split.
     """
     require_size('mnist', image_size, 32)
-    paths = find_images('mnist', data_dir)
-    if None in paths:
-        raise UserError(
-            f'mnist is not in {data_dir}: it needs {", ".join(MNIST_FILES)} (gzipped or not): '
-            f'python -m datasets fetch mnist --data_dir={data_dir}'
-        )
-    arrays = [
-        read_idx(path, 3 if 'images' in name else 1) for path, name in zip(paths, MNIST_FILES)
-    ]
-    for (images, labels), path in zip((arrays[:2], arrays[2:]), paths[1::2]):
-        if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
-            raise UserError(
-                f'{path}: {len(labels)} labels up to {labels.max(initial=0)} do not fit '
-                f'{len(images)} images of {images.shape[1]}x{images.shape[2]}'
-            )
-    n_train, n_validation = len(arrays[0]), min(5000, len(arrays[0]) // 10)
-    images = np.pad(np.concatenate(arrays[::2])[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))
-    attributes = np.eye(10, dtype=bool)[np.concatenate(arrays[1::2])]
-    parts = (
-        slice(0, n_train - n_validation),
-        slice(n_train - n_validation, n_train),
-        slice(n_train, None),
+    paths = require_files(
+        'mnist',
+        data_dir,
+        f'{", ".join(MNIST_FILES)} (gzipped or not): '
+        f'python -m datasets fetch mnist --data_dir={data_dir}',
     )
+    train_images = read_idx(paths[0], n_dims=3)
+    train_labels = read_idx(paths[1], n_dims=1)
+    test_images = read_idx(paths[2], n_dims=3)
+    test_labels = read_idx(paths[3], n_dims=1)
+    require_matching_labels(train_images, train_labels, paths[1])
+    require_matching_labels(test_images, test_labels, paths[3])
+
+    images = pad_digits(np.concatenate([train_images, test_images])[:, None])
+    labels = np.concatenate([train_labels, test_labels])
+    n_train = len(train_images)
+    n_validation = min(5000, n_train // 10)
     return make_image_data(
         images,
-        attributes,
-        TEN_CLASSES,
-        parts,
-        ['mnist', *map(file_signature, paths)],
+        one_hot(labels),
+        DIGIT_NAMES,
+        slices_in_order(n_train, n_validation),
+        source=['mnist', *map(file_signature, paths)],
         n_values=784,
         max_shift=1,
     )
 
 
-def read_idx(path, n_dims):
-    """An idx file of unsigned bytes -> array. No more is read than its header promises, and that is bounded."""
+def pad_digits(images: np.ndarray) -> np.ndarray:
+    """Pad images (..., 28, 28) with zeros to 32x32."""
+    no_margin, margin = (0, 0), (2, 2)
+    other_axes = [no_margin] * (images.ndim - 2)
+    return np.pad(images, [*other_axes, margin, margin])
+
+
+def require_matching_labels(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
+    """Raise ``UserError`` unless there is a digit for each 28x28 image; ``path`` has the labels."""
+    highest = labels.max(initial=0)
+    height, width = images.shape[1:]
+    is_mnist = (height, width) == (28, 28) and highest <= 9
+    if not is_mnist or len(images) != len(labels):
+        raise UserError(
+            f'{path}: {len(labels)} labels up to {highest} do not fit '
+            f'{len(images)} images of {height}x{width}'
+        )
+
+
+def read_idx(path: Path, n_dims: int) -> np.ndarray:
+    """Read an array of bytes with ``n_dims`` dimensions in MNIST's own format (idx).
+
+    Reads no more than the header announces, which is limited to ``MAX_IDX_BYTES``. Raises
+    ``UserError`` if the file is damaged or of another kind.
+    """
+    open_file: Callable[..., Any] = gzip.open if path.suffix == '.gz' else open
     try:
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
-            header = file.read(4 + 4 * n_dims)
-            magic = bytes([0, 0, 8, n_dims])
-            if len(header) < 4 + 4 * n_dims or header[:4] != magic:
+        with open_file(path, 'rb') as file:
+            shape = read_idx_shape(file, path, n_dims)
+            size = int(np.prod(shape, dtype=object))  # as a Python integer it cannot overflow
+            if size > MAX_IDX_BYTES:
                 raise UserError(
-                    f'{path} is not an idx file of bytes in {n_dims} dimensions: its header is '
-                    f'{header[:4].hex() or "empty"}, not {magic.hex()}'
-                )
-            shape = [int.from_bytes(header[4 + 4 * i : 8 + 4 * i], 'big') for i in range(n_dims)]
-            size = int(np.prod(shape, dtype=object))
-            if size > 2**26:
-                raise UserError(
-                    f'{path} claims to hold {"x".join(map(str, shape))} bytes, which no MNIST file does'
+                    f'{path} claims to hold {"x".join(map(str, shape))} bytes, '
+                    'which no MNIST file does'
                 )
             content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f'{path} cannot be read: {error}; download it again') from None
+        raise UserError(f'{path} cannot be read: {error}; download it again') from error
+
     if len(content) != size:
+        comparison = 'longer' if len(content) > size else 'shorter'
         raise UserError(
-            f'{path} is {"longer" if len(content) > size else "shorter"} than the {size} bytes that its '
-            'header promises; download it again'
+            f'{path} is {comparison} than the {size} bytes that its header announces; '
+            'download it again'
         )
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-# ---------------------------------------------------------------------------------------------------- cifar10
-
-
-def load_cifar10(data_dir, image_size):
-    """The python version of Krizhevsky (2009), 32x32 in ten classes; the last tenth of the training images, in order,
-    validates. The cache has the layout of the binary version: a row an image, its label and then its pixels."""
-    require_size('cifar10', image_size, 32)
-    paths = find_images('cifar10', data_dir)
-    if None in paths:
+def read_idx_shape(file: IO[bytes], path: Path, n_dims: int) -> list[int]:
+    """Read the header of an idx file: a magic number, then the sizes as 4 bytes each."""
+    magic = bytes([0, 0, 8, n_dims])  # 8 stands for unsigned bytes
+    header = file.read(4 + 4 * n_dims)
+    if len(header) < 4 + 4 * n_dims or header[:4] != magic:
         raise UserError(
-            f'cifar10 is not in {data_dir}: it needs {", ".join(CIFAR_FILES)} of its python version: '
-            f'python -m datasets fetch cifar10 --data_dir={data_dir}'
+            f'{path} is not an idx file of bytes in {n_dims} dimensions: its header is '
+            f'{header[:4].hex() or "empty"}, not {magic.hex()}'
         )
+    return list(struct.unpack(f'>{n_dims}I', header[4:]))
+
+
+# ------------------------------------------------------------------------------------------ cifar10
+
+
+def load_cifar10(data_dir: Path, image_size: int | None) -> ImageData:
+    """Load the Python version of CIFAR-10 (Krizhevsky, 2009): 32x32 images of ten classes.
+
+    The last tenth of the training images, in their order, is the validation split. The cache has
+    the layout of the binary version: each row is a label followed by the pixels of an image.
+    """
+    require_size('cifar10', image_size, 32)
+    paths = require_files(
+        'cifar10',
+        data_dir,
+        f'{", ".join(CIFAR_FILES)} of its Python version: '
+        f'python -m datasets fetch cifar10 --data_dir={data_dir}',
+    )
+
+    def unpickle(create: CreateArray) -> None:
+        rows = read_cifar_batches(paths)
+        array = create(rows.shape, np.uint8)
+        array[:] = rows
+
+    def fits(rows: np.ndarray) -> bool:
+        if rows.shape[1:] != (CIFAR_ROW,) or rows.dtype != np.uint8:
+            return False
+        if len(rows) == 0 or len(rows) % len(paths) != 0:
+            return False
+        return rows[:, 0].max() < 10
+
     source = ['cifar10', CACHE_VERSION, *map(file_signature, paths)]
-
-    def unpickle(create):
-        batches = [read_cifar_batch(path) for path in paths]
-        if len(set(map(len, batches))) > 1:
-            raise UserError(
-                f'{paths[0].parent}: its batches hold {", ".join(str(len(batch)) for batch in batches)} images, '
-                'and should all hold the same number'
-            )
-        create((len(paths) * len(batches[0]), 3073), np.uint8)[:] = np.concatenate(batches)
-
-    def fits(rows):
-        return (
-            rows.shape[1:] == (3073,)
-            and rows.dtype == np.uint8
-            and len(rows)
-            and len(rows) % len(paths) == 0
-            and rows[:, 0].max() < 10
-        )
-
     rows = memmap_cache(data_dir, 'cifar10', source, unpickle, fits)
+    images = rows[:, 1:].reshape(-1, 3, 32, 32)
+    attributes = one_hot(rows[:, 0])
     n_test = len(rows) // len(paths)
-    n_train, n_validation = len(rows) - n_test, n_test // 2
-    parts = (
-        slice(0, n_train - n_validation),
-        slice(n_train - n_validation, n_train),
-        slice(n_train, None),
-    )
-    attributes = np.eye(10, dtype=bool)[rows[:, 0]]
-    return make_image_data(
-        rows[:, 1:].reshape(-1, 3, 32, 32), attributes, CIFAR_CLASSES, parts, source
-    )
+    parts = slices_in_order(n_train=len(rows) - n_test, n_validation=n_test // 2)
+    return make_image_data(images, attributes, CIFAR_CLASSES, parts, source)
 
 
-def read_cifar_batch(path):
-    """-> rows (N, 3073) uint8: the label, then the 3x32x32 pixels"""
+def read_cifar_batches(paths: Sequence[Path]) -> np.ndarray:
+    """Read all batches as rows (N, 3073) of uint8: a label and then the pixels."""
+    batches = [read_cifar_batch(path) for path in paths]
+    sizes = [len(batch) for batch in batches]
+    if len(set(sizes)) > 1:
+        raise UserError(
+            f'{paths[0].parent}: its batches hold {", ".join(map(str, sizes))} images, '
+            'and should all hold the same number'
+        )
+    return np.concatenate(batches)
+
+
+def read_cifar_batch(path: Path) -> np.ndarray:
+    """Read one batch as rows (N, 3073) of uint8; raise ``UserError`` if it is damaged."""
     try:
         batch = read_pickle(path)
-        pixels, labels = value(batch['data']), np.array(batch['labels'])
-    except Exception as error:  # of what stands for an array anything may be missing
+        pixels = array_of(batch['data'])
+        labels = np.array(batch['labels'])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        # Where the pickle holds no dict, or labels that are no list, the lookup or the array fails.
         raise UserError(
             f'{path} cannot be read as a batch of cifar10: {one_line(error)}; fetch it again'
-        ) from None
-    if (
-        getattr(pixels, 'dtype', None) != np.uint8
-        or pixels.shape != (len(pixels), 3072)
-        or not len(pixels)
-        or labels.shape != (len(pixels),)
-        or not np.isin(labels, np.arange(10)).all()
-    ):
+        ) from error
+
+    if not is_cifar_batch(pixels, labels):
         raise UserError(
-            f'{path} holds no bytes of 3x32x32 images with a label from 0 to 9 each; fetch it again'
+            f'{path} does not hold 3x32x32 images of bytes with a label from 0 to 9 each; '
+            'fetch it again'
         )
     return np.column_stack([labels.astype(np.uint8), pixels])
 
 
-# ---------------------------------------------------------------------------------------- celeba and folders
+def is_cifar_batch(pixels: Any, labels: np.ndarray) -> bool:
+    """Return whether there are images, with a label from 0 to 9 for each."""
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        return False
+    if pixels.shape[1:] != (CIFAR_ROW - 1,) or len(pixels) == 0:
+        return False
+    if labels.shape != (len(pixels),):
+        return False
+    return bool(np.isin(labels, np.arange(10)).all())
 
 
-def load_celeba(data_dir, image_size):
-    """CelebA as it ships (Liu et al., 2015): aligned images, 40 attributes, and its own partition"""
-    paths = find_images('celeba', data_dir)
-    if None in paths:
-        raise UserError(
-            f'celeba is not in {data_dir}: it needs {", ".join(CELEBA_FILES)}, which its owners hand out: '
-            f'python -m datasets fetch celeba --data_dir={data_dir} says how'
-        )
-    folder, attribute_path, partition_path = paths
-    lines = read_lines(attribute_path)
-    names = lines[1].split() if len(lines) > 1 else []
-    table = {line.split()[0]: line.split()[1:] for line in lines[2:] if line.strip()}
-    partition = dict(
-        line.split()[:2] for line in read_lines(partition_path) if len(line.split()) >= 2
+# ------------------------------------------------------------------------------------------- celeba
+
+
+def load_celeba(data_dir: Path, image_size: int | None) -> ImageData:
+    """Load CelebA (Liu et al., 2015): aligned photos with 40 attributes, in its own splits.
+
+    The central square of each photo (see ``CELEBA_CROP``) is resized to 64x64 by default.
+    """
+    folder, attribute_path, partition_path = require_files(
+        'celeba',
+        data_dir,
+        f'{", ".join(CELEBA_FILES)}, which its owners hand out: '
+        f'python -m datasets fetch celeba --data_dir={data_dir} says how',
     )
-    if not lines or lines[0].strip() != str(len(table)):
-        raise UserError(
-            f'{attribute_path} announces {lines[0].strip() if lines else "nothing"} images and has '
-            f'{len(table)} rows'
-        )
-    require_same_names(table, attribute_path, partition, partition_path)
-    require_same_names(table, attribute_path, {entry.name for entry in os.scandir(folder)}, folder)
-    rows = [(name, partition[name], table[name]) for name in sorted(table)]
-    attributes = parse_attributes(attribute_path, names, [row[2] for row in rows])
-    parts = split_parts(partition_path, [row[1] for row in rows], {'0': 0, '1': 1, '2': 2})
+    attribute_names, cells = read_celeba_attributes(attribute_path)
+    partition = read_celeba_partition(partition_path)
+    files = {entry.name for entry in os.scandir(folder)}
+    require_same_images(cells, attribute_path, partition, partition_path)
+    require_same_images(cells, attribute_path, files, folder)
+
+    file_names = sorted(cells)
+    paths = [folder / name for name in file_names]
+    cells_in_order = [cells[name] for name in file_names]
+    attributes = parse_attributes(attribute_path, attribute_names, cells_in_order)
+    words = [partition[name] for name in file_names]
+    parts = split_by_word(partition_path, words, {'0': 0, '1': 1, '2': 2})
+
     size = image_size or 64
-    images, source = decode_all(
-        data_dir, 'celeba', [folder / row[0] for row in rows], size, CELEBA_CROP
-    )
-    return make_image_data(
-        images,
-        attributes,
-        names,
-        parts,
-        [source, [file_signature(attribute_path), file_signature(partition_path)]],
-    )
+    images, images_digest = load_decoded(data_dir, 'celeba', paths, size, CELEBA_CROP)
+    source = [images_digest, [file_signature(attribute_path), file_signature(partition_path)]]
+    return make_image_data(images, attributes, attribute_names, parts, source)
 
 
-def load_folder(data_dir, image_size):
-    """Any images below data_dir, cropped square; an attributes.csv (image, split, columns of 1 / -1) may be there"""
+def read_celeba_attributes(path: Path) -> tuple[list[str], dict[str, Row]]:
+    """Read the names of the attributes, and the cells of each image, by its file name.
+
+    The first line of the file is the number of images, the second one the names.
+    """
+    lines = read_lines(path)
+    names = lines[1].split() if len(lines) > 1 else []
+    rows = [line.split() for line in lines[2:] if line.strip()]
+    cells = {row[0]: row[1:] for row in rows}
+
+    announced = lines[0].strip() if lines else 'nothing'
+    if announced != str(len(cells)):
+        raise UserError(f'{path} announces {announced} images and has {len(cells)} rows')
+    return names, cells
+
+
+def read_celeba_partition(path: Path) -> dict[str, str]:
+    """Read the split of each image, by its file name: '0', '1' or '2'."""
+    rows = [line.split() for line in read_lines(path)]
+    return {row[0]: row[1] for row in rows if len(row) >= 2}
+
+
+# ------------------------------------------------------------------------------------------ folders
+
+
+def load_folder(data_dir: Path, image_size: int | None) -> ImageData:
+    """Load the images in a folder and its sub-folders, cropped square, 64x64 by default.
+
+    The folder may have an attributes.csv, with the columns image, split (optional), and one column
+    of 1 and -1 for each attribute.
+    """
     if not data_dir.is_dir():
         raise UserError(f'{data_dir} is no directory: give one of images by --data_dir')
-    files = sorted(
-        path
-        for path in data_dir.rglob('*')
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith('.') for part in path.relative_to(data_dir).parts)
-    )
+    files = find_image_files(data_dir)
     if not files:
         raise UserError(
-            f'{data_dir} has no images ({" ".join(sorted(SUFFIXES))}): give a directory by --data_dir'
+            f'{data_dir} has no images ({" ".join(sorted(SUFFIXES))}): give a directory by '
+            '--data_dir'
         )
+
+    names: list[str] = []
+    attributes = np.zeros((len(files), 0), bool)
+    parts = None
     table = data_dir / 'attributes.csv'
-    names, attributes, parts = [], np.zeros((len(files), 0), bool), None
+    table_signature = None
     if table.exists():
-        names, attributes, parts = read_attribute_table(
-            table, [str(path.relative_to(data_dir)) for path in files]
-        )
-    parts = parts or seeded_parts(len(files), data_dir)
-    images, source = decode_all(data_dir, 'folder', files, image_size or 64)
-    return make_image_data(
-        images,
-        attributes,
-        names,
-        parts,
-        [source, file_signature(table) if table.exists() else None],
-    )
+        table_signature = file_signature(table)
+        relative_paths = [str(path.relative_to(data_dir)) for path in files]
+        names, attributes, parts = read_attribute_table(table, relative_paths)
+    if parts is None:
+        parts = random_split(len(files), data_dir)
+
+    images, images_digest = load_decoded(data_dir, 'folder', files, image_size or 64)
+    return make_image_data(images, attributes, names, parts, [images_digest, table_signature])
 
 
-def read_attribute_table(path, files):
-    """-> attribute names, attributes (N, A) in the order of files, and the three splits, None without a split column
+def find_image_files(folder: Path) -> list[Path]:
+    """Return the images in a folder and its sub-folders, sorted, without hidden ones."""
+    files = []
+    for path in folder.rglob('*'):
+        hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
+            files.append(path)
+    return sorted(files)
 
-    A row's image is a path relative to the table or, where that is unique, a file's bare name.
+
+def read_attribute_table(
+    path: Path, files: Sequence[str]
+) -> tuple[list[str], np.ndarray, list[np.ndarray] | None]:
+    """Read an attributes.csv.
+
+    Arguments:
+        path: The table. Each of its rows names an image by the path relative to the table or, where
+            this is unique, by the file's name alone.
+        files: The relative paths of all images.
+
+    Returns the attribute names, the attributes (N, A) in the order of ``files``, and the indices of
+    the three splits, or None if there is no column of splits.
     """
-    try:
-        header, *rows = [
-            [cell.strip() for cell in row] for row in csv.reader(read_lines(path)) if row
-        ] or [[]]
-    except csv.Error as error:
-        raise UserError(f'{path} cannot be read as a table: {error}') from None
+    header, *rows = read_csv_rows(path)
     if not header or header[0] != 'image':
         raise UserError(
-            f'{path}: the first column must be named image, then split (optional) and the attributes'
+            f'{path}: the first column must be named image, then split (optional) and the '
+            'attributes'
         )
-    bare = {}
-    for file in files:
-        bare.setdefault(os.path.basename(file), []).append(file)
-    known = set(files)
-    table = {}
-    for row in rows:
-        name = row[0] if row[0] in known or len(bare.get(row[0], ())) != 1 else bare[row[0]][0]
-        if name in table:
+
+    row_of_file: dict[str, Row] = {}
+    for row, file in zip(rows, match_files(rows, files)):
+        if file in row_of_file:
             raise UserError(f'{path} has two rows for {row[0]}')
-        table[name] = row
-    require_same_names(table, path, known, path.parent)
-    rows = [table[file] for file in files]
-    n_before = 2 if header[1:2] == ['split'] else 1
-    attributes = parse_attributes(path, header[n_before:], [row[n_before:] for row in rows])
-    parts = split_parts(path, [(*row, '')[1] for row in rows], SPLITS) if n_before == 2 else None
-    return header[n_before:], attributes, parts
+        row_of_file[file] = row
+    require_same_images(row_of_file, path, files, path.parent)
+    rows = [row_of_file[file] for file in files]
+
+    has_splits = header[1:2] == ['split']
+    first = 2 if has_splits else 1
+    names = header[first:]
+    attributes = parse_attributes(path, names, [row[first:] for row in rows])
+    if not has_splits:
+        return names, attributes, None
+    words = [row[1] if len(row) > 1 else '' for row in rows]
+    return names, attributes, split_by_word(path, words, SPLIT_NAMES)
 
 
-def read_lines(path):
+def read_csv_rows(path: Path) -> list[Row]:
+    """Return the cells of a table without the spaces around them; at least one row, maybe empty."""
+    try:
+        rows = [row for row in csv.reader(read_lines(path)) if row]
+    except csv.Error as error:
+        raise UserError(f'{path} cannot be read as a table: {error}') from error
+    stripped = [[cell.strip() for cell in row] for row in rows]
+    return stripped or [[]]
+
+
+def match_files(rows: Sequence[Row], files: Sequence[str]) -> list[str]:
+    """Return the relative path of the image of each row, or the row's name of it if unknown."""
+    paths_by_name: dict[str, list[str]] = {}
+    for file in files:
+        paths_by_name.setdefault(os.path.basename(file), []).append(file)
+
+    known = set(files)
+    matches = []
+    for name, *_ in rows:
+        candidates = paths_by_name.get(name, [])
+        is_unique_name = name not in known and len(candidates) == 1
+        matches.append(candidates[0] if is_unique_name else name)
+    return matches
+
+
+# ----------------------------------------------------------------- parts of CelebA's and own tables
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8; raise ``UserError`` if it cannot be read."""
     try:
         return path.read_text(encoding='utf-8-sig').splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path} cannot be read as text: {error}') from None
+        raise UserError(f'{path} cannot be read as text: {error}') from error
 
 
-def require_same_names(names, where, others, elsewhere):
-    for here, in_here, there, in_there in (
-        (where, names, elsewhere, others),
-        (elsewhere, others, where, names),
+def require_same_images(
+    names: Collection[str], path: Path, other_names: Collection[str], other_path: Path
+) -> None:
+    """Raise ``UserError`` unless two files or folders have the same images."""
+    for here, there, missing in (
+        (path, other_path, set(names) - set(other_names)),
+        (other_path, path, set(other_names) - set(names)),
     ):
-        missing = set(in_here) - set(in_there)
         if missing:
             raise UserError(
-                f'{len(missing)} of the images in {here} are not in {there}, such as {min(missing)!r}'
+                f'{len(missing)} of the images in {here} are not in {there}, '
+                f'such as {min(missing)!r}'
             )
 
 
-def parse_attributes(path, names, rows):
-    """Cells '1' and '-1' -> (N, A) bool"""
-    if not len(set(names)) == len(names) <= MAX_ATTRIBUTES or not all(
-        name.isprintable() and name for name in names
-    ):
+def parse_attributes(path: Path, names: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
+    """Return cells of '1' and '-1' as booleans (N, A); raise ``UserError`` for any others."""
+    are_different = len(set(names)) == len(names)
+    are_printable = all(name and name.isprintable() for name in names)
+    if not are_different or not are_printable or len(names) > MAX_ATTRIBUTES:
         raise UserError(
-            f'{path}: attribute names must be printable and different from each other, {MAX_ATTRIBUTES} at most'
+            f'{path}: attribute names must be printable and different from each other, '
+            f'{MAX_ATTRIBUTES} at most'
         )
     for row in rows:
         if len(row) != len(names) or not {'1', '-1'}.issuperset(row):
             raise UserError(
-                f'{path}: every image needs {len(names)} values 1 or -1, one has {" ".join(row)[:60]!r}'
+                f'{path}: every image needs {len(names)} values 1 or -1, '
+                f'one has {" ".join(row)[:60]!r}'
             )
-    return np.array([[cell == '1' for cell in row] for row in rows], bool).reshape(
-        len(rows), len(names)
-    )
+    attributes = np.array([[cell == '1' for cell in row] for row in rows], bool)
+    return attributes.reshape(len(rows), len(names))  # also where there are no names
 
 
-def split_parts(path, words, meaning):
-    """One word an image -> sorted indices of the train, validation and test images"""
-    unknown = set(words) - set(meaning)
+def split_by_word(path: Path, words: Sequence[str], splits: Mapping[str, int]) -> list[np.ndarray]:
+    """Return sorted indices of the train, validation and test images.
+
+    Arguments:
+        path: Where the words come from, for error messages.
+        words: The split of each image.
+        splits: 0 (train), 1 (validation) or 2 (test) for each allowed word.
+    """
+    unknown = set(words) - set(splits)
     if unknown:
-        raise UserError(f'{path}: a split is one of {", ".join(meaning)}, not {min(unknown)!r}')
-    which = np.array([meaning[word] for word in words])
-    parts = [np.flatnonzero(which == k) for k in range(3)]
-    if not all(map(len, parts)):
+        raise UserError(f'{path}: a split is one of {", ".join(splits)}, not {min(unknown)!r}')
+    split_of_image = np.array([splits[word] for word in words])
+    parts = [np.flatnonzero(split_of_image == split) for split in range(3)]
+    if not all(len(part) for part in parts):
         raise UserError(f'{path}: training, validation and test split need at least one image each')
     return parts
 
 
-def decode_all(data_dir, name, files, size, crop=1.0):
-    """-> memory-mapped images (N, 3, size, size) of all the files, and what identifies them"""
-    source = [name, CACHE_VERSION, size, crop, [file_signature(path) for path in files]]
-
-    def decode_in_parallel(create):
-        out = create((len(files), 3, size, size), np.uint8)
-        starts = range(0, len(files), DECODED_AT_ONCE)
-        # processes, as threads spend half of their time waiting for each other's Python
-        with (
-            ProcessPoolExecutor(min(n_cores(), len(starts)), initializer=end_with_parent) as pool,
-            tqdm(
-                desc=f'decoding {name}', total=len(files), unit='image', dynamic_ncols=True
-            ) as bar,
-        ):
-            tasks = [
-                pool.submit(
-                    decode_into, out.filename, i, files[i : i + DECODED_AT_ONCE], size, crop
-                )
-                for i in starts
-            ]
-            try:
-                for task in tasks:
-                    bar.update(task.result())
-            except BrokenProcessPool:
-                raise UserError(
-                    'a process that decoded images was killed, perhaps for want of memory'
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)  # an error stops the others early
-
-    fits = is_pixels(len(files), 3, size, size)
-    return memmap_cache(data_dir, f'{name}_{size}', source, decode_in_parallel, fits), digest(
-        source
-    )
+# ----------------------------------------------------------------------------------------- decoding
 
 
-def n_cores():
-    """How many this process may use"""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+def load_decoded(
+    data_dir: Path, name: str, files: Sequence[Path], size: int, crop: float = 1.0
+) -> tuple[np.ndarray, str]:
+    """Return the images of all files (N, 3, size, size), and a digest of their source.
+
+    They are memory-mapped from the cache of ``data_dir``, and decoded first if necessary; for
+    ``crop``, see ``decode``.
+    """
+    signatures = [file_signature(path) for path in files]
+    source = [name, CACHE_VERSION, size, crop, signatures]
+    shape = (len(files), 3, size, size)
+
+    def decode_all(create: CreateArray) -> None:
+        array = create(shape, np.uint8)
+        bar = tqdm(desc=f'decoding {name}', total=len(files), unit='image', dynamic_ncols=True)
+        with bar:
+            decode_in_parallel(str(array.filename), files, size, crop, bar)
+
+    def fits(array: np.ndarray) -> bool:
+        return is_image_array(array, shape)
+
+    images = memmap_cache(data_dir, f'{name}_{size}', source, decode_all, fits)
+    return images, digest(source)
 
 
-def end_with_parent():
-    """A worker whose parent is killed would wait for work for ever, and hold the lock that it has inherited."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that is for the parent to handle
+def decode_in_parallel(
+    array_path: str, files: Sequence[Path], size: int, crop: float, bar: tqdm
+) -> None:
+    """Decode images into the rows of a .npy file, by as many processes as there are cores.
+
+    Processes are used because threads would wait for Python's global lock half of the time.
+    """
+    starts = range(0, len(files), DECODE_CHUNK)
+    n_workers = min(count_usable_cores(), len(starts))
+    with ProcessPoolExecutor(n_workers, initializer=exit_with_parent) as pool:
+        tasks = []
+        for start in starts:
+            chunk = files[start : start + DECODE_CHUNK]
+            tasks.append(pool.submit(decode_chunk, array_path, start, chunk, size, crop))
+        try:
+            for task in tasks:
+                bar.update(task.result())
+        except BrokenProcessPool as error:
+            raise UserError(
+                'a process that decoded images was killed, perhaps for lack of memory'
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, the other chunks are not needed
+
+
+def count_usable_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def exit_with_parent() -> None:
+    """Make a worker process exit when its parent does, and leave Ctrl-C to the parent.
+
+    Otherwise, the worker of a killed parent would wait for work forever, and hold the lock of the
+    cache, which it has inherited.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None, 'only worker processes call this'
+
+    def wait_and_exit() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
-def decode_into(array_path, first, files, size, crop):
-    """Writes the images of files to the array's rows from first on -> how many"""
-    out = np.lib.format.open_memmap(array_path, 'r+')
-    for k, path in enumerate(files):
-        out[first + k] = decode(path, size, crop)
+def decode_chunk(array_path: str, start: int, files: Sequence[Path], size: int, crop: float) -> int:
+    """Decode images into the rows of a .npy file from ``start`` on; return how many there are."""
+    array = np.lib.format.open_memmap(array_path, 'r+')
+    for i, path in enumerate(files, start):
+        array[i] = decode(path, size, crop)
     return len(files)
 
 
-def decode(path, size, crop=1.0, mode='RGB'):
-    """An image file, upright, its central square of crop times the shorter side, resized -> (C, size, size) uint8"""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of odd metadata
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith('I'):  # 16 bits
-                    image = Image.fromarray(
-                        (np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)
-                    )
-                if image.has_transparency_data:
-                    image = Image.alpha_composite(
-                        Image.new('RGBA', image.size, 'white'), image.convert('RGBA')
-                    )
-                image = image.convert(mode)
-    except Exception as error:  # a damaged image fails in too many ways to list
-        raise UserError(f'{path} cannot be decoded as an image: {one_line(error)}') from None
+def decode(path: str | Path, size: int, crop: float = 1.0, mode: str = 'RGB') -> np.ndarray:
+    """Decode an image file, crop it to a central square, and resize it.
+
+    The image is turned upright as its EXIF data says, and transparency is laid on white.
+
+    Arguments:
+        path: A file in any of ``FORMATS``.
+        size: Height and width of the result, in pixels.
+        crop: Side of the central square, as a share of the image's shorter side.
+        mode: 'RGB', or 'L' for grey.
+
+    Returns an array (C, size, size) of uint8. Raises ``UserError`` if the file is damaged, or its
+    image is smaller than ``size``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # about odd metadata, which does not matter here
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        image = convert_mode(read_upright(path), path, mode)
+
     side = round(crop * min(image.size))
     if side < size:
         raise UserError(
             f'{path} is too small: {image.width}x{image.height} pixels leave a square of {side}, '
             f'and --image_size is {size}'
         )
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize(
-        (size, size), Image.Resampling.LANCZOS
-    )
-    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    resized = square.resize((size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(resized).reshape(size, size, -1)
+    return pixels.transpose(2, 0, 1)
+
+
+def read_upright(path: str | Path) -> Image.Image:
+    """Read an image and turn it upright; raise ``UserError`` if it is damaged."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return ImageOps.exif_transpose(image)
+    except DAMAGED_IMAGE_ERRORS as error:
+        raise UserError(f'{path} cannot be decoded as an image: {one_line(error)}') from error
+
+
+def convert_mode(image: Image.Image, path: str | Path, mode: str) -> Image.Image:
+    """Convert an image to ``mode``: 16 bits are reduced to 8, transparency is laid on white."""
+    if image.mode.startswith('I'):
+        high_bytes = np.asarray(image).clip(0, 65535) // 256
+        image = Image.fromarray(high_bytes.astype(np.uint8))
+    try:
+        if image.has_transparency_data:
+            background = Image.new('RGBA', image.size, 'white')
+            image = Image.alpha_composite(background, image.convert('RGBA'))
+        return image.convert(mode)
+    except (OSError, ValueError) as error:  # not every mode can be converted
+        raise UserError(f'{path} cannot be decoded as an image: {one_line(error)}') from error

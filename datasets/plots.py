@@ -1,179 +1,297 @@
-"""Figures of data sets and of rows of numbers. (Grids of images alone are drawn by images.py.)"""
+"""Figures of data sets, of densities and of rows of numbers.
+
+Grids of images without anything beside them are drawn by ``images.py``.
+"""
 
 import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import rcParams
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from common.errors import truncate
 from common.files import write_atomically
 
 from .images import draw_grid
+from .tabular import TableData
 
-rcParams['text.parse_math'] = (
-    False  # a column's name is its name, with whatever dollars there are in it
-)
+rcParams['text.parse_math'] = False  # a dollar in the name of a column is just a dollar
 
+# A rectangle of the plane: (left, right, bottom, top).
+Extent = tuple[float, float, float, float]
 
-def cell_centres(extent, n):
-    """-> the centres (n^2, 2) of n x n cells of a plane, row by row; extent as for draw_planes"""
-    left, right, bottom, top = extent
-    middles = (np.arange(n) + 0.5) / n
-    return np.stack(
-        np.meshgrid(left + middles * (right - left), bottom + middles * (top - bottom)), 2
-    ).reshape(-1, 2)
+TOY_EXTENT = (-4.2, 4.2, -4.2, 4.2)
+N_TOY_SAMPLES = 10**6  # the histogram of a two-dimensional problem stands for its density
+N_IMAGES_ACROSS = 10
+N_IMAGES_DOWN = 8
 
 
-def histogram(rows, extent, n):
-    """How many of the rows (N, 2) lie in each of n x n cells of a plane -> (n, n); extent as for draw_planes"""
-    return np.histogram2d(*rows.T, n, (extent[:2], extent[2:]))[0].T
-
-
-def draw_panels(panels, columns, extent):
-    """{title: values on a regular grid (n, m)} -> matplotlib figure, the panels side by side
-
-    columns: names of the two axes; extent: x and y at the grid's edges, (left, right, bottom, top).
-    """
-    figure = Figure((4 * len(panels), 4.3), layout='constrained')
-    square = np.isclose(extent[1] - extent[0], extent[3] - extent[2])
-    for axes, (title, values) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
-    ):
-        axes.imshow(
-            values,
-            cmap='inferno',
-            origin='lower',
-            extent=extent,
-            aspect='equal' if square else 'auto',
-            interpolation='nearest',
-            vmin=0,
-            vmax=np.quantile(values, 0.998),
-        )
-        axes.set(title=truncate(title), xlabel=truncate(columns[0]), ylabel=truncate(columns[1]))
-    return figure
-
-
-def save_figure(path, figure):
+def save_figure(path: Path, figure: Figure) -> None:
+    """Save a figure as a PNG, and say so."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
     print(f'wrote {path}')
 
 
-def draw_density(data, samples, density, title):
-    """Rows of two columns -> matplotlib figure of the target, the learned density(points (N, 2)), and samples (N, 2)"""
-    n = 300
-    rows = (
-        data.draw(np.random.default_rng(0), 10**6)
-        if data.draw
-        else data.test * data.std + data.mean
-    )
-    extent = (
-        (-4.2, 4.2, -4.2, 4.2) if data.draw else np.stack([rows.min(0), rows.max(0)], 1).ravel()
-    )
-    points = cell_centres(extent, n)
-    target = (
-        histogram(rows, extent, 200 if data.draw else 40)
-        if data.energy is None
-        else (-data.energy(torch.from_numpy(points))).exp().numpy().reshape(n, n)
-    )
+# ------------------------------------------------------------------------- functions of the plane
+
+
+def draw_density(
+    data: TableData,
+    samples: np.ndarray,
+    density: Callable[[np.ndarray], np.ndarray],
+    title: str,
+) -> Figure:
+    """Draw the target, the density of a model, and samples of it, side by side.
+
+    Arguments:
+        data: a table of two columns.
+        samples: rows (N, 2) in the table's own units.
+        density: the density at points (n, 2), of shape (n,).
+        title: the title of the density's panel.
+    """
+    n_cells = 300
+    if data.draw is not None:
+        rows = data.draw(np.random.default_rng(0), N_TOY_SAMPLES)
+        extent, n_bins, target_title = TOY_EXTENT, 200, 'target'
+    else:
+        assert data.test is not None, 'a table that is drawn has rows'
+        rows = data.to_own_units(data.test)
+        extent, n_bins, target_title = bounding_box(rows), 40, 'test data'
+
+    points = cell_centres(extent, n_cells)
+    if data.energy is None:
+        target = histogram(rows, extent, n_bins)
+    else:
+        unnormalised = (-data.energy(torch.from_numpy(points))).exp()
+        target = unnormalised.numpy().reshape(n_cells, n_cells)
+
     panels = {
-        'target' if data.draw else 'test data': target,
-        title: density(points).reshape(n, n),
+        target_title: target,
+        title: density(points).reshape(n_cells, n_cells),
         'samples': histogram(samples, extent, 120),
     }
     return draw_panels(panels, data.columns, extent)
 
 
-def draw_pairs(real, drawn, columns, title):
-    """Rows (N, k) of data and of a model's samples -> matplotlib figure of k x k panels: each pair of columns, the data's
-    below the diagonal in grey and the samples' above it in orange, and histograms of both on the diagonal"""
+def draw_panels(panels: Mapping[str, np.ndarray], columns: Sequence[str], extent: Extent) -> Figure:
+    """Draw functions of the same rectangle side by side.
+
+    Arguments:
+        panels: the values of each function on a regular grid (n, m), by title.
+        columns: the names of the two axes.
+        extent: the rectangle that the grid covers.
+    """
+    left, right, bottom, top = extent
+    is_square = np.isclose(right - left, top - bottom)
+    x_name, y_name = truncate(columns[0]), truncate(columns[1])
+
+    figure = Figure((4 * len(panels), 4.3), layout='constrained')
+    row_of_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, values) in zip(row_of_axes, panels.items()):
+        axes.imshow(
+            values,
+            cmap='inferno',
+            origin='lower',
+            extent=extent,
+            aspect='equal' if is_square else 'auto',
+            interpolation='nearest',
+            vmin=0,
+            vmax=np.quantile(values, 0.998),
+        )
+        axes.set(title=truncate(title), xlabel=x_name, ylabel=y_name)
+    return figure
+
+
+def bounding_box(points: np.ndarray) -> Extent:
+    """Return the smallest rectangle that holds all points (N, 2)."""
+    left, bottom = points.min(axis=0)
+    right, top = points.max(axis=0)
+    return left, right, bottom, top
+
+
+def cell_centres(extent: Extent, n: int) -> np.ndarray:
+    """Return the centres (n * n, 2) of n x n cells of a rectangle, row by row."""
+    left, right, bottom, top = extent
+    middles = (np.arange(n) + 0.5) / n
+    x = left + middles * (right - left)
+    y = bottom + middles * (top - bottom)
+    centres = np.stack(np.meshgrid(x, y), axis=2)
+    return centres.reshape(-1, 2)
+
+
+def histogram(points: np.ndarray, extent: Extent, n: int) -> np.ndarray:
+    """Count how many points (N, 2) are in each of n x n cells of a rectangle; return (n, n)."""
+    x, y = points.T
+    ranges = extent[:2], extent[2:]
+    counts, _, _ = np.histogram2d(x, y, n, ranges)
+    return counts.T
+
+
+# -------------------------------------------------------------------------------- pairs of columns
+
+
+def draw_pairs(
+    real: np.ndarray, generated: np.ndarray, columns: Sequence[str], title: str
+) -> Figure:
+    """Draw each pair of k columns in a grid of k x k panels, for data and samples of a model.
+
+    The data are below the diagonal in grey, the samples above it in orange, and histograms of both
+    are on the diagonal.
+
+    Arguments:
+        real: rows (N, k) of data.
+        generated: rows (M, k) of samples.
+        columns: the names of the columns.
+        title: the title of the figure.
+    """
     k = len(columns)
-    low, high = np.quantile(real, 0.002, axis=0), np.quantile(real, 0.998, axis=0)
-    low, high = low - 0.1 * (high - low), high + 0.1 * (high - low)
-    figure = Figure((max(5, 1.7 * k + 0.6), 1.7 * k + 1.2), layout='constrained')
-    for (i, j), axes in np.ndenumerate(figure.subplots(k, k, squeeze=False)):
-        axes.set(xticks=[], yticks=[], xlim=(low[j], high[j]))
+    low, high = np.quantile(real, [0.002, 0.998], axis=0)
+    margin = 0.1 * (high - low)
+    low, high = low - margin, high + margin
+
+    width, height = max(5, 1.7 * k + 0.6), 1.7 * k + 1.2
+    figure = Figure((width, height), layout='constrained')
+    grid = figure.subplots(k, k, squeeze=False)
+    for (i, j), axes in np.ndenumerate(grid):
+        axes.set(xticks=[], yticks=[])
+        axes.set_xlim(low[j], high[j])
         if i == j:
-            bins = np.linspace(low[i], high[i], 30)
-            axes.hist(real[:, i], bins, density=True, color='0.75')
-            axes.hist(
-                drawn[:, i], bins, density=True, color='tab:orange', histtype='step', linewidth=1.5
-            )
+            bins = np.linspace(low[i], high[i], 30).tolist()
+            draw_two_histograms(axes, real[:, i], generated[:, i], bins)
         else:
-            rows, colour = (real, '0.4') if i > j else (drawn, 'tab:orange')
-            axes.scatter(rows[:, j], rows[:, i], 4, colour, alpha=0.6, linewidths=0)
+            rows, colour = (real, '0.4') if i > j else (generated, 'tab:orange')
+            x, y = rows[:, j], rows[:, i]
+            axes.scatter(x, y, 4, colour, alpha=0.6, linewidths=0)
             axes.set_ylim(low[i], high[i])
-        axes.tick_params(labelsize=6)
-        if i == k - 1:
-            axes.set_xlabel(truncate(columns[j], 24), fontsize=8)
-            axes.xaxis.set_major_locator(MaxNLocator(2))
-        if j == 0 and k > 1:
-            axes.set_ylabel(truncate(columns[i], 24), fontsize=8)
-            axes.yaxis.set_major_locator(
-                MaxNLocator(2) if i else NullLocator()
-            )  # a histogram's height means nothing
+        label_outer_axes(axes, i, j, columns)
     figure.suptitle(title)
     return figure
 
 
-def draw_images(images, attributes, names, title):
-    """Images (N, C, H, W) and their attributes (N, A) -> matplotlib figure: a grid of them, a row a class where each
-    has one class, and how frequent each attribute is"""
-    classes = len(names) and (attributes.sum(1) == 1).all()
-    n_across = min(10, len(images))
-    shown = (
-        [np.flatnonzero(attributes[:, k])[:10] for k in range(len(names))]
-        if classes
-        else np.arange(min(8, len(images) // n_across) * n_across).reshape(-1, n_across)
-    )
-    grid = np.asarray(
-        draw_grid(
-            [images[index] for index in shown if len(index)],
-            [name for name, index in zip(names, shown) if len(index)] if classes else (),
-        )
-    )
+def draw_two_histograms(
+    axes: Axes, real: np.ndarray, generated: np.ndarray, bins: list[float]
+) -> None:
+    """Draw the histograms of a column of data and of samples, one over the other."""
+    axes.hist(real, bins, density=True, color='0.75')
+    axes.hist(generated, bins, density=True, color='tab:orange', histtype='step', linewidth=1.5)
+
+
+def label_outer_axes(axes: Axes, i: int, j: int, columns: Sequence[str]) -> None:
+    """Label panel (i, j) of a grid where it is in the last row or in the first column."""
+    k = len(columns)
+    axes.tick_params(labelsize=6)
+    if i == k - 1:
+        axes.set_xlabel(truncate(columns[j], 24), fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(2))
+    if j == 0 and k > 1:
+        axes.set_ylabel(truncate(columns[i], 24), fontsize=8)
+        is_histogram = i == 0  # its height is in other units than the label says
+        axes.yaxis.set_major_locator(NullLocator() if is_histogram else MaxNLocator(2))
+
+
+# ------------------------------------------------------------------------------------- data sets
+
+
+def draw_images(
+    images: np.ndarray, attributes: np.ndarray, names: Sequence[str], title: str
+) -> Figure:
+    """Draw some images of a data set and how frequent each attribute is.
+
+    Where each image has exactly one attribute, its class, there is a row of images per class.
+
+    Arguments:
+        images: the images (N, C, H, W) uint8.
+        attributes: which attributes each image has, (N, A) bool.
+        names: the names of the A attributes.
+        title: the title of the figure.
+    """
+    grid = draw_sample_images(images, attributes, names)
     figure = Figure((14 if len(names) else 8, 7), layout='constrained')
-    ratios = [3, 2] if len(names) else [1]
-    left, *right = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
-    left.imshow(grid)
-    left.axis('off')
-    for axes in right:
-        axes.barh(
-            range(len(names)),
-            attributes.mean(0),
-            color='0.6',
-            tick_label=[truncate(name) for name in names],
-        )
-        axes.set(xlabel='frequency', ylim=(len(names) - 0.5, -0.5))
-        axes.tick_params(labelsize=9 if len(names) <= 20 else 6)
+    width_ratios = [3, 2] if len(names) else [1]
+    row_of_axes = figure.subplots(1, len(width_ratios), squeeze=False, width_ratios=width_ratios)[0]
+
+    row_of_axes[0].imshow(grid)
+    row_of_axes[0].axis('off')
+    if len(names):
+        draw_frequencies(row_of_axes[1], attributes.mean(axis=0), names)
     figure.suptitle(title)
     return figure
 
 
-def draw_table(values, columns, title):
-    """Rows (N, D) -> matplotlib figure: the histogram of each column, without its outer 1%, and the correlations"""
-    n_across = int(np.ceil(np.sqrt(len(columns))))
+def draw_sample_images(
+    images: np.ndarray, attributes: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    """Draw the first images of a data set, or of each of its classes, as one picture (H, W, 3)."""
+    has_classes = len(names) > 0 and (attributes.sum(axis=1) == 1).all()
+    if not has_classes:
+        n_across = min(N_IMAGES_ACROSS, len(images))
+        n_down = min(N_IMAGES_DOWN, len(images) // n_across)
+        shown = images[: n_down * n_across]
+        rows = list(shown.reshape(n_down, n_across, *images.shape[1:]))
+        return np.asarray(draw_grid(rows))
+
+    rows, labels = [], []
+    for is_member, name in zip(attributes.T, names):
+        index = np.flatnonzero(is_member)[:N_IMAGES_ACROSS]
+        if len(index):
+            rows.append(images[index])
+            labels.append(name)
+    return np.asarray(draw_grid(rows, labels))
+
+
+def draw_frequencies(axes: Axes, frequencies: np.ndarray, names: Sequence[str]) -> None:
+    """Draw a bar per attribute, from top to bottom."""
+    n = len(names)
+    labels = [truncate(name) for name in names]
+    axes.barh(range(n), frequencies, color='0.6', tick_label=labels)
+    axes.set(xlabel='frequency', ylim=(n - 0.5, -0.5))
+    axes.tick_params(labelsize=9 if n <= 20 else 6)
+
+
+def draw_table(values: np.ndarray, columns: Sequence[str], title: str) -> Figure:
+    """Draw the histogram of each column of a table (N, D), and how its columns are correlated.
+
+    Values may be missing or infinite.
+    """
     figure = Figure((12, 6), layout='constrained')
-    left, right = figure.subfigures(1, 2)
-    panels = left.subplots(-(-len(columns) // n_across), n_across, squeeze=False).ravel()
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
+    draw_histograms(left, values, columns)
+    draw_correlations(right, values)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_histograms(figure: SubFigure, values: np.ndarray, columns: Sequence[str]) -> None:
+    """Draw the histogram of each column, without the smallest and the largest 0.5%."""
+    n_across = int(np.ceil(np.sqrt(len(columns))))
+    n_down = -(-len(columns) // n_across)
+    panels = figure.subplots(n_down, n_across, squeeze=False).ravel()
     for axes in panels:
         axes.set(xticks=[], yticks=[], frame_on=False)
+
     for axes, name, column in zip(panels, columns, values.T):
         column = column[np.isfinite(column)]
         if len(column):
-            axes.hist(column, np.linspace(*np.quantile(column, [0.005, 0.995]), 41), color='0.6')
-        axes.set_xlabel(textwrap.shorten(str(name), 80 // n_across, placeholder='…'), fontsize=7)
-    axes = right.subplots()
-    whole = values[np.isfinite(values).all(1)]
-    with np.errstate(invalid='ignore', divide='ignore'):
-        correlation = (
-            np.atleast_2d(np.corrcoef(whole, rowvar=False))
-            if len(whole) > 1
-            else np.full((1, 1), np.nan)
-        )
-    right.colorbar(axes.imshow(correlation, cmap='RdBu_r', vmin=-1, vmax=1), ax=axes)
+            low, high = np.quantile(column, [0.005, 0.995])
+            axes.hist(column, np.linspace(low, high, 41), color='0.6')
+        label = textwrap.shorten(str(name), 80 // n_across, placeholder='…')
+        axes.set_xlabel(label, fontsize=7)
+
+
+def draw_correlations(figure: SubFigure, values: np.ndarray) -> None:
+    """Draw the correlation matrix of the rows (N, D) that have all their values."""
+    axes = figure.subplots()
+    complete = values[np.isfinite(values).all(axis=1)]
+    if len(complete) > 1:
+        with np.errstate(invalid='ignore', divide='ignore'):  # of constant columns
+            correlation = np.atleast_2d(np.corrcoef(complete, rowvar=False))
+    else:
+        correlation = np.full((1, 1), np.nan)
+    picture = axes.imshow(correlation, cmap='RdBu_r', vmin=-1, vmax=1)
+    figure.colorbar(picture, ax=axes)
     axes.set(title='correlation', xticks=[], yticks=[])
-    figure.suptitle(title)
-    return figure

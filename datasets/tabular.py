@@ -1,9 +1,11 @@
-"""Rows of numbers: two-dimensional problems, the five tables of the MAF paper, and tables of the user's own.
+"""Tables of numbers: two-dimensional problems, five published tables, and the user's own files.
 
-The tables are prepared as by their authors (Papamakarios et al., 2017, appendix D), whose files are at Zenodo, record
-1161203; all but BSDS300's also from the raw downloads of the UCI repository.
+The published tables are those of the MAF paper (Papamakarios et al., 2017, appendix D), prepared as
+by its authors. They are read from the authors' files (Zenodo, record 1161203) or from the raw
+downloads: of the UCI repository or, for BSDS300, the Berkeley images.
 """
 
+import contextlib
 import csv
 import difflib
 import gzip
@@ -13,46 +15,97 @@ import re
 import tarfile
 import warnings
 import zipfile
+import zlib
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, Any, BinaryIO, Protocol
 
 import h5py
 import numpy as np
 import pandas as pd
+from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
 from common.errors import UserError, index_of_name, one_line, truncate
 from common.files import digest, file_signature, first_existing, write_atomically
 
-from .cache import map_npy, memmap_cache
+from .cache import CreateArray, map_npy, memmap_cache
 from .pickles import read_pickled_table
-from .toy import ENERGIES, SAMPLERS, log_normaliser
+from .toy import ENERGIES, SAMPLERS, Energy, Sampler, log_normaliser
 
-SUFFIXES = ('.csv', '.npy', '.h5', '.hdf5')
-CACHE_VERSION = 1  # raised whenever the same source would give other rows
+SUFFIXES = ('.csv', '.npy', '.h5', '.hdf5')  # of the tables that can be read
+NEW_SUFFIXES = ('.csv', '.npy', '.h5')  # of the tables that can be written
+CACHE_VERSION = 1  # to be raised whenever the same source gives other rows than before
+
 N_VALIDATION, N_TEST = 5_000, 50_000  # rows of the two-dimensional problems
-CHUNK = 50_000  # rows of a text that are parsed at once; a multiple of 4, for GAS
-MAX_LINE, MAX_ROWS = 4_096, 20_000_000  # bytes and rows that no text of a published table reaches
-MAX_PIXELS = 2**20  # of a Berkeley image; they have 481 x 321
-MAX_COLUMNS = 2**16 - 1  # of a text of the user's own; a million take pandas minutes
-MAX_RATIO = 1_000  # by how much compression may make a table of the user's own smaller
+CHUNK_ROWS = 50_000  # rows of a text that are parsed at once; a multiple of 4, which GAS needs
 
-# Rows of the three splits, columns, and where the files lie: the MAF authors' first, the raw ones after it
-TABLES = {
+# No published table reaches these limits. They keep a damaged or hostile file from taking all
+# memory.
+MAX_LINE_BYTES = 4_096
+MAX_ROWS = 20_000_000
+MAX_PIXELS = 2**20  # the Berkeley images have 481 x 321
+
+# The same for the user's own tables.
+MAX_COLUMNS = 2**16 - 1  # pandas takes minutes for a million
+MAX_COMPRESSION = 1_000  # how many times larger a table can be than its file
+
+# What the readers raise for files that are damaged or something else than their names say: the
+# readers of numbers, of gzip (EOFError, zlib.error), of archives (zipfile's RuntimeError means an
+# encrypted or unknown kind of zip file) and Pillow (SyntaxError for a broken PNG).
+DAMAGED_FILE_ERRORS = (
+    OSError,
+    ValueError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    csv.Error,
+    EOFError,
+    zlib.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    SyntaxError,
+    Image.DecompressionBombError,
+)
+
+# Notes about a table, shown before training.
+DISCRETE_NOTE = (
+    'few distinct values. The likelihood of discrete columns is unbounded: '
+    'drop them or add --dequantize'
+)
+DEPENDENT_NOTE = (
+    'some columns follow exactly from others, such as copies or sums. '
+    'The likelihood of such rows is unbounded: drop these columns'
+)
+
+Counts = tuple[int, int, int]  # rows of the training, validation and test splits
+
+# Of each published table: the rows of its splits, its columns, and the files it can be read from in
+# order of preference, the MAF authors' own first and then the raw ones.
+TABLES: dict[str, tuple[Counts, int, list[str]]] = {
     'power': (
         (1_659_917, 184_435, 204_928),
         6,
         ['power/data.npy', 'household_power_consumption.txt'],
     ),
-    'gas': ((852_174, 94_685, 105_206), 8, ['gas/ethylene_CO.pickle', 'ethylene_CO.txt']),
+    'gas': (
+        (852_174, 94_685, 105_206),
+        8,
+        ['gas/ethylene_CO.pickle', 'ethylene_CO.txt'],
+    ),
     'hepmass': (
         (315_123, 35_013, 174_987),
         21,
         ['hepmass/1000_train.csv', '1000_train.csv', '1000_train.csv.gz'],
     ),
-    'miniboone': ((29_556, 3_284, 3_648), 43, ['miniboone/data.npy', 'MiniBooNE_PID.txt']),
+    'miniboone': (
+        (29_556, 3_284, 3_648),
+        43,
+        ['miniboone/data.npy', 'MiniBooNE_PID.txt'],
+    ),
     'bsds300': (
         (1_000_000, 50_000, 250_000),
         63,
@@ -63,264 +116,458 @@ TABLES = {
 
 @dataclass(frozen=True)
 class TableData:
-    train: np.ndarray  # (N, D) float32, standardised: the data's own units are mean + std * row
-    validation: np.ndarray
-    test: np.ndarray
-    columns: tuple
-    mean: np.ndarray = None  # (D,) float64
-    std: np.ndarray = None
-    draw: object = (
-        None  # draw(numpy Generator, n) -> n new training rows (n, D) float32, instead of train
-    )
-    energy: object = None  # U(x) of a density exp(-U) / Z; the rows are noise then
+    """Rows to train on, to validate on and to test on, and what their columns mean.
+
+    All rows are float32 and standardised. In the table's own units they are ``mean + std * row``,
+    which is what ``to_own_units`` returns.
+    """
+
+    # The splits, each of shape (N, D). A two-dimensional problem has no training split, as it draws
+    # new rows instead. All three are None where only the units of a table are known.
+    train: np.ndarray | None
+    validation: np.ndarray | None
+    test: np.ndarray | None
+
+    # The names of the D columns.
+    columns: tuple[str, ...]
+
+    # Mean and standard deviation of the training rows, each (D,) float64, in the table's own units.
+    # 0 and 1 for published tables, whose units are those that their authors prepared them in.
+    mean: np.ndarray
+    std: np.ndarray
+
+    # ``draw(rng, n)`` returns n new training rows, (n, D) float32; None where ``train`` is given.
+    draw: Sampler | None = None
+
+    # The energy U(x) of a density exp(-U) / Z, in nats, for points (..., D); ``log_z`` is the
+    # logarithm of Z. A model of it is trained on the energy itself: the rows are Gaussian noise.
+    energy: Energy | None = None
     log_z: float = 0.0
-    test_index: np.ndarray = None  # which rows of the table are its test split
-    notes: tuple = ()
-    steps: object = 0.0  # (D,) over which discrete columns are spread; 0 where they are not
+
+    # Which rows of the user's file, or of the test file, the test split consists of: (N_test,).
+    test_index: np.ndarray | None = None
+
+    # Warnings about the table, each a line to be shown before training.
+    notes: tuple[str, ...] = ()
+
+    # The distance between neighbouring values of each discrete column, (D,), in the table's own
+    # units. Uniform noise of this width dequantizes it. 0 for all other columns.
+    steps: np.ndarray | float = 0.0
 
     @property
-    def fingerprint(self):
-        """Digest that differs where other rows were read, or in other units"""
-        return digest([self.columns, self.mean.tolist(), self.std.tolist()], [self.validation])
+    def fingerprint(self) -> str:
+        """Digest of the units and the validation rows; it differs where either does."""
+        units = [self.columns, self.mean.tolist(), self.std.tolist()]
+        return digest(units, [] if self.validation is None else [self.validation])
 
-    def column_index(self, text):
-        """'2' or a column's name -> 2; raises UserError with the nearest names"""
+    def column_index(self, text: str) -> int:
+        """Return the index of a column that is given by its index or its name.
+
+        Raises ``UserError`` with the nearest names if there is no such column.
+        """
         return index_of_name(text, self.columns, 'column')
 
-    def head(self, n):
-        """-> up to n rows of a table in its own units, first those of the test split"""
-        return (
-            np.concatenate([part[:n] for part in (self.test, self.validation, self.train)])[:n]
-            * self.std
-            + self.mean
-        )
+    def to_own_units(self, rows: np.ndarray) -> np.ndarray:
+        """Return standardised rows (N, D) in the table's own units."""
+        return rows * self.std + self.mean
+
+    def head(self, n: int) -> np.ndarray:
+        """Return up to n rows in the table's own units: of the test split, then of the others."""
+        splits = (self.test, self.validation, self.train)
+        heads = [split[:n] for split in splits if split is not None]
+        return self.to_own_units(np.concatenate(heads)[:n])
 
 
-def load_table(name, data_dir='data', seed=0, test_file='', dequantize=False):
-    """-> Rows of a two-dimensional problem, of one of TABLES, or of a table of the user's own. Raises UserError."""
+class TableOptions(Protocol):
+    """The options of a run that say which table it learns, and how the table is split."""
+
+    dataset: str
+    data_dir: str
+    seed: int
+    test_file: str
+    dequantize: bool
+    max_rows: int
+
+
+def load_table(
+    name: str,
+    data_dir: str | Path = 'data',
+    seed: int = 0,
+    test_file: str | Path = '',
+    dequantize: bool = False,
+) -> TableData:
+    """Load a two-dimensional problem, a published table, or a table of the user's own.
+
+    Arguments:
+        name: one of ``SAMPLERS``, ``ENERGIES`` or ``TABLES``, or the path of the user's own table.
+        data_dir: the folder of the published tables.
+        seed: splits the user's own table at random.
+        test_file: the path of a table to test on; without it, the user's own table is split.
+        dequantize: whether to add uniform noise to the discrete columns of the user's own table.
+
+    Raises ``UserError`` where there is no such table or it cannot be used.
+    """
     if name in SAMPLERS or name in ENERGIES:
-        return load_toy(name)
+        return load_toy_problem(name)
     if name in TABLES:
-        return load_published(name, Path(data_dir))
+        return load_published_table(name, Path(data_dir))
     if Path(name).suffix in SUFFIXES:
         return load_user_table(Path(name), seed, test_file, dequantize)
+
     known = [*SAMPLERS, *ENERGIES, *TABLES]
     near = difflib.get_close_matches(name, known, n=1)
+    guess = f', perhaps {near[0]}' if near else ''
     raise UserError(
-        f'unknown data set {name!r}{f", perhaps {near[0]}" if near else ""}: there are {", ".join(known)}, '
+        f'unknown data set {name!r}{guess}: there are {", ".join(known)}, '
         f'and any table ({" ".join(SUFFIXES)})'
     )
 
 
-def load_run_table(config, saved, no_split=False):
-    """-> Rows of a run's options or, where there is a checkpoint's dict, in its units and as it split them; UserError where
-    they are others now. Without rows of any split where these are not needed and the data has units of its own."""
-    like = saved and table_from_units(saved['units'], saved['input_dims'][0], saved['path'])
-    if like and no_split and config.dataset not in SAMPLERS and config.dataset not in ENERGIES:
-        return like
+def load_run_table(
+    config: TableOptions, saved: dict[str, Any] | None, no_split: bool = False
+) -> TableData:
+    """Load the table that a run is about.
+
+    Arguments:
+        config: the options of the run.
+        saved: the checkpoint of the run, or None for a new one. The table is split as it was then,
+            and has to have the same units.
+        no_split: whether the units of a saved run are enough. The table is then not read, unless it
+            is a two-dimensional problem, and the result has no rows.
+
+    Raises ``UserError`` where the table is not the one that the model was trained on.
+    """
+    saved_units = None
+    if saved:
+        saved_units = table_from_units(saved['units'], saved['input_dims'][0], saved['path'])
+        is_toy_problem = config.dataset in SAMPLERS or config.dataset in ENERGIES
+        if no_split and not is_toy_problem:
+            return saved_units
+
     seed = saved['config'].seed if saved else config.seed
     data = load_table(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
-    if like:
-        require_same_units(data, like, config.dataset)
-    return (
-        replace(data, train=data.train[: config.max_rows])
-        if config.max_rows and not data.draw
-        else data
-    )
+    if saved_units:
+        require_same_units(data, saved_units, config.dataset)
+    if config.max_rows and data.train is not None:
+        data = replace(data, train=data.train[: config.max_rows])
+    return data
 
 
-def load_toy(name):
+def load_toy_problem(name: str) -> TableData:
+    """Return the two-dimensional problem of that name, with held-out rows that never change.
+
+    The rows of an energy are standard Gaussian noise.
+    """
     energy = ENERGIES.get(name)
-    sampler = SAMPLERS.get(name) or (lambda rng, n: rng.normal(size=(n, 2)))
+    sampler = SAMPLERS.get(name, draw_gaussian_noise)
 
-    def draw(rng, n):
+    def draw(rng: Generator, n: int) -> np.ndarray:
         return sampler(rng, n).astype(np.float32)
 
-    held_out = [
-        draw(np.random.default_rng((10**9, i)), n) for i, n in enumerate((N_VALIDATION, N_TEST))
-    ]
     return TableData(
-        None,
-        *held_out,
-        ('x1', 'x2'),
-        np.zeros(2),
-        np.ones(2),
-        draw,
-        energy,
-        log_normaliser(energy) if energy else 0.0,
-        np.arange(N_TEST),
+        train=None,
+        validation=draw(np.random.default_rng((10**9, 0)), N_VALIDATION),
+        test=draw(np.random.default_rng((10**9, 1)), N_TEST),
+        columns=('x1', 'x2'),
+        mean=np.zeros(2),
+        std=np.ones(2),
+        draw=draw,
+        energy=energy,
+        log_z=log_normaliser(energy) if energy else 0.0,
+        test_index=np.arange(N_TEST),
     )
 
 
-def table_units(rows):
-    """-> the units of Rows as plain values, for a checkpoint"""
+def draw_gaussian_noise(rng: Generator, n: int) -> np.ndarray:
+    """Draw n points (n, 2) of the standard normal distribution."""
+    return rng.normal(size=(n, 2))
+
+
+# ------------------------------------------------------------------------- units in a checkpoint
+
+
+def table_units(data: TableData) -> dict[str, list]:
+    """Return the units of a table as plain values, to be saved in a checkpoint."""
     return {
-        'columns': list(rows.columns),
-        'mean': rows.mean.tolist(),
-        'std': rows.std.tolist(),
-        'steps': np.broadcast_to(rows.steps, len(rows.columns)).tolist(),
+        'columns': list(data.columns),
+        'mean': data.mean.tolist(),
+        'std': data.std.tolist(),
+        'steps': np.broadcast_to(data.steps, len(data.columns)).tolist(),
     }
 
 
-def table_from_units(units, n_columns, path):
-    """-> Rows without any, in the units that a checkpoint at path has. UserError unless they are units of so many columns."""
-    numbers = {key: np.array(units[key]) for key in ('mean', 'std', 'steps')}
-    if not (
+def table_from_units(units: dict[str, list], n_columns: int, path: str | Path) -> TableData:
+    """Return a table without rows that has the given units, those of the checkpoint at ``path``.
+
+    Raises ``UserError`` unless they are the units of ``n_columns`` columns.
+    """
+    mean, std = np.array(units['mean']), np.array(units['std'])
+    steps = np.array(units['steps'])
+    is_valid = (
         all(len(values) == n_columns for values in units.values())
         and ''.join(units['columns']).isprintable()
-        and np.isfinite([*numbers.values()]).all()
-        and (numbers['std'] > 0).all()
-    ):
+        and np.isfinite([mean, std, steps]).all()
+        and (std > 0).all()
+    )
+    if not is_valid:
         raise UserError(f'{path} is damaged: its columns and its units do not fit')
-    return TableData(None, None, None, tuple(units['columns']), **numbers)
+    return TableData(None, None, None, tuple(units['columns']), mean, std, steps=steps)
 
 
-def require_same_units(rows, like, name):
-    if not (
-        rows.columns == like.columns
-        and np.allclose(rows.mean, like.mean)
-        and np.allclose(rows.std, like.std)
-    ):
+def require_same_units(data: TableData, expected: TableData, name: str) -> None:
+    """Raise ``UserError`` unless two tables have the same columns, means and deviations."""
+    is_same = (
+        data.columns == expected.columns
+        and np.allclose(data.mean, expected.mean)
+        and np.allclose(data.std, expected.std)
+    )
+    if not is_same:
         raise UserError(
-            f'{name} is not what it was when the model was trained: score new rows by --evaluate --input=FILE, or '
-            'train a new model'
+            f'{name} is not what it was when the model was trained: score new rows by '
+            '--evaluate --input=FILE, or train a new model'
         )
 
 
-# ------------------------------------------------------------------------------------------ the user's tables
+# ------------------------------------------------------------------------------ the user's tables
 
 
-def load_user_table(path, seed, test_file, dequantize):
-    """80/10/10 by seed or, with a test_file, 90/10 and that; standardised by the training split."""
+def load_user_table(path: Path, seed: int, test_file: str | Path, dequantize: bool) -> TableData:
+    """Load a table of the user's own, standardised by its training split.
+
+    It is split 80/10/10% at random, or 90/10% into training and validation where there is a
+    ``test_file`` to test on.
+    """
     values, columns = read_table(path)
-    check(values, columns, path)
-    rng = np.random.default_rng(seed)
-    discrete = [
-        k for k in range(len(columns)) if len(np.unique(values[:, k])) <= max(10, len(values) // 20)
-    ]
-    notes = ()
+    check_user_table(values, columns, path)
+
+    discrete = find_discrete_columns(values)
     steps = np.zeros(len(columns))
     if discrete and dequantize:
-        steps[discrete] = [np.diff(np.unique(values[:, k])).min() for k in discrete]
+        steps[discrete] = [smallest_step(values[:, k]) for k in discrete]
         values = dequantize_columns(values, steps)
-    elif discrete:
-        names = ', '.join(columns[k] for k in discrete[:8]) + ' ...' * (len(discrete) > 8)
-        notes = (
-            f'{names}: few distinct values. A density on them has no upper bound, and a log-likelihood no meaning: '
-            'leave such columns out, or add --dequantize',
-        )
-    order = rng.permutation(len(values))
-    n = len(values) // 10
-    train, validation, test = np.split(order, [len(order) - 2 * n, len(order) - n])
-    if test_file:
-        train = np.concatenate([train, validation])
-        validation, test = test, None
-    if min(len(train), n) < 1 or len(train) < len(columns):
+
+    train, validation, test = split_at_random(len(values), seed, with_test=not test_file)
+    if len(train) < len(columns):
         raise UserError(
-            f'{path} has {len(values)} rows of {len(columns)} columns: too few to train, validate and test on'
+            f'{path} has {len(values)} rows of {len(columns)} columns: '
+            'too few to train, validate and test on'
         )
-    with np.errstate(over='ignore'):
-        mean, std = values[train].mean(0), values[train].std(0)
-    if (std == 0).any():
-        raise UserError(
-            f'{path}: column {columns[int(np.argmin(std))]} is constant in the training split: leave it out'
-        )
-    splits = [standardise(values[np.sort(part)], mean, std, path) for part in (train, validation)]
-    if len(columns) > 1 and np.linalg.eigvalsh(np.corrcoef(values[train], rowvar=False))[0] < 1e-10:
-        notes += (
-            'some columns follow exactly from others, such as copies or sums. The density on such rows has no upper '
-            'bound, and a log-likelihood no meaning: leave them out',
-        )
-    rows = TableData(*splits, None, columns, mean, std, steps=steps, notes=notes)
-    if test_file:
-        held_out = read_rows(test_file, rows)
-        return replace(rows, test=held_out, test_index=np.arange(len(held_out)))
-    test_index = np.sort(test)
-    return replace(
-        rows, test=standardise(values[test_index], mean, std, path), test_index=test_index
+
+    mean, std = training_units(values[train], columns, path)
+    train_rows, validation_rows, test_rows = (
+        standardise_rows(values[np.sort(index)], mean, std, path)
+        for index in (train, validation, test)
     )
+    still_discrete = [] if dequantize else [columns[k] for k in discrete]
+    data = TableData(
+        train_rows,
+        validation_rows,
+        test_rows,
+        columns,
+        mean,
+        std,
+        test_index=np.sort(test),
+        notes=likelihood_notes(values[train], still_discrete),
+        steps=steps,
+    )
+    if test_file:
+        test_rows = read_rows(test_file, data)
+        data = replace(data, test=test_rows, test_index=np.arange(len(test_rows)))
+    return data
 
 
-def standardise(values, mean, std, path):
-    """-> float32 (N, D); UserError where a value or the deviation is too large for it"""
+def check_user_table(values: np.ndarray, columns: tuple[str, ...], path: Path) -> None:
+    """Raise ``UserError`` where a table (N, D) has too few rows or a constant column."""
+    if len(values) < len(columns) or len(values) < 10:
+        raise UserError(
+            f'{path} has {len(values)} rows and {len(columns)} columns: '
+            'a density needs many more rows than columns'
+        )
+    is_constant = (values == values[:1]).all(axis=0)
+    if is_constant.any():
+        names = ', '.join(columns[k] for k in np.flatnonzero(is_constant))
+        raise UserError(f'{path}: column {names} is constant: leave it out')
+
+
+def find_discrete_columns(values: np.ndarray) -> list[int]:
+    """Return which columns have few distinct values: at most 10, or 5% of the number of rows."""
+    few = max(10, len(values) // 20)
+    n_distinct = [len(np.unique(column)) for column in values.T]
+    return [k for k, n in enumerate(n_distinct) if n <= few]
+
+
+def smallest_step(column: np.ndarray) -> float:
+    """Return the smallest distance between two different values of a column."""
+    return np.diff(np.unique(column)).min()
+
+
+def likelihood_notes(values: np.ndarray, discrete: Sequence[str]) -> tuple[str, ...]:
+    """Return notes about what makes the likelihood of a table unbounded.
+
+    Arguments:
+        values: the training rows (N, D).
+        discrete: the names of the discrete columns, of which the note gives the first eight.
+    """
+    notes = []
+    if discrete:
+        names = ', '.join(discrete[:8]) + (' ...' if len(discrete) > 8 else '')
+        notes.append(f'{names}: {DISCRETE_NOTE}')
+    if has_dependent_columns(values):
+        notes.append(DEPENDENT_NOTE)
+    return tuple(notes)
+
+
+def has_dependent_columns(values: np.ndarray) -> bool:
+    """Return whether some columns are a linear function of others."""
+    if values.shape[1] == 1:
+        return False
+    correlation = np.corrcoef(values, rowvar=False)
+    return np.linalg.eigvalsh(correlation)[0] < 1e-10
+
+
+def split_at_random(
+    n_rows: int, seed: int, with_test: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the indices, in random order, of training, validation and test rows.
+
+    A tenth of the rows is for validation and, ``with_test``, another tenth for testing.
+    """
+    order = np.random.default_rng(seed).permutation(n_rows)
+    tenth = n_rows // 10
+    rest, last = np.split(order, [n_rows - tenth])
+    if not with_test:
+        return rest, last, order[:0]
+    train, validation = np.split(rest, [n_rows - 2 * tenth])
+    return train, validation, last
+
+
+def training_units(
+    values: np.ndarray, columns: tuple[str, ...], path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation, each (D,), of the training rows (N, D).
+
+    Raises ``UserError`` where a column is constant.
+    """
+    with np.errstate(over='ignore'):  # standardise_rows refuses values that are too large
+        mean, std = values.mean(axis=0), values.std(axis=0)
+    if (std == 0).any():
+        name = columns[int(np.argmin(std))]
+        raise UserError(f'{path}: column {name} is constant in the training split: leave it out')
+    return mean, std
+
+
+def standardise_rows(
+    values: np.ndarray, mean: np.ndarray, std: np.ndarray, path: str | Path
+) -> np.ndarray:
+    """Return the standardised rows (N, D) as float32.
+
+    Raises ``UserError`` where a value or a standard deviation is too large for it.
+    """
     with np.errstate(over='ignore', invalid='ignore'):
         rows = ((values - mean) / std).astype(np.float32)
-    if not (np.isfinite(rows).all() and np.isfinite(std).all()):
-        raise UserError(f'{path} holds values that no float32 can: {np.abs(values).max():g}')
+    is_finite = np.isfinite(rows).all() and np.isfinite(std).all()
+    if not is_finite:
+        largest = np.abs(values).max()
+        raise UserError(f'{path} holds values that are too large for float32: {largest:g}')
     return rows
 
 
-def dequantize_columns(values, steps):
-    """Values of discrete columns, each spread evenly over its step; steps (D,) are 0 where a column is not discrete"""
+def dequantize_columns(values: np.ndarray, steps: np.ndarray | float) -> np.ndarray:
+    """Add uniform noise to discrete columns: each value is spread evenly over its step.
+
+    Arguments:
+        values: the rows (N, D), in the table's own units.
+        steps: the step of each column (D,); 0 where a column is not discrete.
+    """
     return values + steps * np.random.default_rng(0).random(values.shape)
 
 
-def read_rows(path, like):
-    """A table of the user's own -> float32 (N, D) in the units of like, a Rows; columns that have names may come in any
-    order, and the last may be the log_likelihood of generated rows, which is left out. Raises UserError."""
+def read_rows(path: str | Path, like: TableData) -> np.ndarray:
+    """Read a table of the user's own as rows (N, D) in the units of another.
+
+    Named columns may be in any order. A further column ``log_likelihood`` at the end, as generated
+    rows have it, is left out. Raises ``UserError`` where the columns differ.
+    """
     values, names = read_table(path)
     if names[-1] == 'log_likelihood' and len(names) == len(like.columns) + 1:
         values, names = values[:, :-1], names[:-1]
-    if len(names) != len(like.columns):
+
+    values = reorder_columns(values, names, like.columns, path)
+    values = dequantize_columns(values, like.steps)
+    return standardise_rows(values, like.mean, like.std, path)
+
+
+def reorder_columns(
+    values: np.ndarray,
+    names: tuple[str, ...],
+    wanted: tuple[str, ...],
+    path: str | Path,
+) -> np.ndarray:
+    """Return the columns of a table (N, D) in the order of ``wanted``.
+
+    Where either has no names, columns are taken to be in order already. Raises ``UserError`` where
+    there are more, fewer or other columns than wanted.
+    """
+    if len(names) != len(wanted):
         raise UserError(
-            f'{path} has {len(names)} columns, and the model was trained on {len(like.columns)}: '
-            f'{", ".join(like.columns)}'
+            f'{path} has {len(names)} columns, and the model was trained on {len(wanted)}: '
+            f'{", ".join(wanted)}'
         )
-    if names != like.columns and not (is_unnamed(names) or is_unnamed(like.columns)):
-        if set(names) != set(like.columns):
-            raise UserError(
-                f'{path} has columns {", ".join(names)}, and the model was trained on '
-                f'{", ".join(like.columns)}'
-            )
-        values = values[:, [names.index(name) for name in like.columns]]
-    return standardise(dequantize_columns(values, like.steps), like.mean, like.std, path)
+    if names == wanted or is_unnamed(names) or is_unnamed(wanted):
+        return values
+    if set(names) != set(wanted):
+        raise UserError(
+            f'{path} has columns {", ".join(names)}, and the model was trained on '
+            f'{", ".join(wanted)}'
+        )
+    return values[:, [names.index(name) for name in wanted]]
 
 
-def is_unnamed(columns):
+def is_unnamed(columns: tuple[str, ...]) -> bool:
+    """Return whether the names of columns are the numbers that a file without names gets."""
     return all(re.fullmatch(r'column \d+', name) for name in columns)
 
 
-def check(values, columns, path):
-    if len(values) < len(columns) or len(values) < 10:
-        raise UserError(
-            f'{path} has {len(values)} rows and {len(columns)} columns: a density needs many more rows than '
-            'columns'
-        )
-    constant = (values == values[:1]).all(0)
-    if constant.any():
-        names = [columns[k] for k in np.flatnonzero(constant)]
-        raise UserError(f'{path}: column {", ".join(names)} is constant: leave it out')
+# -------------------------------------------------------------------------- readers of own tables
 
 
-def read_table(path):
-    """A table of the user's own without missing values -> values (N, D) float64, column names. Raises UserError."""
+def read_table(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read a table of the user's own: its values (N, D), float64, and the names of its columns.
+
+    Raises ``UserError`` if it cannot be read or has missing or infinite values.
+    """
     values, columns = read_numbers(path)
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
+    is_bad = ~np.isfinite(values)
+    if is_bad.any():
+        row, column = np.argwhere(is_bad)[0]
         raise UserError(
-            f'{path}: {int(bad.sum())} missing or infinite values, the first in column {columns[column]}, '
-            f'row {row}: drop those rows or fill them in'
+            f'{path}: {int(is_bad.sum())} missing or infinite values, the first in column '
+            f'{columns[column]}, row {row}: drop those rows or fill them in'
         )
     return values, columns
 
 
-def read_numbers(path):
-    """.csv with or without a header, .npy, or .h5 with one two-dimensional data set -> values (N, D), column names"""
+def read_numbers(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read values (N, D), which may be missing, and the names of the columns.
+
+    The file is a .csv with or without a header, a .npy, or a .h5 with one two-dimensional data set.
+    Raises ``UserError`` if it cannot be read.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f'{path}: no such table')
     readers = {'.csv': read_csv, '.npy': read_npy, '.h5': read_h5, '.hdf5': read_h5}
     if path.suffix not in readers:
         raise UserError(f'{path} should end in {", ".join(readers)}')
+
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of columns of several types, refused below
+            # pandas warns of columns of several types, which read_csv refuses.
+            warnings.simplefilter('ignore')
             values, columns = readers[path.suffix](path)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged table fails in too many ways to list
-        raise UserError(f'{path} cannot be read as a table: {one_line(error)}') from None
+    except DAMAGED_FILE_ERRORS as error:
+        raise UserError(f'{path} cannot be read as a table: {one_line(error)}') from error
+
     for name, n in Counter(columns).items():
         if not name.isprintable() or n > 1:
             raise UserError(
@@ -329,44 +576,62 @@ def read_numbers(path):
     return values, columns
 
 
-def read_csv(path):
-    with open(path, newline='', encoding='utf-8-sig') as file:
-        first = next((row for row in csv.reader(file) if row), [''])
-    separator = next((character for character in ';\t' if character in first[0]), '')
-    if len(first) == 1 and separator:
+def read_csv(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read a .csv file; see ``read_numbers``."""
+    first_row = read_first_row(path)
+    has_header = is_header(first_row)
+    if has_header and not first_row[0].strip():
         raise UserError(
-            f'{path} has {separator!r} between its cells: save it with commas there, and points in its numbers'
+            f"{path}: the first column has no name. Is it pandas' index? "
+            'Leave it out (index=False), or name it'
         )
-    if len(first) > MAX_COLUMNS:
-        raise UserError(f'{path} has {len(first)} columns, {MAX_COLUMNS} are the most')
-    numbered = [cell.strip() for cell in first] == [
-        str(k) for k in range(len(first))
-    ]  # by pandas, for want of names
-    header = None if all(is_number(cell) for cell in first) and not numbered else 0
-    if not first[0].strip() and header == 0:
-        raise UserError(
-            f"{path}: the first column has no name. Is it pandas' index? Leave it out (index=False), or name it"
-        )
+
+    header = 0 if has_header else None
     table = pd.read_csv(path, header=header, skipinitialspace=True, encoding='utf-8-sig')
-    if not isinstance(
-        table.index, pd.RangeIndex
-    ):  # pandas takes the first cells for names of rows then
+    # pandas takes superfluous first cells for names of the rows.
+    if not isinstance(table.index, pd.RangeIndex):
         raise UserError(f'{path}: its rows have more cells than its header')
     if table.empty:
         raise UserError(f'{path} has no rows')
-    columns = tuple(str(name) if header == 0 else f'column {name}' for name in table.columns)
-    for name, column in zip(columns, table):
-        if not pd.api.types.is_numeric_dtype(table[column]) or table[column].dtype == bool:
-            numbers = pd.to_numeric(table[column], errors='coerce')
-            row = int(np.argmax((numbers.isna() & table[column].notna()).to_numpy()))
-            raise UserError(
-                f'{path}: column {name} is not numeric: {str(table[column].iloc[row])[:40]!r} in row {row}; '
-                'leave it out or encode it as numbers'
-            )
+
+    columns = tuple(str(name) if has_header else f'column {name}' for name in table.columns)
+    for name, label in zip(columns, table):
+        require_numeric(table[label], name, path)
     return table.to_numpy(np.float64), columns
 
 
-def is_number(cell):
+def read_first_row(path: Path) -> list[str]:
+    """Return the cells of the first row of a .csv file that is not empty.
+
+    Raises ``UserError`` where they are too many, or separated by something other than commas.
+    """
+    with open(path, newline='', encoding='utf-8-sig') as file:
+        cells = next((row for row in csv.reader(file) if row), [''])
+
+    separator = next((character for character in ';\t' if character in cells[0]), '')
+    if len(cells) == 1 and separator:
+        raise UserError(
+            f'{path} has {separator!r} between its cells: '
+            'save it with commas there, and points in its numbers'
+        )
+    if len(cells) > MAX_COLUMNS:
+        raise UserError(f'{path} has {len(cells)} columns, {MAX_COLUMNS} are the most')
+    return cells
+
+
+def is_header(cells: list[str]) -> bool:
+    """Return whether the cells of a first row are names of columns.
+
+    They are where one of them is no number, or where they are 0, 1, 2 ...: this is how pandas
+    writes columns without names.
+    """
+    numbers = [str(k) for k in range(len(cells))]
+    is_numbered = [cell.strip() for cell in cells] == numbers
+    return is_numbered or not all(is_number_or_empty(cell) for cell in cells)
+
+
+def is_number_or_empty(cell: str) -> bool:
+    """Return whether a cell of a .csv file holds a number, or nothing."""
     try:
         float(cell)
     except ValueError:
@@ -374,45 +639,106 @@ def is_number(cell):
     return True
 
 
-def read_npy(path):
-    return require_table(map_npy(path), path)
+def require_numeric(column: pd.Series, name: str, path: Path) -> None:
+    """Raise ``UserError`` with the first value that is no number, if a column has such values."""
+    if pd.api.types.is_numeric_dtype(column) and column.dtype != bool:
+        return
+    numbers = pd.to_numeric(column, errors='coerce')
+    is_text = (numbers.isna() & column.notna()).to_numpy()
+    row = int(np.argmax(is_text))
+    raise UserError(
+        f'{path}: column {name} is not numeric: {str(column.iloc[row])[:40]!r} in row {row}; '
+        'leave it out or encode it as numbers'
+    )
 
 
-def read_h5(path):
-    with h5py.File(path) as file:
-        own = [
-            file[name] for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)
-        ]
-        tables = [item for item in own if isinstance(item, h5py.Dataset) and item.ndim == 2]
-        if len(tables) != 1:
-            raise UserError(
-                f'{path} has {len(tables)} two-dimensional data sets at its top, not one'
-            )
-        if tables[0].external or tables[0].is_virtual:
-            raise UserError(f'{path} takes its table from other files')
-        n_read = max(tables[0].size, math.prod(tables[0].chunks or ()))  # chunks are read whole
-        if (
-            n_read * tables[0].dtype.itemsize > MAX_RATIO * path.stat().st_size
-        ):  # HDF5 need not store what it declares
-            raise UserError(
-                f'{path} claims to hold a table of shape {tables[0].shape}, but has not the size for it'
-            )
-        values, columns = require_table(tables[0][:], path)
-        names = tuple(str(name) for name in np.atleast_1d(tables[0].attrs.get('columns', ())))
-        return values, names if len(names) == len(columns) else columns
+def read_npy(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read a .npy file; see ``read_numbers``. Its columns are numbered."""
+    values = to_float_table(map_npy(path), path)
+    return values, numbered_columns(values)
 
 
-def require_table(values, path):
-    if values.ndim != 2 or values.dtype.kind not in 'fiu' or not values.size:
+def read_h5(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read a .h5 file; see ``read_numbers``.
+
+    The names of the columns are the attribute ``columns`` of the data set, if there is one.
+    """
+    with open_h5(path) as file:
+        table = find_h5_table(file, path)
+        values = to_float_table(table[:], path)
+        attribute = np.atleast_1d(table.attrs.get('columns', ()))
+    names = tuple(str(name) for name in attribute)
+    return values, names if len(names) == values.shape[1] else numbered_columns(values)
+
+
+@contextlib.contextmanager
+def open_h5(path: Path) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading.
+
+    h5py raises ``KeyError`` for damaged objects and ``TypeError`` for types of numbers that numpy
+    lacks. Both become ``ValueError``.
+    """
+    try:
+        with h5py.File(path) as file:
+            yield file
+    except (KeyError, TypeError) as error:
+        raise ValueError(one_line(error)) from error
+
+
+def find_h5_table(file: h5py.File, path: Path) -> h5py.Dataset:
+    """Return the only two-dimensional data set at the top of an HDF5 file.
+
+    Raises ``UserError`` where there is none or more than one, where its values are in other files,
+    and where it says to be much larger than the file.
+    """
+    tables = []
+    for name in file:
+        # A soft or external link can lead to another file.
+        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+            continue
+        item = file[name]
+        if isinstance(item, h5py.Dataset) and item.ndim == 2:
+            tables.append(item)
+    if len(tables) != 1:
+        raise UserError(f'{path} has {len(tables)} two-dimensional data sets at its top, not one')
+    table = tables[0]
+    if table.external or table.is_virtual:
+        raise UserError(f'{path} takes its table from other files')
+
+    # HDF5 need not store what it declares. It reads whole chunks, which can exceed the table.
+    n_read = max(table.size, math.prod(table.chunks or ()))
+    if n_read * table.dtype.itemsize > MAX_COMPRESSION * path.stat().st_size:
+        raise UserError(
+            f'{path} claims to hold a table of shape {table.shape}, but has not the size for it'
+        )
+    return table
+
+
+def to_float_table(values: np.ndarray, path: Path) -> np.ndarray:
+    """Return an array as float64; raise ``UserError`` unless it is a table of real numbers."""
+    if not is_table(values):
         raise UserError(
             f'{path} holds {values.dtype} of shape {values.shape}, not a table of numbers'
         )
-    return np.asarray(values, np.float64), tuple(f'column {k}' for k in range(values.shape[1]))
+    return np.asarray(values, np.float64)
 
 
-def require_new_table(path):
-    """UserError unless save_table can write there"""
-    if path.suffix not in ('.csv', '.npy', '.h5'):
+def is_table(values: np.ndarray) -> bool:
+    """Return whether an array is two-dimensional, of real numbers, and not empty."""
+    return values.ndim == 2 and values.dtype.kind in 'fiu' and values.size > 0
+
+
+def numbered_columns(values: np.ndarray) -> tuple[str, ...]:
+    """Return names for the columns of a table (N, D) that has none."""
+    return tuple(f'column {k}' for k in range(values.shape[1]))
+
+
+# -------------------------------------------------------------------------- writers of own tables
+
+
+def require_new_table(path: Path) -> None:
+    """Raise ``UserError`` unless ``save_table`` can write a new file there."""
+    if path.suffix not in NEW_SUFFIXES:
         raise UserError(f'{path} should end in .csv, .npy or .h5')
     if path.exists():
         raise UserError(f'{path} is there already: move it away or give another name')
@@ -420,39 +746,82 @@ def require_new_table(path):
         raise UserError(f'{path}: there is no folder {path.parent}')
 
 
-def save_table(path, values, columns):
-    """Rows (N, D) and the columns' names, as a .csv, .npy or .h5"""
+def save_table(path: str | Path, values: np.ndarray, columns: Sequence[str]) -> None:
+    """Save values (N, D) and the names of their columns as a .csv, .npy or .h5, and say so."""
     path = Path(path)
     write_atomically(path, lambda temporary: write_table(temporary, path.suffix, values, columns))
     print(f'wrote {path}')
 
 
-def write_table(path, suffix, values, columns):
+def write_table(path: Path, suffix: str, values: np.ndarray, columns: Sequence[str]) -> None:
+    """Write values (N, D) in the format of ``suffix``; a .npy holds no names of columns."""
     if suffix == '.csv':
-        table = pd.DataFrame(values, columns=columns)
-        table.astype({'row': int} if 'row' in columns else {}).to_csv(path, index=False)
+        table = pd.DataFrame(values, columns=list(columns))
+        if 'row' in columns:
+            table = table.astype({'row': int})
+        table.to_csv(path, index=False)
         return
-    content = io.BytesIO()  # lest numpy or h5py meet a full disk, which they do not name
+
+    # numpy and h5py do not say that a disk is full, so they write to memory.
+    content = io.BytesIO()
     if suffix == '.npy':
         np.save(content, values)
     else:
         with h5py.File(content, 'w') as file:
-            file.create_dataset('rows', data=values).attrs['columns'] = list(columns)
+            rows = file.create_dataset('rows', data=values)
+            rows.attrs['columns'] = list(columns)
     path.write_bytes(content.getbuffer())
 
 
-# ------------------------------------------------------------------------------------------- published tables
+# ------------------------------------------------------------------------------- published tables
 
 
-def load_published(name, data_dir):
-    counts, n_columns, places = TABLES[name]
-    path = first_existing(data_dir, name, places)
+def load_published_table(name: str, data_dir: Path) -> TableData:
+    """Load one of ``TABLES``. It is prepared once, and memory-mapped from then on.
+
+    Raises ``UserError`` where its files are missing, damaged, or of another version.
+    """
+    counts, n_columns, candidates = TABLES[name]
+    path = first_existing(data_dir, name, candidates)
     if path is None:
         raise UserError(
-            f'{name} is not in {data_dir}: it needs {places[0]} as the MAF authors have it '
-            f'(zenodo.org/records/1161203: python -m datasets fetch {name} --data_dir={data_dir}) or, as '
-            f'downloaded, {" or ".join(places[1:])}'
+            f'{name} is not in {data_dir}: it needs {candidates[0]} as the MAF authors have it '
+            f'(zenodo.org/records/1161203: python -m datasets fetch {name} --data_dir={data_dir}) '
+            f'or, as downloaded, {" or ".join(candidates[1:])}'
         )
+
+    shape = (sum(counts), n_columns)
+    source = [name, CACHE_VERSION, counts, file_signature(path)]
+
+    def make(create: CreateArray) -> None:
+        splits = prepare_splits(name, path, counts, n_columns)
+        rows = create(shape, np.float32)
+        for split, end in zip(splits, np.cumsum(counts)):
+            rows[end - len(split) : end] = split
+        if not np.isfinite(rows).all():
+            raise UserError(f'{path} holds missing or infinite values: download it again')
+
+    def fits(rows: np.ndarray) -> bool:
+        return rows.shape == shape and rows.dtype == np.float32
+
+    rows = memmap_cache(data_dir, name, source, make, fits)
+    train, validation, test = np.split(rows, np.cumsum(counts)[:2])
+    return TableData(
+        train,
+        validation,
+        test,
+        columns=tuple(f'{name} {k}' for k in range(n_columns)),
+        mean=np.zeros(n_columns),
+        std=np.ones(n_columns),
+        test_index=np.arange(len(test)),
+    )
+
+
+def prepare_splits(name: str, path: Path, counts: Counts, n_columns: int) -> Sequence[np.ndarray]:
+    """Return the three splits of a published table, prepared from the file at ``path``.
+
+    Raises ``UserError`` if the file is damaged or has other rows and columns than expected.
+    """
     prepare = {
         'power': prepare_power,
         'gas': prepare_gas,
@@ -460,226 +829,313 @@ def load_published(name, data_dir):
         'miniboone': prepare_miniboone,
         'bsds300': prepare_bsds300,
     }[name]
-    source = [name, CACHE_VERSION, counts, file_signature(path)]
+    try:
+        with warnings.catch_warnings():
+            # numpy warns of means of no rows; such splits are refused below.
+            warnings.simplefilter('ignore')
+            splits = prepare(path)
+    except DAMAGED_FILE_ERRORS as error:
+        raise UserError(f'{path} cannot be read as {name}: {one_line(error)}') from error
 
-    def make(create):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    'ignore'
-                )  # of means of nothing: such splits are refused below
-                splits = prepare(path)
-        except Exception as error:  # likewise
-            raise UserError(f'{path} cannot be read as {name}: {one_line(error)}') from None
-        shapes = [part.shape for part in splits]
-        if shapes != [(n, n_columns) for n in counts]:
-            raise UserError(
-                f'{path} gives {" / ".join(map(str, shapes))} rows and columns where {name} has '
-                f'{" / ".join(map(str, counts))} rows of {n_columns}: truncated, or another version of it'
-            )
-        rows = create(shape, np.float32)
-        for part, end in zip(splits, np.cumsum(counts)):
-            rows[end - len(part) : end] = part
-        if not np.isfinite(rows).all():
-            raise UserError(f'{path} holds missing or infinite values: download it again')
-
-    shape = sum(counts), n_columns
-    rows = memmap_cache(
-        data_dir, name, source, make, lambda rows: (rows.shape, rows.dtype) == (shape, np.float32)
-    )
-    columns = tuple(f'{name} {k}' for k in range(n_columns))
-    splits = np.split(rows, np.cumsum(counts)[:2])
-    return TableData(
-        *splits, columns, np.zeros(n_columns), np.ones(n_columns), test_index=np.arange(counts[2])
-    )
+    shapes = [split.shape for split in splits]
+    if shapes != [(n, n_columns) for n in counts]:
+        raise UserError(
+            f'{path} gives {" / ".join(map(str, shapes))} rows and columns where {name} has '
+            f'{" / ".join(map(str, counts))} rows of {n_columns}: '
+            'truncated, or another version of it'
+        )
+    return splits
 
 
-class TextLines(io.RawIOBase):
-    """A text, gzipped or not, as bytes; raises ValueError at a line that no table has, so that memory stays bounded"""
+def split_in_order(data: np.ndarray) -> list[np.ndarray]:
+    """Split rows so that the last tenth tests, and the last tenth of the rest validates."""
+    n_test = len(data) // 10
+    n_validation = (len(data) - n_test) // 10
+    n_train = len(data) - n_test - n_validation
+    return np.split(data, [n_train, n_train + n_validation])
 
-    def __init__(self, file):
-        self.file, self.line = file, b''
 
-    def readable(self):
+def standardise_splits(splits: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Standardise three splits by the mean and deviation of training and validation together."""
+    train, validation, _ = splits
+    known = np.concatenate([train, validation])
+    mean, std = known.mean(axis=0), known.std(axis=0)
+    return [(split - mean) / std for split in splits]
+
+
+def map_published_npy(path: Path, n_columns: int) -> np.ndarray:
+    """Memory-map a .npy file; raise ``ValueError`` unless it is a table of that many columns."""
+    data = map_npy(path)
+    if not is_table(data) or data.shape[1] != n_columns:
+        raise ValueError(f'it holds {data.dtype} of shape {data.shape}, not {n_columns} columns')
+    return data
+
+
+# ------------------------------------------------------------------------ readers of raw downloads
+
+
+class BoundedLineFile(io.RawIOBase):
+    """The bytes of a text, whose lines have to be short.
+
+    Reading raises ``ValueError`` at a line that no table has. A parser that reads whole lines thus
+    takes little memory, whatever the file.
+    """
+
+    def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
+        self.file = file
+        self.unfinished_line = b''
+
+    def readable(self) -> bool:
+        """Return True: ``io.BufferedReader`` asks."""
         return True
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with the next bytes, and return how many there were."""
         content = self.file.read(len(buffer))
-        *lines, self.line = (self.line + content).split(b'\n')
-        if max(map(len, [self.line, *lines])) > MAX_LINE:
-            raise ValueError(f'it has a line of more than {MAX_LINE:,} bytes')
+        lines = (self.unfinished_line + content).split(b'\n')
+        if max(map(len, lines)) > MAX_LINE_BYTES:
+            raise ValueError(f'it has a line of more than {MAX_LINE_BYTES:,} bytes')
+        self.unfinished_line = lines[-1]
         buffer[: len(content)] = content
         return len(content)
 
 
-def read_chunks(path, **options):
-    """The rows of a text, gzipped or not, in DataFrames of CHUNK rows; options are those of pandas.read_csv"""
-    with (
-        open(path, 'rb') as file,
-        tqdm(
-            desc=f'reading {path.name}',
-            total=path.stat().st_size,
-            unit='B',
-            unit_scale=True,
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-        text = io.BufferedReader(
-            TextLines(gzip.open(file) if path.suffix == '.gz' else file), 2**18
-        )
-        n = 0
-        for part in pd.read_csv(text, chunksize=CHUNK, **options):
-            n += len(part)
-            if n > MAX_ROWS:
+def read_chunks(path: Path, **options: Any) -> Iterator[pd.DataFrame]:
+    """Read a text, gzipped or not, in chunks of ``CHUNK_ROWS`` rows; show a progress bar.
+
+    The options are those of ``pandas.read_csv``. Raises ``ValueError`` where a line or the whole is
+    too long.
+    """
+    progress = tqdm(
+        desc=f'reading {path.name}',
+        total=path.stat().st_size,
+        unit='B',
+        unit_scale=True,
+        dynamic_ncols=True,
+    )
+    with open(path, 'rb') as file, progress:
+        content = gzip.open(file) if path.suffix == '.gz' else file
+        text = io.BufferedReader(BoundedLineFile(content), 2**18)
+        n_rows = 0
+        for chunk in pd.read_csv(text, chunksize=CHUNK_ROWS, **options):
+            n_rows += len(chunk)
+            if n_rows > MAX_ROWS:
                 raise ValueError(f'it has more than {MAX_ROWS:,} rows')
-            yield part
-            bar.set_postfix_str(
-                f'{n / max(bar.format_dict["elapsed"], 1e-3):,.0f} rows/s', refresh=False
-            )
-            bar.update(file.tell() - bar.n)
+            yield chunk
+
+            rate = n_rows / max(progress.format_dict['elapsed'], 1e-3)
+            progress.set_postfix_str(f'{rate:,.0f} rows/s', refresh=False)
+            progress.update(file.tell() - progress.n)
 
 
-def split_off(data):
-    """The last tenth is the test split, the last tenth of the rest validates."""
-    n_test = len(data) // 10
-    n_validation = (len(data) - n_test) // 10
-    return np.split(data, [len(data) - n_test - n_validation, len(data) - n_test])
+# ------------------------------------------------------------------------------------------ POWER
 
 
-def standardised(train, validation, test):
-    known = np.concatenate([train, validation])
-    mean, std = known.mean(0), known.std(0)
-    return [(part - mean) / std for part in (train, validation, test)]
+def prepare_power(path: Path) -> list[np.ndarray]:
+    """Shuffle POWER, add noise as wide as each column's rounding, and drop two columns.
 
-
-def prepare_power(path):
-    """Shuffled and with noise as wide as the rounding of each column, by the authors' seed; without reactive power and
-    intensity. The raw file has no noise on its minute of the day; it gets some here, so that column is another draw."""
+    Shuffling and noise are the authors', from their seed. The dropped columns are the reactive
+    power and the intensity. The raw file has no noise on its minute of the day, which gets some
+    here: that column is another draw than the authors'.
+    """
     rng = np.random.RandomState(42)
-    if path.suffix == '.npy':
-        data = map_npy(path)
-    else:
-        data = np.concatenate(
-            [
-                power_rows(part.dropna())
-                for part in read_chunks(
-                    path, sep=';', na_values='?', usecols=range(1, 9), dtype={'Time': 'category'}
-                )
-            ]
-        )
-        data[:, -1] += np.random.default_rng(42).random(len(data))
+    data = map_published_npy(path, 8) if path.suffix == '.npy' else read_raw_power(path)
+
+    # The authors shuffle the rows themselves, which draws the same random numbers.
     order = np.arange(len(data))
-    rng.shuffle(order)  # draws what shuffling the rows themselves would
+    rng.shuffle(order)
     data = data[order][:, [0, 2, 4, 5, 6, 7]]
+
     n = len(data)
-    voltage, power, metering = 0.01 * rng.rand(n, 1), 0.001 * rng.rand(n, 1), rng.rand(n, 3)
-    return standardised(*split_off(data + np.hstack([power, voltage, metering, np.zeros((n, 1))])))
+    voltage = 0.01 * rng.rand(n, 1)
+    power = 0.001 * rng.rand(n, 1)
+    metering = rng.rand(n, 3)
+    noise = np.hstack([power, voltage, metering, np.zeros((n, 1))])
+    return standardise_splits(split_in_order(data + noise))
 
 
-def power_rows(part):
-    """Times of day, of which there are 1,440, become minutes in the last column"""
-    time = part.pop('Time').cat
+def read_raw_power(path: Path) -> np.ndarray:
+    """Return the rows (N, 8) of the raw file without those that miss values."""
+    columns = range(1, 9)  # all but the date
+    dtypes = {'Time': 'category'}
+    chunks = read_chunks(path, sep=';', na_values='?', usecols=columns, dtype=dtypes)
+    data = np.concatenate([parse_power_rows(chunk.dropna()) for chunk in chunks])
+    data[:, -1] += np.random.default_rng(42).random(len(data))
+    return data
+
+
+def parse_power_rows(chunk: pd.DataFrame) -> np.ndarray:
+    """Return the numbers of a chunk (n, 8), with its time of day as minutes in the last column."""
+    if not isinstance(chunk.dtypes.get('Time'), pd.CategoricalDtype):
+        raise ValueError('it has no column Time')
+
+    # There are only 1,440 times of day, so that it is faster to parse each of them once.
+    time = chunk.pop('Time').cat
     text = time.categories.astype(str).str
-    minute = 60 * text[:2].astype(int) + text[3:5].astype(int)
-    return np.column_stack([part.to_numpy(float), minute.to_numpy(float)[time.codes]])
+    hours = text[:2].astype(int)
+    minutes = text[3:5].astype(int)
+    minute_of_day = (60 * hours + minutes).to_numpy(float)
+    return np.column_stack([chunk.to_numpy(float), minute_of_day[time.codes]])
 
 
-def prepare_gas(path):
-    """Of each group of sensors with a correlation above 0.98 one is kept. Of the raw file, every fourth row."""
+# -------------------------------------------------------------------------------------------- GAS
+
+
+def prepare_gas(path: Path) -> list[np.ndarray]:
+    """Keep one sensor of each group with a correlation above 0.98; standardise all rows together.
+
+    The authors' file holds every fourth row of the raw one.
+    """
     if path.suffix == '.pickle':
-        data, columns = read_pickled_table(path)
-        data = data[:, [k for k, name in enumerate(columns) if name not in ('Meth', 'Eth', 'Time')]]
+        data, names = read_pickled_table(path)
+        sensors = [k for k, name in enumerate(names) if name not in ('Meth', 'Eth', 'Time')]
+        data = data[:, sensors]
     else:
-        parts = read_chunks(path, sep=r'\s+', skiprows=1, header=None, usecols=range(3, 19))
-        data = np.concatenate([part.to_numpy()[3::4] for part in parts])
+        data = read_raw_gas(path)
+
     while True:
-        correlated = (np.corrcoef(data.T) > 0.98).sum(1) > 1
-        if not correlated.any():
+        n_correlated = (np.corrcoef(data.T) > 0.98).sum(axis=1)  # counting the sensor itself
+        if (n_correlated <= 1).all():
             break
-        data = np.delete(data, np.argmax(correlated), axis=1)
-    return split_off((data - data.mean(0)) / data.std(0, ddof=1))
+        first = np.argmax(n_correlated > 1)
+        data = np.delete(data, first, axis=1)
+    mean, std = data.mean(axis=0), data.std(axis=0, ddof=1)
+    return split_in_order((data - mean) / std)
 
 
-def prepare_hepmass(path):
-    """The signal (label 1) of the mass-1000 files, without the features whose smallest value comes more than 5 times"""
+def read_raw_gas(path: Path) -> np.ndarray:
+    """Return the 16 sensors (N, 16) in every fourth row of the raw file, the fourth one first."""
+    sensors = range(3, 19)
+    chunks = read_chunks(path, sep=r'\s+', skiprows=1, header=None, usecols=sensors)
+    every_fourth = [chunk.to_numpy(np.float64)[3::4] for chunk in chunks]
+    return np.concatenate(every_fourth)
 
-    def signal(path):
-        parts = read_chunks(path, index_col=False)
-        return np.concatenate([part[part.iloc[:, 0] == 1].to_numpy()[:, 1:] for part in parts])
 
-    train = signal(path)
-    test = signal(path.with_name(path.name.replace('train', 'test')))[
-        :, : train.shape[1]
-    ]  # it has a column too many
-    kept = continuous(train)
-    mean, std = train.mean(0), train.std(0, ddof=1)
-    train, test = (((part - mean) / std)[:, kept] for part in (train, test))
+# ---------------------------------------------------------------------------------------- HEPMASS
+
+
+def prepare_hepmass(path: Path) -> list[np.ndarray]:
+    """Keep the signal of the files of mass 1000, standardised by the training file.
+
+    Discrete features are dropped. The last tenth of the training file validates.
+    """
+    train = read_hepmass_signal(path)
+    test = read_hepmass_signal(path.with_name(path.name.replace('train', 'test')))
+    test = test[:, : train.shape[1]]  # the test file has one column too many
+
+    kept = find_continuous_columns(train)
+    mean, std = train.mean(axis=0), train.std(axis=0, ddof=1)
+    train = ((train - mean) / std)[:, kept]
+    test = ((test - mean) / std)[:, kept]
+
     n_validation = len(train) // 10
-    return train[:-n_validation], train[-n_validation:], test
+    return [train[:-n_validation], train[-n_validation:], test]
 
 
-def prepare_miniboone(path):
-    """The signal, without 11 outliers and without the features whose smallest value comes more than 5 times"""
+def read_hepmass_signal(path: Path) -> np.ndarray:
+    """Return the features (N, D) of the rows that are labelled 1 in their first column."""
+    signal = []
+    for chunk in read_chunks(path, index_col=False):
+        is_signal = chunk.iloc[:, 0] == 1
+        signal.append(chunk[is_signal].to_numpy(np.float64)[:, 1:])
+    return np.concatenate(signal)
+
+
+# -------------------------------------------------------------------------------------- MINIBOONE
+
+
+def prepare_miniboone(path: Path) -> list[np.ndarray]:
+    """Keep the signal of MINIBOONE without its 11 outliers and without discrete features.
+
+    The authors' file holds just this.
+    """
     if path.suffix == '.npy':
-        data = map_npy(path)
+        data = map_published_npy(path, 43)
     else:
-        with open(path) as file:
-            n_signal = int(file.readline(MAX_LINE).split()[0])
-        parts = read_chunks(path, sep=r'\s+', skiprows=1, header=None, nrows=n_signal)
-        data = np.concatenate([part.to_numpy() for part in parts])
-        data = data[data[:, 0] >= -100]
-        data = data[:, continuous(data)]
-    return standardised(*split_off(data))
+        data = read_raw_miniboone(path)
+    return standardise_splits(split_in_order(data))
 
 
-def continuous(data):
-    return np.array([np.unique(column, return_counts=True)[1][0] <= 5 for column in data.T])
+def read_raw_miniboone(path: Path) -> np.ndarray:
+    """Return the signal (N, 43) of the raw file, whose first line says how many rows it has."""
+    with open(path) as file:
+        counts = file.readline(MAX_LINE_BYTES).split()
+    if not counts:
+        raise ValueError('its first line has no counts of rows')
+
+    n_signal = int(counts[0])
+    chunks = read_chunks(path, sep=r'\s+', skiprows=1, header=None, nrows=n_signal)
+    data = np.concatenate([chunk.to_numpy(np.float64) for chunk in chunks])
+    data = data[data[:, 0] >= -100]  # the outliers are -999 in all columns
+    return data[:, find_continuous_columns(data)]
 
 
-def prepare_bsds300(path):
-    """8x8 grey patches with uniform noise on their 256 levels, in [0, 1], less their mean, without the last pixel: from
-    the authors' file or, drawn anew with a seed, from the Berkeley images; training images give the validation too."""
-    counts = TABLES['bsds300'][0]
+def find_continuous_columns(data: np.ndarray) -> np.ndarray:
+    """Return a mask (D,) of the columns whose smallest value occurs at most five times.
+
+    This is how the authors tell continuous features from discrete ones.
+    """
+    n_smallest = (data == np.nanmin(data, axis=0)).sum(axis=0)
+    return n_smallest <= 5
+
+
+# ---------------------------------------------------------------------------------------- BSDS300
+
+
+def prepare_bsds300(path: Path) -> list[np.ndarray]:
+    """Return grey 8x8 patches of the Berkeley images, without the last of their 64 pixels.
+
+    Patches have uniform noise on their 256 levels, are scaled to [0, 1], and have their mean
+    subtracted. They are in the authors' file or, with a fixed seed, drawn anew from the images. The
+    training images give the validation split too.
+    """
+    n_train, n_validation, n_test = TABLES['bsds300'][0]
     if path.suffix == '.hdf5':
-        with h5py.File(path) as file:
-            parts = [file[part] for part in ('train', 'validation', 'test')]
-            if [part.shape for part in parts] != [
-                (n, 63) for n in counts
-            ]:  # before any of it is read
-                raise ValueError(f'it has parts of {", ".join(str(part.shape) for part in parts)}')
-            return [part[:] for part in parts]
+        return read_bsds300_patches(path)
+
     rng = np.random.default_rng(0)
-    both = draw_patches(read_images(path, 'train'), counts[0] + counts[1], rng)
-    return [*np.split(both, [counts[0]]), draw_patches(read_images(path, 'test'), counts[2], rng)]
+    known = draw_patches(read_grey_images(path, 'train'), n_train + n_validation, rng)
+    test = draw_patches(read_grey_images(path, 'test'), n_test, rng)
+    return [known[:n_train], known[n_train:], test]
 
 
-def read_images(path, part):
-    """-> the grey images of archive members images/PART/*.jpg"""
+def read_bsds300_patches(path: Path) -> list[np.ndarray]:
+    """Return the three splits of the authors' file; raise ``ValueError`` if their shapes differ."""
+    with open_h5(path) as file:
+        splits = [file[name] for name in ('train', 'validation', 'test')]
+        shapes = [getattr(split, 'shape', None) for split in splits]
+        # They are compared before any of them is read, as a shape can declare any size.
+        if shapes != [(n, 63) for n in TABLES['bsds300'][0]]:
+            raise ValueError(f'it has parts of {", ".join(map(str, shapes))}')
+        return [split[:] for split in splits]
+
+
+def read_grey_images(path: Path, part: str) -> list[np.ndarray]:
+    """Return the images (H, W) uint8 of an archive's members images/PART/*.jpg, by name."""
+
+    def is_wanted(name: str) -> bool:
+        return f'images/{part}/' in name and name.endswith('.jpg')
+
+    images = []
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [
-                name
-                for name in sorted(archive.namelist())
-                if f'images/{part}/' in name and name.endswith('.jpg')
-            ]
-            images = [read_grey(archive.open(name)) for name in names]
+        with zipfile.ZipFile(path) as zip_archive:
+            for name in sorted(filter(is_wanted, zip_archive.namelist())):
+                images.append(read_grey_image(zip_archive.open(name)))
     else:
-        with tarfile.open(path) as archive:
-            members = sorted(
-                (
-                    m
-                    for m in archive
-                    if m.isfile() and f'images/{part}/' in m.name and m.name.endswith('.jpg')
-                ),
-                key=lambda m: m.name,
-            )
-            images = [read_grey(archive.extractfile(member)) for member in members]
+        with tarfile.open(path) as tar_archive:
+            members = [m for m in tar_archive if m.isfile() and is_wanted(m.name)]
+            for member in sorted(members, key=lambda m: m.name):
+                file = tar_archive.extractfile(member)
+                if file is not None:
+                    images.append(read_grey_image(file))
+
     if not images:
         raise ValueError(f'it has no images/{part}/*.jpg')
     return images
 
 
-def read_grey(file):
+def read_grey_image(file: IO[bytes]) -> np.ndarray:
+    """Decode an image as grey levels (H, W) uint8; raise ``ValueError`` where it is too large."""
     with Image.open(file, formats=('JPEG', 'PNG')) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(
@@ -688,18 +1144,24 @@ def read_grey(file):
         return np.asarray(image.convert('L'))
 
 
-def draw_patches(images, n, rng):
-    """-> (n, 63) float32, in random order, each from a random place in a random image"""
-    which = np.bincount(rng.integers(len(images), size=n), minlength=len(images))
-    order, start = rng.permutation(n), 0
+def draw_patches(images: list[np.ndarray], n: int, rng: Generator) -> np.ndarray:
+    """Return n patches (n, 63) float32, each from a random place in a random image.
+
+    Their order is random. Working image by image keeps the memory small.
+    """
+    image_of_patch = rng.integers(len(images), size=n)
+    n_of_image = np.bincount(image_of_patch, minlength=len(images))
+    order = rng.permutation(n)
+    ends = np.cumsum(n_of_image)
+
     patches = np.empty((n, 63), np.float32)
-    for image, k in zip(images, which):
+    for image, k, end in zip(images, n_of_image, ends):
         windows = np.lib.stride_tricks.sliding_window_view(image, (8, 8))
-        rows, columns = (
-            rng.integers(windows.shape[0], size=k),
-            rng.integers(windows.shape[1], size=k),
-        )
-        pixels = (windows[rows, columns].reshape(k, 64) + rng.random((k, 64))) / 256
-        patches[order[start : start + k]] = (pixels - pixels.mean(1, keepdims=True))[:, :63]
-        start += k
+        rows = rng.integers(windows.shape[0], size=k)
+        columns = rng.integers(windows.shape[1], size=k)
+
+        levels = windows[rows, columns].reshape(k, 64)
+        pixels = (levels + rng.random((k, 64))) / 256
+        centred = pixels - pixels.mean(axis=1, keepdims=True)
+        patches[order[end - k : end]] = centred[:, :63]
     return patches

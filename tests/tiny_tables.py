@@ -1,4 +1,4 @@
-"""Tables in exactly the formats of the published ones, of any size."""
+"""Small tables in exactly the formats of the published ones."""
 
 import gzip
 import io
@@ -12,84 +12,164 @@ from PIL import Image
 
 
 def columns_of(rng, n, d):
-    return rng.normal(size=(n, d)) @ (
-        np.eye(d) + 0.3 * rng.normal(size=(d, d)) / np.sqrt(d)
-    ) + rng.normal(size=d)
+    """Draw n rows (n, d) of a Gaussian whose columns are correlated."""
+    noise = rng.normal(size=(n, d))
+    mix = np.eye(d) + 0.3 * rng.normal(size=(d, d)) / np.sqrt(d)
+    mean = rng.normal(size=d)
+    return noise @ mix + mean
+
+
+# ------------------------------------------------------------------------------------------ POWER
 
 
 def write_power(folder, n=200):
-    """data/power/data.npy of the MAF authors: 8 columns, the minute of the day last"""
+    """Write the MAF authors' data.npy: 8 columns, of which the last is the minute of the day."""
     rng = np.random.default_rng(0)
     (folder / 'power').mkdir(parents=True, exist_ok=True)
-    np.save(folder / 'power' / 'data.npy', np.abs(columns_of(rng, n, 8)).round(3))
+    data = np.abs(columns_of(rng, n, 8)).round(3)
+    np.save(folder / 'power' / 'data.npy', data)
 
 
 def write_raw_power(folder, n=200):
-    """household_power_consumption.txt of UCI: semicolons, and ? where values are missing, every tenth row here"""
+    """Write UCI's household_power_consumption.txt. Every tenth row has missing values ('?')."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        'Date;Time;Global_active_power;Global_reactive_power;Voltage;Global_intensity;Sub_metering_1;'
-        'Sub_metering_2;Sub_metering_3'
-    ]
+    names = ['Date', 'Time', 'Global_active_power', 'Global_reactive_power', 'Voltage']
+    names += ['Global_intensity', 'Sub_metering_1', 'Sub_metering_2', 'Sub_metering_3']
+
+    rows = [names]
     for i in range(n):
-        values = [f'{v:.3f}' for v in rng.random(7) * 5] if i % 10 else ['?'] * 6 + ['']
-        lines.append(
-            ';'.join([f'16/12/{2006 + i % 3}', f'{i // 60 % 24:02}:{i % 60:02}:00', *values])
-        )
-    (folder / 'household_power_consumption.txt').write_text('\n'.join(lines) + '\n')
+        date = f'16/12/{2006 + i % 3}'
+        time = f'{i // 60 % 24:02}:{i % 60:02}:00'
+        if i % 10:
+            values = [f'{v:.3f}' for v in rng.random(7) * 5]
+        else:
+            values = ['?'] * 6 + ['']
+        rows.append([date, time, *values])
+    text = '\n'.join(';'.join(row) for row in rows)
+    (folder / 'household_power_consumption.txt').write_text(text + '\n')
+
+
+# -------------------------------------------------------------------------------------------- GAS
 
 
 def gas_table(n):
+    """Return n rows of GAS: the time, two gases and 16 sensors, of which 8 nearly copy the rest."""
     rng = np.random.default_rng(0)
     sensors = columns_of(rng, n, 8)
-    both = np.concatenate(
-        [sensors, sensors + 0.001 * rng.normal(size=(n, 8))], 1
-    )  # 8 are near copies of 8
-    columns = pd.Index(['Time', 'Meth', 'Eth', *(f'{k + 1}' for k in range(16))], dtype=object)
-    return pd.DataFrame(
-        np.column_stack([np.arange(n) / 100, rng.random((n, 2)), both]), columns=columns
-    )
+    copies = sensors + 0.001 * rng.normal(size=(n, 8))
+    time, gases = np.arange(n) / 100, rng.random((n, 2))
+
+    names = ['Time', 'Meth', 'Eth', *(f'{k + 1}' for k in range(16))]
+    values = np.column_stack([time, gases, sensors, copies])
+    return pd.DataFrame(values, columns=pd.Index(names, dtype=object))
 
 
 def write_gas(folder, n=200, protocol=2):
+    """Write the MAF authors' ethylene_CO.pickle as the installed pandas does."""
     (folder / 'gas').mkdir(parents=True, exist_ok=True)
     with open(folder / 'gas' / 'ethylene_CO.pickle', 'wb') as file:
         pickle.dump(gas_table(n), file, protocol=protocol)
 
 
 def write_raw_gas(folder, n=800):
+    """Write UCI's ethylene_CO.txt."""
     folder.mkdir(parents=True, exist_ok=True)
+    names = ['Time (seconds)', 'CO conc (ppm)', 'Ethylene conc (ppm)']
+    names += ['sensor readings (16 channels)']
     with open(folder / 'ethylene_CO.txt', 'w') as file:
-        file.write(
-            'Time (seconds), CO conc (ppm), Ethylene conc (ppm), sensor readings (16 channels)\n'
-        )
+        file.write(', '.join(names) + '\n')
         gas_table(n).to_csv(file, sep=' ', header=False, index=False)
 
 
+class DataFrame:
+    """A table that is pickled as pandas did in 2016, which today's pandas cannot do.
+
+    The name of this module in the pickle has to be replaced by that of pandas.
+    """
+
+    def __init__(self, state):
+        self.__dict__ = state
+
+
+class BlockManager:
+    """The part of such a table that holds its values."""
+
+    def __init__(self, axes, values):
+        self.axes, self.values = axes, values
+
+    def __getstate__(self):
+        block = {'values': self.values, 'mgr_locs': slice(0, len(self.values), 1)}
+        newer_state = {'0.14.1': {'axes': self.axes, 'blocks': [block]}}
+        return self.axes, [self.values], [self.axes[0]], newer_state
+
+    def __setstate__(self, state):
+        raise NotImplementedError
+
+
+def write_old_gas(folder, n=200):
+    """Write ethylene_CO.pickle as pandas did in 2016."""
+    table = gas_table(n)
+    axes = [np.array(table.columns, dtype=object), np.arange(n)]
+    manager = BlockManager(axes, table.to_numpy().T.copy())
+    frame = DataFrame({'_data': manager, '_typ': 'dataframe', '_metadata': []})
+
+    content = pickle.dumps(frame, protocol=2)
+    modules = {'DataFrame': 'pandas.core.frame', 'BlockManager': 'pandas.core.internals'}
+    for name, module in modules.items():
+        ours, theirs = f'ctiny_tables\n{name}\n', f'c{module}\n{name}\n'
+        content = content.replace(ours.encode(), theirs.encode())
+    assert b'tiny_tables' not in content
+
+    (folder / 'gas').mkdir(parents=True, exist_ok=True)
+    (folder / 'gas' / 'ethylene_CO.pickle').write_bytes(content)
+
+
+# ---------------------------------------------------------------------------------------- HEPMASS
+
+
 def write_hepmass(folder, n_train=600, n_test=300):
-    """1000_train.csv and 1000_test.csv: the label first; six of 27 features take few values; one column more in test"""
+    """Write 1000_train.csv and 1000_test.csv.
+
+    The label comes first. Of the 27 features, six take few values. The test file has one column
+    more, as the published one does.
+    """
     rng = np.random.default_rng(0)
     (folder / 'hepmass').mkdir(parents=True, exist_ok=True)
+    names = ['# label', *(f'f{k}' for k in range(27))]
     for part, n in (('train', n_train), ('test', n_test)):
         features = columns_of(rng, n, 27)
-        features[:, ::5] = rng.integers(3, size=(n, 6))  # 0, 5, 10, 15, 20, 25
-        table = pd.DataFrame(
-            np.column_stack([np.arange(n) % 2, features]),
-            columns=['# label', *(f'f{k}' for k in range(27))],
-        )
+        features[:, ::5] = rng.integers(3, size=(n, 6))  # columns 0, 5, 10, 15, 20 and 25
+        labels = np.arange(n) % 2
+
+        table = pd.DataFrame(np.column_stack([labels, features]), columns=names)
         if part == 'test':
             table['mass'] = 1000.0
         table.to_csv(folder / 'hepmass' / f'1000_{part}.csv', index=False)
 
 
+def compress(path):
+    """Replace a file by its gzipped content."""
+    path.with_name(path.name + '.gz').write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+
+
+# -------------------------------------------------------------------------------------- MINIBOONE
+
+
 def write_miniboone(folder, n=200):
+    """Write the MAF authors' data.npy."""
+    rng = np.random.default_rng(0)
     (folder / 'miniboone').mkdir(parents=True, exist_ok=True)
-    np.save(folder / 'miniboone' / 'data.npy', columns_of(np.random.default_rng(0), n, 43))
+    np.save(folder / 'miniboone' / 'data.npy', columns_of(rng, n, 43))
 
 
 def write_raw_miniboone(folder, n=211, n_background=50):
-    """MiniBooNE_PID.txt: the counts of signal and background, then rows of 50, of which seven take few values"""
+    """Write UCI's MiniBooNE_PID.txt.
+
+    The first line has the counts of signal and background, which then follow in this order. Seven
+    of the 50 features take few values, and the first 11 rows of the signal are outliers.
+    """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     data = columns_of(rng, n + n_background, 50)
@@ -100,7 +180,11 @@ def write_raw_miniboone(folder, n=211, n_background=50):
         np.savetxt(file, data, '%.6g')
 
 
+# ---------------------------------------------------------------------------------------- BSDS300
+
+
 def write_bsds300(folder, counts):
+    """Write the MAF authors' BSDS300.hdf5, with as many rows in its three splits as ``counts``."""
     rng = np.random.default_rng(0)
     (folder / 'BSDS300').mkdir(parents=True, exist_ok=True)
     with h5py.File(folder / 'BSDS300' / 'BSDS300.hdf5', 'w') as file:
@@ -109,63 +193,13 @@ def write_bsds300(folder, counts):
 
 
 def write_bsds300_images(folder):
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write bsds300_gray.zip with three noise images for training and three for testing."""
     rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / 'bsds300_gray.zip', 'w') as archive:
         for part in ('train', 'test'):
             for i in range(3):
+                pixels = rng.integers(0, 256, (20, 30), dtype=np.uint8)
                 file = io.BytesIO()
-                Image.fromarray(rng.integers(0, 256, (20, 30), dtype=np.uint8)).save(file, 'png')
+                Image.fromarray(pixels).save(file, 'png')
                 archive.writestr(f'images/{part}/{i}.jpg', file.getvalue())
-
-
-def compress(path):
-    path.with_name(path.name + '.gz').write_bytes(gzip.compress(path.read_bytes()))
-    path.unlink()
-
-
-class DataFrame:
-    """Pickles as pandas of 2016 did, which today's cannot write, once its module's name is replaced"""
-
-    def __init__(self, state):
-        self.__dict__ = state
-
-
-class BlockManager:
-    def __init__(self, axes, values):
-        self.axes, self.values = axes, values
-
-    def __getstate__(self):
-        block = {'values': self.values, 'mgr_locs': slice(0, len(self.values), 1)}
-        return (
-            self.axes,
-            [self.values],
-            [self.axes[0]],
-            {'0.14.1': {'axes': self.axes, 'blocks': [block]}},
-        )
-
-    def __setstate__(self, state):
-        raise NotImplementedError
-
-
-def write_old_gas(folder, n=200):
-    table = gas_table(n)
-    axes = [np.array(table.columns, dtype=object), np.arange(n)]
-    frame = DataFrame(
-        {
-            '_data': BlockManager(axes, table.to_numpy().T.copy()),
-            '_typ': 'dataframe',
-            '_metadata': [],
-        }
-    )
-    content = pickle.dumps(frame, protocol=2)
-    for name, module in (
-        ('DataFrame', 'pandas.core.frame'),
-        ('BlockManager', 'pandas.core.internals'),
-    ):
-        content = content.replace(
-            f'ctiny_tables\n{name}\n'.encode(), f'c{module}\n{name}\n'.encode()
-        )
-    assert b'tiny_tables' not in content
-    (folder / 'gas').mkdir(parents=True, exist_ok=True)
-    (folder / 'gas' / 'ethylene_CO.pickle').write_bytes(content)
