@@ -1,10 +1,13 @@
-"""What is measured, ours and the peers' behind one interface: models of one shape, their training steps, densities and
-samples. A shape is a dict of numbers: of images, or of rows."""
+"""What speed.py compares: our models and the peers', behind one interface.
+
+A shape is a dict of numbers, as ``Config`` names them: of images for Glow, of rows for BNAF. A
+variant names options of a script, such as ``'bf16 compile'``; ``'float32'`` stands for none.
+"""
 
 import importlib
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Callable
 
 import numpy as np
 import torch
@@ -16,24 +19,33 @@ from datasets import ImageData, ImageSplit
 from datasets.tabular import TableData
 
 SCRIPTS = {'glow': glow, 'bnaf': bnaf}
-PEERS = {
-    'glow': ('normflows',),
-    'bnaf': ('pyro', 'zuko'),
-}  # the first is who the ratios are to, the others context
-LR = 1e-5  # the weights hardly move: what is timed at the end is what was timed at first
+# Ratios are to the first peer of a script; the others give context.
+PEERS = {'glow': ('normflows',), 'bnaf': ('pyro', 'zuko')}
 OPTIONS = ('bf16', 'compile', 'checkpoint_grads')
+# So low that the weights hardly move: the model timed last is the model timed first.
+LEARNING_RATE = 1e-5
 
 
 @dataclass
 class Contender:
+    """A model and what is timed of it; no function takes an argument."""
+
     model: nn.Module
-    step: Callable  # the whole training step
-    evaluate: Callable  # log-densities of the same batch
-    sample: Callable  # as many samples
+    step: Callable  # a whole training step
+    evaluate: Callable  # log-densities of one batch
+    sample: Callable  # as many samples as the batch has
     objective: Callable  # the loss alone, whose FLOPs are counted
 
 
-def is_installed(peer):
+def make_contender(script: str, shape: dict, name: str, device: torch.device) -> Contender:
+    """Build a peer or a variant of ours, ready to be timed."""
+    if name in PEERS[script]:
+        return make_peer(script, shape, name, device)
+    return make_own(script, shape, name, device)
+
+
+def is_installed(peer: str) -> bool:
+    """Say whether a peer's package can be imported."""
     try:
         importlib.import_module(peer)
     except ImportError:
@@ -41,147 +53,210 @@ def is_installed(peer):
     return True
 
 
-def offered(script, variant):
-    """Whether a script has the options of a variant, such as 'bf16 compile'; 'float32' needs none"""
-    return all(
-        hasattr(SCRIPTS[script].Config, option) for option in OPTIONS if option in variant.split()
-    )
+def has_options(script: str, variant: str) -> bool:
+    """Say whether a script has all options of a variant."""
+    options = set(OPTIONS).intersection(variant.split())
+    return all(hasattr(SCRIPTS[script].Config, option) for option in options)
 
 
-def config_of(script, shape, variant):
-    names = {key: value for key, value in shape.items() if key != 'data_dim'}
-    options = {option: True for option in OPTIONS if option in variant.split()}
+def make_config(script: str, shape: dict, variant: str) -> glow.Config | bnaf.Config:
+    """Return the script's configuration of a shape and a variant."""
+    values = {name: value for name, value in shape.items() if name != 'data_dim'}
+    values |= {option: True for option in OPTIONS if option in variant.split()}
     if script == 'glow':
-        names['batch_size_init'] = shape[
-            'batch_size'
-        ]  # a larger one would be the peak of small models' memory
-    return SCRIPTS[script].Config(**names, **options, lr=LR)
+        # A larger batch would set the peak memory of small models.
+        values['batch_size_init'] = shape['batch_size']
+    return SCRIPTS[script].Config(**values, lr=LEARNING_RATE)
 
 
-def input_dims(script, shape):
-    return (
-        (3, shape['image_size'], shape['image_size']) if script == 'glow' else [shape['data_dim']]
-    )
+def input_dims(script: str, shape: dict) -> list[int]:
+    """Return the dimensions of one image or of one row."""
+    if script == 'glow':
+        return [3, shape['image_size'], shape['image_size']]
+    return [shape['data_dim']]
 
 
-def build(script, shape, name):
-    """-> the bare model, of a peer or of our variant"""
+def build_bare_model(script: str, shape: dict, name: str) -> nn.Module:
+    """Build the model of a peer or of a variant of ours, without its data and optimizer."""
     if name == 'normflows':
-        return normflows_glow(**shape)
+        return build_normflows_glow(**shape)
     if name == 'pyro':
         return PyroBNAF(**shape)
     if name == 'zuko':
         return ZukoNAF(**shape)
-    return SCRIPTS[script].build_model(config_of(script, shape, name), input_dims(script, shape))
+    config = make_config(script, shape, name)
+    return SCRIPTS[script].build_model(config, input_dims(script, shape))
 
 
-def contend(script, shape, name, device):
-    """-> the Contender of a peer or of our variant"""
-    return (theirs if name in PEERS[script] else ours)(script, shape, name, device)
+# -------------------------------------------------------------------------------------------- ours
 
 
-def noise(script, shape, n):
+def random_values(script: str, shape: dict, n: int) -> np.ndarray:
+    """Draw ``n`` images (uint8) or rows (float32) of noise, the same at every call."""
     rng = np.random.default_rng(0)
+    size = (n, *input_dims(script, shape))
     if script == 'glow':
-        return rng.integers(0, 256, (n, *input_dims(script, shape)), dtype=np.uint8)
-    return rng.normal(size=(n, shape['data_dim'])).astype(np.float32)
+        return rng.integers(0, 256, size, dtype=np.uint8)
+    return rng.normal(size=size).astype(np.float32)
 
 
-def ours(script, shape, variant, device):
-    """The script's own Training on noise that lies in memory: take_step, from the batch's choice to Polyak's average"""
-    n, dims = shape['batch_size'], input_dims(script, shape)
-    values = noise(script, shape, 4 * n)
-    process = SCRIPTS[script].Process(0, 1, device)
-    if script == 'glow':
-        part = ImageSplit(values, np.zeros((len(values), 0), bool))
-        data = ImageData(part, part, part, (), values[0].size, 0, '')
-    else:
-        columns = tuple(f'x{i}' for i in range(*dims))
-        data = TableData(values, values[:n], values[:n], columns, np.zeros(dims), np.ones(dims))
-    run = SCRIPTS[script].Training(config_of(script, shape, variant), data, process)
-    x = torch.from_numpy(values[:n]).to(device)
-    objective = (
-        glow.BitsPerDim(run.model, data.n_values)
-        if script == 'glow'
-        else bnaf.Objective(run.model, data)
-    )
-    precision = partial(
-        torch.autocast, device.type, torch.bfloat16, enabled='bf16' in variant.split()
-    )
-    return Contender(
-        run.model,
-        run.take_step,
-        precision()(lambda: run.model.log_prob(x)),
-        precision()(lambda: run.model.sample(n)),
-        lambda: objective(x),
-    )
+def as_image_data(images: np.ndarray) -> ImageData:
+    """Return a data set whose three splits are the same images, without attributes."""
+    split = ImageSplit(images, np.zeros((len(images), 0), bool))
+    n_values = math.prod(images.shape[1:])
+    return ImageData(split, split, split, (), n_values, max_shift=0, fingerprint='')
 
 
-def theirs(script, shape, peer, device):
+def as_table_data(rows: np.ndarray, n_test: int) -> TableData:
+    """Return a table to train on ``rows``, validated and tested on the first ``n_test``."""
+    dim = rows.shape[1]
+    columns = tuple(f'x{i}' for i in range(dim))
+    units = dict(mean=np.zeros(dim), std=np.ones(dim))
+    test = rows[:n_test]
+    return TableData(rows, test, test, columns, **units)
+
+
+def make_own(script: str, shape: dict, variant: str, device: torch.device) -> Contender:
+    """Set up the script's own training on noise held in memory.
+
+    Its step is all of ``take_step``, from the choice of the batch to Polyak's average.
+    """
     n = shape['batch_size']
-    x = torch.from_numpy(noise(script, shape, n)).to(device)
+    values = random_values(script, shape, 4 * n)
+    data = as_image_data(values) if script == 'glow' else as_table_data(values, n_test=n)
+
+    config = make_config(script, shape, variant)
+    process = SCRIPTS[script].Process(0, 1, device)
+    run = SCRIPTS[script].Training(config, data, process)
     if script == 'glow':
-        x = (
-            x + torch.rand(x.shape, device=device)
-        ) / 256 - 0.5  # once: theirs get their images dequantized
-    model = build(script, shape, peer).to(device)
-    log_prob = (
-        (lambda: model.log_prob(x, None)) if peer == 'normflows' else (lambda: model.log_prob(x))
+        objective = glow.BitsPerDim(run.model, data.n_values)
+    else:
+        objective = bnaf.Objective(run.model, data)
+
+    x = torch.from_numpy(values[:n]).to(device)
+    is_bf16 = 'bf16' in variant.split()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
+    return Contender(
+        model=run.model,
+        step=run.take_step,
+        evaluate=autocast(lambda: run.model.log_prob(x)),
+        sample=autocast(lambda: run.model.sample(n)),
+        objective=lambda: objective(x),
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    clip = SCRIPTS[script].Config.grad_norm_clip
+
+
+@torch.no_grad()
+def invert_by_bisection(
+    model: Sequence[nn.Module],
+    z: torch.Tensor,
+    tol: float = 1e-5,
+    reach: float = 8.0,
+) -> torch.Tensor:
+    """Invert a BNAF in the obvious way, flow after flow and variable after variable.
+
+    Each step of a bisection is a forward pass of a whole flow. Roots beyond ±``reach`` are not
+    found.
+    """
+    for flow in reversed(model):
+        if isinstance(flow, bnaf.BlockFlow):
+            z = bisect_flow(flow, z, tol, reach)
+        else:
+            z = flow.inverse(z)[0]
+    return z
+
+
+def bisect_flow(
+    flow: bnaf.BlockFlow,
+    z: torch.Tensor,
+    tol: float,
+    reach: float,
+) -> torch.Tensor:
+    """Solve ``flow(x) = z`` for x (B, D), one variable at a time."""
+    n_steps = math.ceil(math.log2(reach / tol))
+    x = torch.zeros_like(z)
+    for i in range(z.shape[1]):
+        low = torch.full_like(z[:, i], -reach)
+        high = torch.full_like(z[:, i], reach)
+        for _ in range(n_steps):
+            x[:, i] = (low + high) / 2
+            is_above = flow(x)[0][:, i] > z[:, i]
+            low = torch.where(is_above, low, x[:, i])
+            high = torch.where(is_above, x[:, i], high)
+        x[:, i] = (low + high) / 2
+    return x
+
+
+# ----------------------------------------------------------------------------------------- peers
+
+
+def make_peer(script: str, shape: dict, peer: str, device: torch.device) -> Contender:
+    """Set up a peer's model with the usual training step, on one batch of noise."""
+    x = torch.from_numpy(random_values(script, shape, shape['batch_size'])).to(device)
+    if script == 'glow':
+        # Dequantized once, ahead of all steps: normflows leaves this to its users.
+        x = (x + torch.rand(x.shape, device=device)) / 256 - 0.5
+
+    model = build_bare_model(script, shape, peer).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    max_norm = SCRIPTS[script].Config.grad_norm_clip
+
+    def log_prob():
+        return model.log_prob(x, None) if peer == 'normflows' else model.log_prob(x)
+
+    def objective():
+        return -log_prob().mean()
 
     def step():
         optimizer.zero_grad()
-        (-log_prob().mean()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        objective().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
 
-    return Contender(model, step, log_prob, lambda: model.sample(n), lambda: -log_prob().mean())
+    return Contender(model, step, log_prob, lambda: model.sample(len(x)), objective)
 
 
-# ----------------------------------------------------------------------------------------------------- the peers
-
-
-def normflows_glow(image_size, n_levels, depth, width, **_):
-    """normflows' Glow of n_levels + 1 levels, in its order: the coarsest first"""
+def build_normflows_glow(
+    image_size: int, n_levels: int, depth: int, width: int, **_: int
+) -> nn.Module:
+    """Build normflows' Glow of ``n_levels + 1`` levels, in its order: the coarsest first."""
     import normflows
 
-    base, merges, flows = [], [], []
+    bases, merges, flows = [], [], []
     for level in range(n_levels, -1, -1):
-        c, size = 3 * 2 ** (level + 2), image_size // 2 ** (level + 1)
-        flows.append(
-            [
-                *(normflows.flows.GlowBlock(c, width, net_actnorm=True) for _ in range(depth)),
-                normflows.flows.Squeeze(),
-            ]
-        )
+        n_channels = 3 * 2 ** (level + 2)
+        size = image_size // 2 ** (level + 1)
+        blocks = [
+            normflows.flows.GlowBlock(n_channels, width, net_actnorm=True) for _ in range(depth)
+        ]
+        flows.append([*blocks, normflows.flows.Squeeze()])
+
+        n_latents = n_channels
         if level < n_levels:
             merges.append(normflows.flows.Merge())
-        base.append(
-            normflows.distributions.GlowBase((c if level == n_levels else c // 2, size, size))
-        )
-    return normflows.MultiscaleFlow(base, flows, merges, class_cond=False)
+            n_latents = n_channels // 2
+        bases.append(normflows.distributions.GlowBase((n_latents, size, size)))
+    return normflows.MultiscaleFlow(bases, flows, merges, class_cond=False)
 
 
 class PyroBNAF(nn.Module):
-    """Pyro's BlockAutoregressive flows from rows to noise, the variables flipped between them"""
+    """Pyro's BlockAutoregressive flows from rows to noise, the variables flipped between them."""
 
-    def __init__(self, data_dim, n_flows, n_hidden, hidden_dim, **_):
+    def __init__(self, data_dim: int, n_flows: int, n_hidden: int, hidden_dim: int, **_: int):
         super().__init__()
         from pyro.distributions.transforms import block_autoregressive
 
-        self.flows = nn.ModuleList(
-            block_autoregressive(
-                data_dim,
-                hidden_factors=[hidden_dim] * (n_hidden + 1),
-                residual='gated' if k < n_flows - 1 else None,
+        self.flows = nn.ModuleList()
+        for k in range(n_flows):
+            residual = 'gated' if k < n_flows - 1 else None
+            factors = [hidden_dim] * (n_hidden + 1)
+            self.flows.append(
+                block_autoregressive(data_dim, hidden_factors=factors, residual=residual)
             )
-            for k in range(n_flows)
-        )
 
-    def log_prob(self, x):
-        x, logdet = x.clone(), 0  # its cache goes by identity: every batch is a new tensor
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the log-density (B,) of rows (B, D)."""
+        x = x.clone()  # Pyro's cache knows a tensor by its identity: every batch is to be new
+        logdet = 0
         for flow in self.flows:
             z = flow(x)
             logdet = logdet + flow.log_abs_det_jacobian(x, z)
@@ -190,34 +265,18 @@ class PyroBNAF(nn.Module):
 
 
 class ZukoNAF(nn.Module):
-    """zuko's neural autoregressive flow: another algorithm, its conditioners as wide as BNAF's hidden layers"""
+    """zuko's neural autoregressive flow, its conditioners as wide as BNAF's hidden layers.
 
-    def __init__(self, data_dim, n_flows, n_hidden, hidden_dim, **_):
+    It is another algorithm for the same task.
+    """
+
+    def __init__(self, data_dim: int, n_flows: int, n_hidden: int, hidden_dim: int, **_: int):
         super().__init__()
         import zuko
 
-        self.flow = zuko.flows.NAF(
-            data_dim, transforms=n_flows, hidden_features=(data_dim * hidden_dim,) * 2
-        )
+        width = data_dim * hidden_dim
+        self.flow = zuko.flows.NAF(data_dim, transforms=n_flows, hidden_features=(width, width))
 
-    def log_prob(self, x):
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the log-density (B,) of rows (B, D)."""
         return self.flow().log_prob(x)
-
-
-@torch.no_grad()
-def bisect(model, z, tol=1e-5, reach=8.0):
-    """The obvious inverse of a BNAF: flow after flow and variable after variable, bisection by whole forward passes"""
-    for flow in reversed(model):
-        if not isinstance(flow, bnaf.BlockFlow):
-            z = flow.inverse(z)[0]
-            continue
-        x = torch.zeros_like(z)
-        for i in range(z.shape[1]):
-            low, high = torch.full_like(z[:, i], -reach), torch.full_like(z[:, i], reach)
-            for _ in range(int(np.ceil(np.log2(reach / tol)))):
-                x[:, i] = (low + high) / 2
-                above = flow(x)[0][:, i] > z[:, i]
-                low, high = torch.where(above, low, x[:, i]), torch.where(above, x[:, i], high)
-            x[:, i] = (low + high) / 2
-        z = x
-    return z

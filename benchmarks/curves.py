@@ -1,4 +1,4 @@
-"""Learning curves of runs, against steps and against time, from the tensorboard events in their folders.
+"""Learning curves of runs, against steps and against time, from their TensorBoard events.
 
     python benchmarks/curves.py results/RUN "wider=results/RUN" ... --out=curves.png
 
@@ -9,88 +9,133 @@ import argparse
 import re
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
+# common/ is in the folder above this one.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import UserError
 
+# The tag of an objective: its name on the axis, and the sign with which it is drawn.
 OBJECTIVES = {
     'bits_per_dim': ('bits/dim', 1),
     'loss': ('log-likelihood in nats', -1),
-}  # its name, and its sign here
+    'kl': ('KL divergence in nats', 1),
+}
+N_MEDIANS = 60  # of training, which is noisy: one for each of so many equal parts of a run
+TIMESTAMP = r'_\d+-\d+-\d+_\d+-\d+-\d+'
 
 
-def read_events(path):
-    """-> the events of a file: records of a length, its checksum, as many bytes, and theirs; a torn one ends it"""
-    content, start = path.read_bytes(), 0
-    while start + 12 <= len(content):
-        (length,) = struct.unpack_from('<Q', content, start)
-        if start + length + 16 > len(content):
+def read_events(path: Path) -> Iterator[Event]:
+    """Yield the events of a file, up to a record that was not written to its end.
+
+    A record is the length of its content (8 bytes), a checksum of that (4), the content, and its
+    checksum (4). Raises ``UserError`` where the content is no event.
+    """
+    data = path.read_bytes()
+    start = 0
+    while start + 12 <= len(data):
+        (length,) = struct.unpack_from('<Q', data, start)
+        end = start + 12 + length + 4
+        if end > len(data):
             return
         try:
-            yield Event.FromString(content[start + 12 : start + 12 + length])
-        except DecodeError:
-            raise UserError(f'{path} is damaged: it holds no events at byte {start}') from None
-        start += length + 16
+            yield Event.FromString(data[start + 12 : end - 4])
+        except DecodeError as error:
+            raise UserError(f'{path} is damaged: it holds no events at byte {start}') from error
+        start = end
 
 
-def read_scalars(folder):
-    """-> {tag: (steps, minutes, values)}. Minutes are of training: pauses between the events files of resumed runs are
-    left out, and so is what a resumed run did again."""
-    points, minutes = {}, 0.0
+def read_scalars(folder: Path) -> dict[str, np.ndarray]:
+    """Return for each tag an array (3, N): steps, minutes and values.
+
+    Minutes are of training. Pauses between the event files of a run that was resumed do not
+    count, and a step that was repeated then counts once.
+    """
+    points = {}  # {tag: {step: (minutes, value)}}
+    minutes_before = 0.0
     for path in sorted(folder.glob('events.out.tfevents.*')):
-        events = list(read_events(path))
-        for event in events:
+        minutes = minutes_before
+        start = None
+        for event in read_events(path):
+            start = event.wall_time if start is None else start
+            minutes = minutes_before + (event.wall_time - start) / 60
             for value in event.summary.value:
-                at = minutes + (event.wall_time - events[0].wall_time) / 60
-                points.setdefault(value.tag, {})[event.step] = at, value.simple_value
-        minutes += (events[-1].wall_time - events[0].wall_time) / 60 if events else 0
-    return {
-        tag: np.array([(step, *p) for step, p in sorted(by_step.items())]).T
-        for tag, by_step in points.items()
-    }
+                points.setdefault(value.tag, {})[event.step] = (minutes, value.simple_value)
+        minutes_before = minutes
+
+    scalars = {}
+    for tag, by_step in points.items():
+        rows = [(step, *by_step[step]) for step in sorted(by_step)]
+        scalars[tag] = np.array(rows).T
+    return scalars
 
 
-def draw(runs):
-    """{name: folder} -> matplotlib figure: medians of sixtieth parts of each run's training, and its validation"""
-    figure, shown = Figure((10, 3.6), layout='constrained'), []
-    left, right = figure.subplots(1, 2, sharey=True)
-    for k, (name, folder) in enumerate(runs.items()):
-        scalars = read_scalars(folder)
-        objective = next((name for name in OBJECTIVES if f'{name}/train' in scalars), None)
-        if objective is None:
-            raise UserError(f'{folder} holds no events of a training')
-        label, sign = OBJECTIVES[objective]
-        train = scalars[f'{objective}/train']
-        parts = np.array_split(train, min(60, train.shape[1]), axis=1)
-        medians = np.array([np.median(part, axis=1) for part in parts]).T
+def read_curves(folder: Path) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return the objective's name, and its values in training and in validation, (3, N) each.
+
+    Raises ``UserError`` where the folder holds none.
+    """
+    scalars = read_scalars(folder)
+    for objective, (label, sign) in OBJECTIVES.items():
+        if f'{objective}/train' not in scalars:
+            continue
+        train = medians(scalars[f'{objective}/train'])
         validation = scalars.get(f'{objective}/validation', np.zeros((3, 0)))
-        line = f'C{k}' + '.-' * (validation.shape[1] < 50)
-        for axes, x in ((left, 0), (right, 1)):
-            axes.plot(medians[x], sign * medians[2], f'C{k}', alpha=0.5, label=f'{name}, training')
-            axes.plot(validation[x], sign * validation[2], line, label=f'{name}, validation')
-        shown += [
-            *sign * medians[2, 3:],
-            *sign * validation[2, len(validation[2]) // 20 :],
-        ]  # not where it all began
-    left.set(xlabel='step', ylabel=label)
-    shown = [value for value in shown if np.isfinite(value)]
-    if len(set(shown)) > 1:
-        margin = 0.1 * (max(shown) - min(shown))
-        left.set_ylim(min(shown) - margin, max(shown) + margin)
-    right.set(xlabel='minutes')
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
+        signs = np.array([[1], [1], [sign]])
+        return label, signs * train, signs * validation
+    raise UserError(f'{folder} holds no events of a training')
+
+
+def medians(points: np.ndarray) -> np.ndarray:
+    """Return the medians (3, M) of equal parts of points (3, N)."""
+    parts = np.array_split(points, min(N_MEDIANS, points.shape[1]), axis=1)
+    return np.array([np.median(part, axis=1) for part in parts]).T
+
+
+def draw_curves(runs: dict[str, Path]) -> Figure:
+    """Draw training and validation of runs, given as ``{name: folder}``."""
+    figure = Figure((10, 3.6), layout='constrained')
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    relevant = []
+    for k, (name, folder) in enumerate(runs.items()):
+        label, train, validation = read_curves(folder)
+        color = f'C{k}'
+        marked = color + '.-' if validation.shape[1] < 50 else color
+        for axes, x in ((by_step, 0), (by_time, 1)):
+            axes.plot(train[x], train[2], color, alpha=0.5, label=f'{name}, training')
+            axes.plot(validation[x], validation[2], marked, label=f'{name}, validation')
+
+        # The first values are far from all others, and would flatten the curves.
+        n_first = validation.shape[1] // 20
+        relevant += train[2, 3:].tolist()
+        relevant += validation[2, n_first:].tolist()
+
+    set_limits(by_step, relevant)
+    by_step.set(xlabel='step', ylabel=label)
+    by_time.set(xlabel='minutes')
+    by_step.grid(alpha=0.3)
+    by_time.grid(alpha=0.3)
+    by_time.legend(fontsize=8)
     return figure
 
 
-def main(argv=None):
+def set_limits(axes: Axes, values: list[float]) -> None:
+    """Let the vertical axis span the finite values, with a margin."""
+    values = [value for value in values if np.isfinite(value)]
+    if len(set(values)) > 1:
+        low, high = min(values), max(values)
+        margin = 0.1 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,12 +144,14 @@ def main(argv=None):
     )
     parser.add_argument('--out', default='curves.png', metavar='FILE')
     args = parser.parse_args(argv)
+
     runs = {}
     for run in args.runs:
         name, _, folder = run.rpartition('=')
-        runs[name or re.sub(r'_\d+-\d+-\d+_\d+-\d+-\d+', '', Path(folder).name)] = Path(folder)
+        folder = Path(folder)
+        runs[name or re.sub(TIMESTAMP, '', folder.name)] = folder
     try:
-        figure = draw(runs)
+        figure = draw_curves(runs)
     except UserError as error:
         print(f'curves.py: error: {error}', file=sys.stderr)
         sys.exit(2)

@@ -1,34 +1,40 @@
-"""What runs have reached, as data and as the README's table: read from their folders into images/results.json.
+"""What runs have reached: kept in results.json, and shown as a table in RESULTS.md.
 
-    python benchmarks/results.py                                        the table again, from what is there
-    python benchmarks/results.py results/RUN "my model=results/RUN"     and these runs, new or in place of older ones
+    python benchmarks/results.py                        write the table again
+    python benchmarks/results.py results/RUN            add a run, or replace one of the same name
+    python benchmarks/results.py "my model=results/RUN" ... under a name of your own
 
-A run is kept under the name before its =, else under its data set and its model. It is read from what training leaves in
-its folder: results.json, best.pt, and tensorboard's events for the steps and the minutes, pauses left out.
+Without a name of its own a run is called by its data set and its model. It is read from what
+training leaves in its folder: results.json, best.pt and, for the steps and the minutes, the
+TensorBoard events. Pauses of a run that was resumed do not count.
 """
 
 import argparse
 import json
 import math
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
+from types import ModuleType
 
+import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+# The scripts are in the folder above this one.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from curves import read_scalars
-from report import insert, table
+from pages import insert, table
 from timing import machine_name
 
 import bnaf
 import glow
-from common.errors import UserError
+from common.errors import UserError, one_line
 
+HERE = Path(__file__).resolve().parent
 SCRIPTS = {'glow.py': glow, 'bnaf.py': bnaf}
-SCORES = {'bits_per_dim': 'bits/dim', 'log_likelihood_nats': 'nats', 'kl_nats': 'nats of KL'}
-# Of a test split: whose, how much, where published. They were read in transcriptions of these papers.
+UNITS = {'bits_per_dim': 'bits/dim', 'log_likelihood_nats': 'nats', 'kl_nats': 'nats of KL'}
+# Published scores on a test split, and where. They were read in transcriptions of these papers.
 PEERS = {
     'mnist': [
         ('RealNVP', 1.06, 'arXiv 1810.01367'),
@@ -41,139 +47,173 @@ PEERS = {
         ('RQ-NSF', 157.31, 'arXiv 1906.04032'),
     ],
 }
+# What a folder's files raise if they are missing, damaged or of something else than a run:
+# json, torch.load with its unpickler and its zip reader, and the look-ups in what these return.
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    UnpicklingError,
+    UserError,
+)
+
+# -------------------------------------------------------------------------------------------- runs
 
 
-def read_run(folder):
-    """-> script, checkpoint with a config of the script as it is now, results, scalars; raises UserError"""
+@dataclass
+class Run:
+    """What training and evaluation left in a run's folder."""
+
+    script: ModuleType  # glow or bnaf
+    config: glow.Config | bnaf.Config
+    saved: dict  # best.pt
+    scores: dict  # results.json
+    scalars: dict[str, np.ndarray]  # the TensorBoard events, as curves.read_scalars returns them
+
+
+def read_run(folder: Path) -> Run:
+    """Read the folder of a run. Raises ``UserError`` where it was not trained and evaluated."""
     try:
-        results = json.loads((folder / 'results.json').read_text())
+        scores = json.loads((folder / 'results.json').read_text())
         saved = torch.load(folder / 'best.pt', map_location='cpu', weights_only=True)
         script = SCRIPTS[saved['script']]
-        known = {
-            f.name for f in fields(script.Config)
-        }  # an older version may have had fewer options, or others
-        saved['config'] = script.Config(
-            **{name: value for name, value in saved['config'].items() if name in known}
-        )
+        config = restore_config(script, saved['config'])
+        is_of_checkpoint = scores['step'] == saved['step']
         scalars = read_scalars(folder)
-    except Exception as error:  # a damaged file fails in too many ways to list
-        raise UserError(
-            f'{folder} is not a run that was evaluated: {str(error).splitlines()[0]}'
-        ) from None
-    if results['step'] != saved['step'] or not scalars:
+    except READ_ERRORS as error:
+        raise UserError(f'{folder} is not a run that was evaluated: {one_line(error)}') from error
+
+    if not scalars:
+        raise UserError(f'{folder} holds no events of a training')
+    if not is_of_checkpoint:
         raise UserError(
             f'{folder}: results.json is of another checkpoint than best.pt: run --evaluate'
-            if scalars
-            else f'{folder} holds no events of a training'
         )
-    return script, saved, results, scalars
+    return Run(script, config, saved, scores, scalars)
 
 
-def describe(script, config, dims):
-    """-> the data and the model, in words"""
-    name = Path(config.dataset).stem
-    if script is glow:
-        return (
-            f'{name}, {dims[1]}x{dims[2]}, {config.n_bits} bits',
-            f'Glow: {config.n_levels} splits, depth {config.depth}, width {config.width}'
-            + ', bf16' * config.bf16,
-        )
-    return name, (
-        f'BNAF: {config.n_flows} flow{"s" * (config.n_flows > 1)}, {config.n_hidden + 1} hidden layers of '
-        f'{config.hidden_dim} a column'
-    )
+def restore_config(script: ModuleType, saved: dict) -> glow.Config | bnaf.Config:
+    """Return a config of the script as it is now; other versions of it had other options."""
+    known = {field.name for field in fields(script.Config)}
+    options = {name: value for name, value in saved.items() if name in known}
+    return script.Config(**options)
 
 
-def command(script, config, world_size):
-    """-> what trained it: the options that are not the data set's defaults, and of paths of data the names alone"""
-    defaults = script.DEFAULTS.get(config.dataset, {})
-    words = [
-        f'torchrun --nproc_per_node={world_size}' if world_size > 1 else 'python',
-        f'{script.NAME}.py',
-        '--train',
-    ]
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if value != defaults.get(f.name, f.default):
-            text = 'DATA' if f.name == 'data_dir' else Path(value).name if f.type is str else value
-            words.append(f'--{f.name}' if f.type is bool else f'--{f.name}={text}')
-    return ' '.join(words)
-
-
-def collect(folder, name, machine):
-    """-> the name of a run, and its row: minutes of training and validating, the score with two standard errors"""
-    script, saved, results, scalars = read_run(folder)
-    config, dims = saved['config'], saved['input_dims']
-    data, model = describe(script, config, dims)
-    key = next(key for key in SCORES if key in results)
-    steps, minutes = (max(points[k][-1] for points in scalars.values()) for k in (0, 1))
-    return name or f'{data}, {model}', {
-        'data': name or data,
-        'model': model,
-        'parameters': sum(p.numel() for p in script.build_model(config, dims).parameters()),
-        'score': results[key],
-        'two_standard_errors': results['two_standard_errors'],
-        'unit': SCORES[key],
-        'effective_sample_size': results.get('effective_sample_size'),
-        'n_test': results.get('n_rows', results.get('n_images')),
-        'peers': PEERS.get(config.dataset, []),
-        'best_step': results['step'],
+def summarize(run: Run, name: str, machine: str) -> dict:
+    """Return a run's row of the table; ``name``, if given, stands for its data."""
+    score_key = next(key for key in UNITS if key in run.scores)
+    steps = max(points[0, -1] for points in run.scalars.values())
+    minutes = max(points[1, -1] for points in run.scalars.values())
+    model = run.script.build_model(run.config, run.saved['input_dims'])
+    return {
+        'data': name or describe_data(run),
+        'model': describe_model(run),
+        'parameters': sum(parameter.numel() for parameter in model.parameters()),
+        'score': run.scores[score_key],
+        'two_standard_errors': run.scores['two_standard_errors'],
+        'unit': UNITS[score_key],
+        'effective_sample_size': run.scores.get('effective_sample_size'),
+        'n_test': run.scores.get('n_rows', run.scores.get('n_images')),
+        'peers': PEERS.get(run.config.dataset, []),
+        'best_step': run.scores['step'],
         'steps': int(steps),
         'minutes': minutes,
         'machine': machine,
-        'command': command(script, config, saved.get('world_size', 1)),
+        'command': training_command(run.script, run.config, run.saved.get('world_size', 1)),
     }
 
 
-def score_text(row):
-    digits = max(2, math.ceil(-math.log10(row['two_standard_errors'] / 2)))
-    share = row['effective_sample_size']
-    return f'{row["score"]:.{digits}f} ± {row["two_standard_errors"]:.{digits}f} {row["unit"]}' + (
-        f', {share:.1%} effective' if share else ''
-    )
+def describe_data(run: Run) -> str:
+    name = Path(run.config.dataset).stem
+    if run.script is bnaf:
+        return name
+    _, height, width = run.saved['input_dims']
+    return f'{name}, {height}x{width}, {run.config.n_bits} bits'
 
 
-def peers_text(peers):
-    sources = dict.fromkeys(source for *_, source in peers)
-    return '; '.join(
-        ', '.join(f'{name} {figure}' for name, figure, where in peers if where == source)
-        + f' ({source})'
-        for source in sources
-    )
+def describe_model(run: Run) -> str:
+    config = run.config
+    if run.script is glow:
+        text = f'Glow: {config.n_levels} splits, depth {config.depth}, width {config.width}'
+        return f'{text}, bf16' if config.bf16 else text
+    flows = 'flow' if config.n_flows == 1 else 'flows'
+    layers = f'{config.n_hidden + 1} hidden layers of {config.hidden_dim} per column'
+    return f'BNAF: {config.n_flows} {flows}, {layers}'
 
 
-def markdown(rows):
-    head = (
-        'data',
-        'model',
-        'parameters',
-        'test score',
-        'published',
-        'best at step',
-        'minutes',
-        'machine',
-        'command',
-    )
-    return table(
-        head,
-        [
+def training_command(script: ModuleType, config: glow.Config | bnaf.Config, world_size: int) -> str:
+    """Return the command that trains with a config, without the data set's defaults.
+
+    Of paths only the names are kept, and ``DATA`` stands for the folder of the data.
+    """
+    launcher = 'python' if world_size == 1 else f'torchrun --nproc_per_node={world_size}'
+    words = [launcher, f'{script.NAME}.py', '--train']
+    defaults = script.DEFAULTS.get(config.dataset, {})
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value == defaults.get(field.name, field.default):
+            continue
+        if field.type is bool:
+            words.append(f'--{field.name}')
+        elif field.name == 'data_dir':
+            words.append('--data_dir=DATA')
+        elif field.type is str:
+            words.append(f'--{field.name}={Path(value).name}')
+        else:
+            words.append(f'--{field.name}={value}')
+    return ' '.join(words)
+
+
+# ------------------------------------------------------------------------------------------- table
+
+
+def format_table(rows: dict[str, dict]) -> str:
+    """Return the table of all runs."""
+    lines = []
+    for row in rows.values():
+        lines.append(
             [
                 row['data'],
                 row['model'],
                 f'{row["parameters"]:,}',
-                score_text(row),
-                peers_text(row['peers']),
+                score_cell(row),
+                peers_cell(row['peers']),
                 f'{row["best_step"]:,} of {row["steps"]:,}',
                 f'{row["minutes"]:.1f}',
                 row['machine'],
                 f'`{row["command"]}`',
             ]
-            for row in rows.values()
-        ],
-    )
+        )
+    header = ['data', 'model', 'parameters', 'test score', 'published']
+    return table([*header, 'best at step', 'minutes', 'machine', 'command'], lines)
 
 
-def main(argv=None):
+def score_cell(row: dict) -> str:
+    """Show a score with as many digits as its error allows, two at least."""
+    error = row['two_standard_errors']
+    digits = max(2, math.ceil(-math.log10(error / 2)))
+    text = f'{row["score"]:.{digits}f} ± {error:.{digits}f} {row["unit"]}'
+    if row['effective_sample_size']:
+        text += f', {row["effective_sample_size"]:.1%} effective'
+    return text
+
+
+def peers_cell(peers: list[tuple[str, float, str]]) -> str:
+    """Name published scores, those from one source together."""
+    by_source = {}
+    for name, score, source in peers:
+        by_source.setdefault(source, []).append(f'{name} {score}')
+    return '; '.join(f'{", ".join(scores)} ({source})' for source, scores in by_source.items())
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -185,26 +225,32 @@ def main(argv=None):
     )
     parser.add_argument(
         '--out',
-        default=ROOT / 'images',
         type=Path,
         metavar='DIR',
-        help='where results.json is; its table goes to the README.md beside DIR, if there is one',
+        help='where results.json is, and RESULTS.md if there is one '
+        '(default: benchmarks/, and RESULTS.md of the project)',
     )
-    args = parser.parse_args(argv)
-    path, page = args.out / 'results.json', args.out.parent / 'README.md'
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    file = (args.out or HERE) / 'results.json'
+    page = (args.out or HERE.parent) / 'RESULTS.md'
     machine = args.machine or f'{machine_name()}, torch {torch.__version__.split("+")[0]}'
     try:
-        rows = json.loads(path.read_text()) if path.exists() else {}
-        for run in args.runs:
-            name, _, folder = run.rpartition('=')
-            rows.update([collect(Path(folder), name, machine)])
-        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + '\n')
+        rows = json.loads(file.read_text()) if file.exists() else {}
+        for argument in args.runs:
+            name, _, folder = argument.rpartition('=')
+            row = summarize(read_run(Path(folder)), name, machine)
+            rows[name or f'{row["data"]}, {row["model"]}'] = row
+        file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + '\n')
         if page.exists():
-            insert(page, 'results.py', markdown(rows))
+            insert(page, 'results.py', format_table(rows))
     except (UserError, ValueError, OSError) as error:
         print(f'results.py: error: {error}', file=sys.stderr)
         sys.exit(2)
-    print(markdown(rows), end='')
+    print(format_table(rows), end='')
 
 
 if __name__ == '__main__':

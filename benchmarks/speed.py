@@ -1,10 +1,11 @@
-"""Speed and memory of glow.py and bnaf.py beside other implementations of the same models, and beside the machine.
+"""Speed and memory of glow.py and bnaf.py beside other implementations, and beside the machine.
 
-    python -m pip install -r requirements.txt -r requirements-bench.txt
-    python benchmarks/speed.py                 on a GPU if there is one; under nine minutes on two CPU cores
-    python benchmarks/speed.py --quick         a minute, to see that it runs: its figures say little
+    python benchmarks/speed.py                on a GPU if there is one; nine minutes on two cores
+    python benchmarks/speed.py --quick        a minute, to see that it runs: its figures say little
+    python benchmarks/speed.py --only=input   share of a step of glow.py that goes into its batch
 
-Writes speed.json, speed.md and scaling.png. README.md beside it says what the columns mean and how shapes match.
+The first two write speed.json, speed.md, scaling.png and the table of targets in README.md, which
+says how the models match and what the columns mean. The last prints its figures.
 """
 
 import argparse
@@ -17,39 +18,71 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
+from itertools import product
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+# glow.py and bnaf.py are in the folder above this one.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from contenders import PEERS, SCRIPTS, bisect, build, contend, is_installed, offered
-from report import draw_growth, markdown
-from targets import CHECKPOINT_TIME, OVERHEAD, absolute_checks, target_of
+from contenders import (
+    PEERS,
+    SCRIPTS,
+    Contender,
+    build_bare_model,
+    has_options,
+    invert_by_bisection,
+    is_installed,
+    make_contender,
+)
+from pages import insert
+from speed_report import (
+    CHECKPOINT_TIME,
+    OVERHEAD,
+    check_figures,
+    draw_growth,
+    format_report,
+    target_of,
+    targets_table,
+)
 from timing import (
-    in_turn,
+    allow_tf32,
     machine_name,
     measure_peaks,
-    out_of_memory_is_said,
-    prefer_tf32,
     progress,
     quartiles,
+    report_out_of_memory,
     synchronize,
+    time_in_turn,
 )
 
-# A row's shape; n_levels as in glow.py, one less than the paper's L.
+import glow
+from datasets import ImageData, load_images
+from datasets.images import make_image_data
+
+# The shapes that are compared. n_levels is glow.py's, one less than the paper's L.
 GLOW = {
     'a': dict(image_size=32, n_levels=2, depth=8, width=128, batch_size=16),
     'b': dict(image_size=64, n_levels=2, depth=8, width=256, batch_size=8),
     'c': dict(image_size=64, n_levels=2, depth=32, width=512, batch_size=2),
 }
-ON_GPU = {
-    f'{name}{n}': dict(image_size=64, n_levels=n_levels, depth=depth, width=width, batch_size=n)
-    for name, n_levels, depth, width in (('A', 3, 32, 512), ('B', 3, 24, 256), ('C', 4, 48, 512))
-    for n in (16, 32, 64)
+MODELS_ON_GPU = {
+    'A': dict(image_size=64, n_levels=3, depth=32, width=512),
+    'B': dict(image_size=64, n_levels=3, depth=24, width=256),
+    'C': dict(image_size=64, n_levels=4, depth=48, width=512),
+}
+GLOW_ON_GPU = {
+    f'{name}{batch_size}': dict(model, batch_size=batch_size)
+    for (name, model), batch_size in product(MODELS_ON_GPU.items(), (16, 32, 64))
 }
 TABLE = dict(n_flows=5, n_hidden=1, batch_size=200)
 BNAF = {
@@ -59,14 +92,18 @@ BNAF = {
     'c': dict(TABLE, data_dim=43, hidden_dim=10),
     'd': dict(TABLE, data_dim=63, hidden_dim=20),
 }
-INVERTED = {
-    'b': 20,
-    'c': 20,
-}  # of which BNAFs rows are inverted, and how many: bisection takes its time
+SMALLEST = {
+    'glow': dict(image_size=8, n_levels=1, depth=1, width=8, batch_size=2),
+    'bnaf': dict(data_dim=2, n_flows=2, n_hidden=1, hidden_dim=2, batch_size=2),
+}
+
 VARIANTS = {
-    'glow': {
-        'cpu': ('float32', 'bf16', 'compile', 'checkpoint_grads'),
-        'cuda': (
+    'cpu': {
+        'glow': ('float32', 'bf16', 'compile', 'checkpoint_grads'),
+        'bnaf': ('float32', 'compile'),
+    },
+    'cuda': {
+        'glow': (
             'float32',
             'bf16',
             'compile',
@@ -74,21 +111,22 @@ VARIANTS = {
             'checkpoint_grads',
             'bf16 checkpoint_grads',
         ),
+        'bnaf': ('float32', 'compile'),
     },
-    'bnaf': {'cpu': ('float32', 'compile'), 'cuda': ('float32', 'compile')},
 }
-# Compiling takes longer than measuring, and memory a process each: not for every row
+# Compiling takes longer than measuring, so only some shapes are compiled.
 COMPILED = {
     'cpu': {'glow': ('a', 'b'), 'bnaf': ('b', 'b2')},
     'cuda': {'glow': ('a', 'b', 'c', 'A16'), 'bnaf': tuple(BNAF)},
 }
-MEASURED_MEMORY = {'glow': (*GLOW, *ON_GPU), 'bnaf': ('b2', 'c')}
-SMALLEST = {
-    'glow': dict(image_size=8, n_levels=1, depth=1, width=8, batch_size=2),
-    'bnaf': dict(data_dim=2, n_flows=2, n_hidden=1, hidden_dim=2, batch_size=2),
-}
+# Memory takes a process per variant, so only that of some shapes is measured.
+MEASURED_MEMORY = {'glow': (*GLOW, *GLOW_ON_GPU), 'bnaf': ('b2', 'c')}
+# The shapes of BNAF that are inverted, and how many rows: bisection is slow.
+N_INVERTED = {'b': 20, 'c': 20}
+# What is timed of each shape, and for about how many seconds.
+SECONDS = {'training': 8, 'evaluation': 2, 'sampling': 4}
 
-# How cost grows: a base shape, and what each number of it is changed to, the others as they are.
+# How cost grows: a base shape, and the values of each of its numbers that is changed.
 SWEEPS = {
     'glow': (
         dict(image_size=32, n_levels=2, depth=4, width=64, batch_size=4),
@@ -109,7 +147,7 @@ SWEEPS = {
     ),
 }
 
-# The real commands: options, and the step after which a run is cut short. The table is noise, as large as MINIBOONE.
+# The real commands: their options, and the step after which a run is cut short.
 COMMANDS = {
     'quick': {
         'glow': ('--dataset=digits --depth=2', 10),
@@ -118,175 +156,262 @@ COMMANDS = {
     'cpu': {'glow': ('--dataset=faces', 100), 'bnaf': ('--n_epochs=1', None)},
     'cuda': {
         'glow': (
-            '--dataset=faces --image_size=64 --n_levels=3 --depth=32 --width=512 --batch_size=16 --lr=1e-4',
+            '--dataset=faces --image_size=64 --n_levels=3 --depth=32 --width=512 '
+            '--batch_size=16 --lr=1e-4',
             600,
         ),
         'bnaf': ('--n_epochs=1', None),
     },
 }
-TABLE_SHAPE = (36_488, 43)
+TABLE_SHAPE = (36_488, 43)  # of the noise that bnaf.py is run on: as large as MINIBOONE
 
 
-# --------------------------------------------------------------------------------------------------------- rows
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for all measurements of a run."""
+
+    device: torch.device
+    quick: bool
+    peers: dict[str, str]  # the peers that are installed, with their versions
+    peaks: dict[str, float]  # what the machine itself can do
 
 
-def variants_of(script, config, device, quick):
-    compiled = not quick and config in COMPILED[device.type][script]
-    return [
-        name
-        for name in VARIANTS[script][device.type]
-        if offered(script, name) and (compiled or 'compile' not in name.split())
-    ]
+# ------------------------------------------------------------------------------------------- speed
 
 
-def functions_of(quantity, script, config, contenders, device):
-    """-> name -> what is timed; nothing where the quantity is not measured of this row"""
+def measure_shape(script: str, config: str, shape: dict, settings: Settings) -> list[dict]:
+    """Time training steps, evaluation and sampling of the peers and of our variants in turn."""
+    contenders = {}
+    for name in names_to_measure(script, config, settings):
+        with report_out_of_memory(f'{script} {config} {name}'):
+            contenders[name] = make_contender(script, shape, name, settings.device)
+
+    rows = []
+    for quantity in SECONDS:
+        row = {'script': script, 'config': config, 'quantity': quantity, 'shape': shape}
+        entries = measure_quantity(row, contenders, settings)
+        if entries:
+            rows.append(row)
+            report_row(row)
+    return rows
+
+
+def names_to_measure(script: str, config: str, settings: Settings) -> list[str]:
+    """Name the contenders of a shape: the installed peers, then our variants."""
+    peers = [peer for peer in PEERS[script] if peer in settings.peers]
+    return peers + variants_to_measure(script, config, settings)
+
+
+def variants_to_measure(script: str, config: str, settings: Settings) -> list[str]:
+    """Name our variants that are measured of a shape."""
+    device = settings.device.type
+    is_compiled = not settings.quick and config in COMPILED[device][script]
+    variants = [name for name in VARIANTS[device][script] if has_options(script, name)]
+    return [name for name in variants if is_compiled or 'compile' not in name.split()]
+
+
+def measure_quantity(
+    row: dict,
+    contenders: dict[str, Contender],
+    settings: Settings,
+) -> list[dict]:
+    """Time one quantity of a shape and add the results to ``row``; return its entries."""
+    script, quantity = row['script'], row['quantity']
+    for contender in contenders.values():
+        contender.model.train(quantity == 'training')
+    functions = functions_to_time(quantity, script, row['config'], contenders, settings.device)
+    if not functions:
+        return []
+
+    seconds = SECONDS[quantity] / 20 if settings.quick else SECONDS[quantity]
+    min_rounds = 2 if settings.quick else 3
+    times = time_in_turn(functions, settings.device, seconds, min_rounds)
+
+    is_bisected = 'bisection' in times
+    row['gflop'] = None
+    if 'float32' in times and not is_bisected:  # the number of steps of an inverse varies
+        row['gflop'] = count_gflop(quantity, contenders['float32'])
+    row['n'] = N_INVERTED[row['config']] if is_bisected else row['shape']['batch_size']
+    row['unit'] = 'images' if script == 'glow' else 'rows'
+
+    baseline = 'bisection' if is_bisected else PEERS[script][0]
+    row['entries'] = []
+    for name in times:
+        entry = speed_entry(row, name, times, baseline, settings)
+        inverted = 'float32' if name == 'bisection' else name  # bisection inverts our own model
+        parameters = contenders[inverted].model.parameters()
+        entry['parameters'] = sum(parameter.numel() for parameter in parameters)
+        row['entries'].append(entry)
+    return row['entries']
+
+
+def functions_to_time(
+    quantity: str,
+    script: str,
+    config: str,
+    contenders: dict[str, Contender],
+    device: torch.device,
+) -> dict[str, Callable]:
+    """Return what is called of each contender; empty where the shape's quantity is not timed."""
     if quantity == 'training':
-        return {name: c.step for name, c in contenders.items()}
-    batch = {
-        name: c for name, c in contenders.items() if 'checkpoint_grads' not in name.split()
-    }  # training's alone
+        return {name: contender.step for name, contender in contenders.items()}
+
+    # Checkpointed gradients make no difference without gradients.
+    contenders = {
+        name: contender
+        for name, contender in contenders.items()
+        if 'checkpoint_grads' not in name.split()
+    }
     if quantity == 'evaluation':
-        functions = {name: c.evaluate for name, c in batch.items()}
+        functions = {name: contender.evaluate for name, contender in contenders.items()}
     elif script == 'glow':
-        functions = {name: c.sample for name, c in batch.items()}
-    elif config in INVERTED:
-        own = {name: c.model for name, c in batch.items() if name not in PEERS[script]}
-        z = own['float32'](torch.randn(INVERTED[config], own['float32'].data_dim, device=device))[
-            0
-        ].detach()
-        functions = {
-            'bisection': lambda: bisect(own['float32'], z),
-            **{name: partial(model.inverse, z) for name, model in own.items()},
-        }
+        functions = {name: contender.sample for name, contender in contenders.items()}
+    elif config in N_INVERTED:
+        models = {name: contender.model for name, contender in contenders.items()}
+        for peer in PEERS[script]:
+            models.pop(peer, None)
+        functions = inverses(models, N_INVERTED[config], device)
     else:
         functions = {}
     return {name: torch.no_grad()(function) for name, function in functions.items()}
 
 
-def gflop_of(quantity, contender):
-    """-> GFLOP of one call, forward and backward in training, of products of matrices and convolutions"""
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(quantity == 'training'):
-        if quantity == 'training':
+def inverses(
+    models: dict[str, nn.Module],
+    n: int,
+    device: torch.device,
+) -> dict[str, Callable]:
+    """Return functions that invert BNAFs on the same ``n`` rows, bisection before the models' own.
+
+    Sampling cannot be compared to Pyro's BNAF, which has no inverse.
+    """
+    model = models['float32']
+    x = torch.randn(n, model.data_dim, device=device)
+    z = model(x)[0].detach()
+    functions = {'bisection': partial(invert_by_bisection, model, z)}
+    for name, model in models.items():
+        functions[name] = partial(model.inverse, z)
+    return functions
+
+
+def count_gflop(quantity: str, contender: Contender) -> float:
+    """Count GFLOP of one call, in matrix products and convolutions; of both passes in training."""
+    is_training = quantity == 'training'
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(is_training):
+        if is_training:
             contender.objective().backward()
+        elif quantity == 'evaluation':
+            contender.evaluate()
         else:
-            {'evaluation': contender.evaluate, 'sampling': contender.sample}[quantity]()
+            contender.sample()
     return counter.get_total_flops() / 1e9
 
 
-def measure(script, config, shape, device, peaks, peers, quick):
-    """-> the results of one row: training steps, evaluation and sampling, of the peers and of our variants in turn"""
-    contenders, results = {}, []
-    for name in [*peers, *variants_of(script, config, device, quick)]:
-        with out_of_memory_is_said(f'{script} {config} {name}'):
-            contenders[name] = contend(script, shape, name, device)
-    for quantity, budget in (('training', 8), ('evaluation', 2), ('sampling', 4)):
-        for contender in contenders.values():
-            contender.model.train(quantity == 'training')
-        functions = functions_of(quantity, script, config, contenders, device)
-        if not functions:
-            continue
-        times = in_turn(functions, device, budget / 20 if quick else budget, 2 if quick else 3)
-        few = 'bisection' in times
-        row = {
-            'script': script,
-            'config': config,
-            'quantity': quantity,
-            'shape': shape,
-            'gflop': None,
-            'n': INVERTED[config] if few else shape['batch_size'],
-            'unit': 'images' if script == 'glow' else 'rows',
-        }
-        if 'float32' in times and not few:  # how many steps an inverse takes is its own affair
-            row['gflop'] = gflop_of(quantity, contenders['float32'])
-        row['entries'] = entries_of(
-            row, times, 'bisection' if few else PEERS[script][0], peaks, device.type
-        )
-        for entry in row['entries']:
-            model = (
-                contenders.get(entry['name']) or contenders['float32']
-            ).model  # bisection inverts ours
-            entry['parameters'] = sum(p.numel() for p in model.parameters())
-        results.append(row)
-        if quantity == 'training':
-            progress(
-                f'{script} {config} parameters: '
-                + ', '.join(f'{entry["name"]} {entry["parameters"]:,}' for entry in row['entries'])
-            )
-        progress(
-            f'{script} {config} {quantity}: '
-            + ', '.join(
-                f'{entry["name"]} {entry["per_second"]:.4g} {row["unit"]}/s'
-                for entry in row['entries']
-            )
-        )
-    return results
+def speed_entry(
+    row: dict,
+    name: str,
+    times: dict[str, list[float]],
+    baseline: str,
+    settings: Settings,
+) -> dict:
+    """Return the result of one contender. Its ratio to the baseline is taken round by round."""
+    seconds = float(np.median(times[name]))
+    entry = {
+        'name': name,
+        'seconds': seconds,
+        'per_second': row['n'] / seconds,
+        'ratio': None,
+        'target': None,
+        'met': None,
+        'gflops': None,
+        'fraction': None,
+    }
+    if row['gflop']:
+        peak = 'gemm_bf16_gflops' if 'bf16' in name else 'gemm_float32_gflops'
+        entry['gflops'] = row['gflop'] / seconds
+        entry['fraction'] = entry['gflops'] / settings.peaks[peak]
+
+    is_ours = name not in PEERS[row['script']] and name != 'bisection'
+    if baseline in times and name != baseline:
+        rounds = zip(times[baseline], times[name])
+        entry['ratio'] = quartiles(theirs / ours for theirs, ours in rounds)
+    if is_ours:
+        key = (row['script'], row['quantity'], row['config'])
+        entry['target'] = target_of(settings.device.type, *key, name)
+    if entry['target'] and entry['ratio']:
+        entry['met'] = entry['ratio'][1] >= entry['target']
+
+    plain = ' '.join(word for word in name.split() if word != 'checkpoint_grads') or 'float32'
+    if plain != name and plain in times:
+        entry['time_over_plain'] = seconds / float(np.median(times[plain]))
+    return entry
 
 
-def entries_of(row, times, peer, peaks, kind):
-    """-> one result a contender; ratios are taken round by round, then their quartiles"""
+def report_row(row: dict) -> None:
+    title = f'{row["script"]} {row["config"]}'
+    if row['quantity'] == 'training':
+        counts = [f'{entry["name"]} {entry["parameters"]:,}' for entry in row['entries']]
+        progress(f'{title} parameters: {", ".join(counts)}')
+    rates = [
+        f'{entry["name"]} {entry["per_second"]:.4g} {row["unit"]}/s' for entry in row['entries']
+    ]
+    progress(f'{title} {row["quantity"]}: {", ".join(rates)}')
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def measure_memory(
+    script: str, config: str, shape: dict, settings: Settings, rows: list[dict]
+) -> dict:
+    """Measure the peak memory of training steps of one peer and of our variants.
+
+    ``rows`` are the shape's measurements of speed: what ``checkpoint_grads`` costs in time is
+    shown beside what it saves.
+    """
+    device = settings.device.type
+    peer = PEERS[script][0]
+    names = [peer] if peer in settings.peers else []
+    for name in variants_to_measure(script, config, settings):
+        # On a CPU compiling itself takes more memory than the steps.
+        if device == 'cuda' or 'compile' not in name.split():
+            names.append(name)
+
+    slowdowns = {}
+    for row in rows:
+        if row['quantity'] == 'training':
+            slowdowns = {e['name']: e.get('time_over_plain') for e in row['entries']}
+
     entries = []
-    for name, seconds in times.items():
-        median = float(np.median(seconds))
+    for name in names:
+        slowdown = slowdowns.get(name)
         entry = {
             'name': name,
-            'seconds': median,
-            'per_second': row['n'] / median,
+            'mib': memory_of(script, shape, name),
             'ratio': None,
             'target': None,
             'met': None,
+            'time_over_plain': slowdown,
+            'time_met': slowdown and slowdown <= CHECKPOINT_TIME,
         }
-        entry['gflops'] = row['gflop'] and row['gflop'] / median
-        peak = peaks['gemm_bf16_gflops' if 'bf16' in name else 'gemm_float32_gflops']
-        entry['fraction'] = entry['gflops'] and entry['gflops'] / peak
-        if peer in times and name != peer:
-            entry['ratio'] = quartiles([p / s for p, s in zip(times[peer], seconds)])
-        if name not in PEERS[row['script']] and name != peer:
-            entry['target'] = target_of(kind, row['script'], row['quantity'], row['config'], name)
-            if entry['target'] and entry['ratio']:
-                entry['met'] = entry['ratio'][1] >= entry['target']
-        plain = ' '.join(word for word in name.split() if word != 'checkpoint_grads') or 'float32'
-        if plain != name and plain in times:
-            entry['time_over_plain'] = median / float(np.median(times[plain]))
+        if name != peer:
+            entry['target'] = target_of(device, script, 'memory', config, name)
+        if name != peer and peer in settings.peers:
+            entry['ratio'] = entry['mib'] / entries[0]['mib']
+        if entry['target'] and entry['ratio'] is not None:
+            entry['met'] = entry['ratio'] <= entry['target']
         entries.append(entry)
-    return entries
+
+    sizes = ', '.join(f'{entry["name"]} {entry["mib"]:.0f} MiB' for entry in entries)
+    progress(f'{script} {config} memory: {sizes}')
+    return {'script': script, 'config': config, 'shape': shape, 'entries': entries}
 
 
-# ------------------------------------------------------------------------------------------------------- memory
-
-
-def peak_mib():
-    """The most memory this process has had. Not resource.getrusage's ru_maxrss, which starts at the parent's."""
-    status = Path('/proc/self/status').read_text()
-    return int(status.split('VmHWM:')[1].split()[0]) / 1024
-
-
-def print_memory(script, shape, name):
-    """In a process of its own: MiB of training steps; on a CPU, less what imports, libraries and the model had taken"""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    prefer_tf32()
-    contend(
-        script, SMALLEST[script], name, device
-    ).step()  # what is loaded when first used is loaded now
-    build(script, shape, name)
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    before = peak_mib()
-    contender = contend(script, shape, name, device)
-    for _ in range(2):
-        contender.step()
-    synchronize(device)
-    print(
-        torch.cuda.max_memory_allocated() / 2**20 if device.type == 'cuda' else peak_mib() - before
-    )
-
-
-def memory_of(script, shape, name):
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', __file__, '--memory', json.dumps([script, shape, name])],
-        capture_output=True,
-        text=True,
-    )
+def memory_of(script: str, shape: dict, name: str) -> float:
+    """Measure MiB of a contender's training steps in a process of its own; inf if too many."""
+    request = json.dumps([script, shape, name])
+    command = [sys.executable, '-W', 'ignore', __file__, '--memory', request]
+    done = subprocess.run(command, capture_output=True, text=True)
     if 'OutOfMemoryError' in done.stderr:
         return math.inf
     if done.returncode:
@@ -294,52 +419,102 @@ def memory_of(script, shape, name):
     return float(done.stdout.split()[-1])
 
 
-def measure_memory(script, config, shape, device, peers, quick, rows):
-    """-> peak memory of a row's training steps; compiling itself takes more than the steps on a CPU, so not there"""
-    names = [
-        name
-        for name in variants_of(script, config, device, quick)
-        if device.type == 'cuda' or 'compile' not in name.split()
-    ]
-    timed = {
-        entry['name']: entry
-        for row in rows
-        if row['quantity'] == 'training'
-        for entry in row['entries']
+def print_memory(script: str, shape: dict, name: str) -> None:
+    """Print MiB of two training steps: the work of the process that ``memory_of`` starts.
+
+    On a CPU what imports, libraries and the bare model take is not counted.
+    """
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    allow_tf32()
+    # What is loaded when it is first used is loaded by a step of a tiny model.
+    make_contender(script, SMALLEST[script], name, device).step()
+    build_bare_model(script, shape, name)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    before = peak_mib()
+
+    contender = make_contender(script, shape, name, device)
+    for _ in range(2):
+        contender.step()
+    synchronize(device)
+    if device.type == 'cuda':
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        print(peak_mib() - before)
+
+
+def peak_mib() -> float:
+    """Return the most memory that this process has had resident, which Linux alone tells.
+
+    The maximum of ``resource.getrusage`` is of no use: it starts at that of the parent process.
+    """
+    status = Path('/proc/self/status').read_text()
+    kib = status.split('VmHWM:')[1].split()[0]
+    return int(kib) / 1024
+
+
+# ------------------------------------------------------------------------------- the real commands
+
+
+@dataclass
+class CommandClock:
+    """Times taken from outside while a script trains."""
+
+    run: object = None  # the script's Training
+    steps: list[tuple[float, float]] = field(default_factory=list)  # start and end of each
+    saves: list[float] = field(default_factory=list)  # end of each
+
+
+def measure_command(
+    script: str,
+    words: str,
+    n_steps: int | None,
+    device: torch.device,
+) -> dict:
+    """Run the script's own ``main`` with ``--train``, cut short after ``n_steps``.
+
+    Returns images or rows per second over a cycle from one validation to the next, and the share
+    of it that is not steps.
+    """
+    module = SCRIPTS[script]
+    with timed_training(module, n_steps, device) as clock:
+        words = train_quietly(module, words)
+
+    # The first fifth of the steps is for warming up.
+    starts, ends = np.array(clock.steps[len(clock.steps) // 5 :]).T
+    step_seconds = np.median(ends - starts)
+    between_steps = np.mean(starts[1:] - ends[:-1])
+    validation_and_save = clock.saves[-1] - ends[-1]
+
+    cycle = clock.run.steps_per_epoch
+    if script == 'glow':  # validates after whole epochs of at least so many steps
+        cycle *= math.ceil(module.VALIDATE_STEPS / cycle)
+    outside = cycle * between_steps + validation_and_save
+    seconds = cycle * step_seconds + outside
+    overhead, target = float(outside / seconds), OVERHEAD[device.type]
+
+    result = {
+        'script': script,
+        'words': words,
+        'n_steps': len(clock.steps),
+        'step_seconds': float(step_seconds),
+        'per_second': float(cycle * clock.run.config.batch_size / seconds),
+        'overhead': overhead,
+        'target': target,
+        'met': overhead < target,
     }
-    row = {'script': script, 'config': config, 'shape': shape, 'entries': []}
-    peer = PEERS[script][0]
-    for name in [*[peer] * (peer in peers), *names]:
-        entry = {
-            'name': name,
-            'mib': memory_of(script, shape, name),
-            'ratio': None,
-            'target': None,
-            'met': None,
-        }
-        if name != peer:
-            entry['ratio'] = entry['mib'] / row['entries'][0]['mib'] if peer in peers else None
-            entry['target'] = target_of(device.type, script, 'memory', config, name)
-            if entry['target'] and entry['ratio'] is not None:
-                entry['met'] = entry['ratio'] <= entry['target']
-        entry['time_over_plain'] = timed.get(name, {}).get('time_over_plain')
-        entry['time_met'] = entry['time_over_plain'] and entry['time_over_plain'] <= CHECKPOINT_TIME
-        row['entries'].append(entry)
-    progress(
-        f'{script} {config} memory: '
-        + ', '.join(f'{e["name"]} {e["mib"]:.0f} MiB' for e in row['entries'])
-    )
-    return row
+    figures = f'{result["per_second"]:.4g} per second, {overhead:.1%} outside of steps'
+    progress(f'{script}.py --train {words}: {figures}')
+    return result
 
 
-# -------------------------------------------------------------------------------------- real command, growth
-
-
-def measure_command(script, words, n_steps, device):
-    """Runs the script's own main --train -> images or rows a second over a cycle from validation to validation, and the
-    share of it that is not steps. Steps are timed from outside; the run is cut short after n_steps, then validates."""
-    module, marks, ends, said = SCRIPTS[script], [], [], io.StringIO()
-    take_step, save = module.Training.take_step, module.save_checkpoint
+@contextlib.contextmanager
+def timed_training(
+    module: ModuleType, n_steps: int | None, device: torch.device
+) -> Iterator[CommandClock]:
+    """Inside, a script's training is timed, and ends after ``n_steps`` if they are given."""
+    clock = CommandClock()
+    take_step, save_checkpoint = module.Training.take_step, module.save_checkpoint
 
     def timed_step(run):
         if n_steps:
@@ -347,140 +522,235 @@ def measure_command(script, words, n_steps, device):
         start = time.perf_counter()
         result = take_step(run)
         synchronize(device)
-        marks.append((start, time.perf_counter(), run))
+        clock.steps.append((start, time.perf_counter()))
+        clock.run = run
         return result
 
-    def timed_save(*args):
-        save(*args)
-        ends.append(time.perf_counter())
+    def timed_save(*args, **kwargs):
+        save_checkpoint(*args, **kwargs)
+        clock.saves.append(time.perf_counter())
 
-    module.Training.take_step, module.save_checkpoint = timed_step, timed_save
-    try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(said),
-        ):
-            if script == 'bnaf':
-                np.save(
-                    f'{folder}/noise.npy',
-                    np.random.default_rng(0).normal(size=TABLE_SHAPE).astype(np.float32),
-                )
-                words = f'--dataset=noise.npy {words}'
-            arguments = words.replace('noise.npy', f'{folder}/noise.npy').split()
+    with (
+        mock.patch.object(module.Training, 'take_step', timed_step),
+        mock.patch.object(module, 'save_checkpoint', timed_save),
+    ):
+        yield clock
+
+
+def train_quietly(module: ModuleType, words: str) -> str:
+    """Train in a temporary folder without output, BNAF on noise; return all words but paths."""
+    errors = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(errors),
+    ):
+        arguments = words.split()
+        if module.NAME == 'bnaf':
+            noise = np.random.default_rng(0).normal(size=TABLE_SHAPE).astype(np.float32)
+            np.save(f'{folder}/noise.npy', noise)
+            arguments = [f'--dataset={folder}/noise.npy', *arguments]
+            words = f'--dataset=noise.npy {words}'
+        try:
             module.main(['--train', f'--output_dir={folder}', *arguments])
-    except SystemExit:
-        raise RuntimeError(said.getvalue()) from None
-    finally:
-        module.Training.take_step, module.save_checkpoint = take_step, save
-    starts, stops = np.array([mark[:2] for mark in marks[len(marks) // 5 :]]).T  # warm by then
-    step, gap = np.median(stops - starts), np.mean(starts[1:] - stops[:-1])
-    run = marks[0][2]
-    epoch = run.steps_per_epoch
-    cycle = epoch * math.ceil(module.VALIDATE_STEPS / epoch) if script == 'glow' else epoch
-    outside = (
-        cycle * gap + ends[-1] - stops[-1]
-    )  # what follows the last step is a validation and a checkpoint
-    seconds = cycle * step + outside
-    share, target = float(outside / seconds), OVERHEAD[device.type]
-    result = {
-        'script': script,
-        'words': words,
-        'n_steps': len(marks),
-        'step_seconds': float(step),
-        'per_second': float(cycle * run.config.batch_size / seconds),
-        'overhead': share,
-        'target': target,
-        'met': share < target,
-    }
-    progress(
-        f'{script}.py --train {words}: {result["per_second"]:.4g} a second, {share:.1%} outside of steps'
-    )
-    return result
+        except SystemExit as error:
+            raise RuntimeError(errors.getvalue()) from error
+    return words
 
 
-def measure_growth(script, device, quick):
-    """-> {number of the shape: [(value, seconds of a training step), ...]}"""
-    base, sweeps = SWEEPS[script]
+# ------------------------------------------------------------------------------------------ growth
+
+
+def measure_growth(script: str, device: torch.device, quick: bool) -> dict:
+    """Time training steps while one number of a shape changes at a time.
+
+    Returns ``{number of the shape: [(value, seconds), ...]}``.
+    """
+    base_shape, sweeps = SWEEPS[script]
     growth = {}
-    for key, values in sweeps.items():
-        growth[key] = []
+    for name, values in sweeps.items():
+        growth[name] = []
         for value in values[:2] if quick else values:
-            step = contend(script, {**base, key: value}, 'float32', device).step
-            times = in_turn({'step': step}, device, 0.1 if quick else 0.6)['step']
-            growth[key].append((value, float(np.median(times))))
-        progress(
-            f'{script} growth with {key}: '
-            + ', '.join(f'{v}: {1e3 * s:.3g} ms' for v, s in growth[key])
-        )
+            shape = {**base_shape, name: value}
+            step = make_contender(script, shape, 'float32', device).step
+            times = time_in_turn({'step': step}, device, budget=0.1 if quick else 0.6)
+            growth[name].append((value, float(np.median(times['step']))))
+        figures = ', '.join(f'{value}: {1e3 * seconds:.3g} ms' for value, seconds in growth[name])
+        progress(f'{script} growth with {name}: {figures}')
     return growth
 
 
-# --------------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------- input pipeline
 
 
-def describe(device, quick):
-    packages = {'normflows': 'normflows', 'pyro': 'pyro-ppl', 'zuko': 'zuko'}
-    versions = {
-        peer: metadata.version(package) for peer, package in packages.items() if is_installed(peer)
-    }
-    return {
-        'kind': device.type,
-        'device': machine_name(),
-        'torch': torch.__version__,
-        'peers': versions,
-        'quick': quick,
-    }
+def measure_input() -> None:
+    """Print how much of a training step of glow.py goes into getting its batch from the cache.
+
+    Measured on the CPU: the default job, drawn faces; and a cache of CelebA's shape, of random
+    pixels, for the model that is trained on CelebA, with a small batch.
+    """
+    config = glow.Config(dataset='faces', **glow.DEFAULTS['faces'])
+    faces = load_images('faces', config.data_dir, config.image_size)
+    print_batch_share('faces, default model, batch 32', faces, config, n_steps=40)
+
+    small = dict(batch_size=2, batch_size_init=2)
+    config = glow.Config(**{**glow.DEFAULTS['celeba'], 'dataset': 'celeba', **small})
+    with tempfile.TemporaryDirectory() as folder:
+        images = random_celeba(Path(folder))
+        print_batch_share('CelebA-shaped, default model, batch 2', images, config, n_steps=6)
 
 
-def run(scripts, only_rows, quick, device):
-    """-> everything measured, as the JSON holds it"""
+def print_batch_share(name: str, data: ImageData, config: glow.Config, n_steps: int) -> None:
+    """Print the median milliseconds of getting a batch and of the whole step."""
+    process = glow.Process(0, 1, torch.device('cpu'))
+    run = glow.Training(config, data, process)
+    get_batch = glow.training_batch
+    batch_times, step_times = [], []
+
+    def timed_batch(*args, **kwargs):
+        start = time.perf_counter()
+        batch = get_batch(*args, **kwargs)
+        batch_times.append(time.perf_counter() - start)
+        return batch
+
+    with mock.patch.object(glow, 'training_batch', timed_batch):
+        for _ in range(n_steps + 1):
+            start = time.perf_counter()
+            run.take_step()
+            step_times.append(time.perf_counter() - start)
+
+    # The first step is for warming up.
+    batch_ms = 1e3 * np.median(batch_times[1:])
+    step_ms = 1e3 * np.median(step_times[1:])
+    share = batch_ms / step_ms
+    print(f'{name}: {batch_ms:.2f} ms of {step_ms:.0f} ms per step, {share:.2%}')
+
+
+def random_celeba(folder: Path, n: int = 20_000) -> ImageData:
+    """Return ``n`` random images, memory-mapped as CelebA's cache is."""
+    path = folder / 'celeba.npy'
+    size = (n, 3, 64, 64)
+    images = np.lib.format.open_memmap(path, 'w+', np.uint8, size)
+    rng = np.random.default_rng(0)
+    for part in np.array_split(images, 100):
+        part[:] = rng.integers(0, 256, part.shape, np.uint8)
+    images.flush()
+
+    images = np.load(path, mmap_mode='r')
+    attributes = np.zeros((n, 0), bool)
+    splits = slice(-200), slice(-200, -100), slice(-100, None)
+    return make_image_data(images, attributes, (), splits, ['random'])
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def measure_all(
+    scripts: list[str],
+    configs: list[str],
+    device: torch.device,
+    quick: bool,
+) -> dict:
+    """Return everything measured, as speed.json holds it."""
+    peers = peer_versions()
+    settings = Settings(device, quick, peers, measure_peaks(device, quick))
     results = {
-        'machine': describe(device, quick),
-        'peaks': measure_peaks(device, quick),
+        'machine': {
+            'kind': device.type,
+            'device': machine_name(),
+            'torch': torch.__version__,
+            'peers': peers,
+            'quick': quick,
+        },
+        'peaks': settings.peaks,
         'rows': [],
         'memory': [],
         'commands': [],
         'growth': {},
         'absolute': [],
     }
-    progress(
-        results['machine']['device']
-        + ': '
-        + ', '.join(f'{k} {v:.4g}' for k, v in results['peaks'].items())
-    )
+    peaks = ', '.join(f'{name} {value:.4g}' for name, value in settings.peaks.items())
+    progress(f'{results["machine"]["device"]}: {peaks}')
+
     for script in scripts:
-        peers = [peer for peer in PEERS[script] if peer in results['machine']['peers']]
-        for peer in PEERS[script]:
-            if peer not in peers:
-                print(f'{peer} is not installed (requirements-bench.txt): its columns stay empty')
-        shapes = BNAF if script == 'bnaf' else {**GLOW, **(ON_GPU if device.type == 'cuda' else {})}
-        chosen = only_rows or list(shapes)[: 1 if quick else None]
-        for config in (name for name in shapes if name in chosen):
-            rows = measure(script, config, shapes[config], device, results['peaks'], peers, quick)
-            results['rows'] += rows
-            gc.collect()  # models of one row at a time
-            torch.compiler.reset()
-            if device.type == 'cuda':
-                torch.cuda.empty_cache()
-            if quick or config in MEASURED_MEMORY[script]:
-                results['memory'].append(
-                    measure_memory(script, config, shapes[config], device, peers, quick, rows)
-                )
+        rows, memory = measure_shapes(script, configs, settings)
+        results['rows'] += rows
+        results['memory'] += memory
         results['growth'][script] = measure_growth(script, device, quick)
-        options, n_steps = COMMANDS['quick' if quick else device.type][script]
-        for extra in ['', ' --bf16'] if script == 'glow' and offered(script, 'bf16') else ['']:
-            results['commands'].append(measure_command(script, options + extra, n_steps, device))
+        results['commands'] += measure_commands(script, device, quick)
     if device.type == 'cuda':
-        results['absolute'] = absolute_checks(results['rows'], results['memory'])
+        results['absolute'] = check_figures(results['rows'], results['memory'])
     return results
 
 
-def main(argv=None):
+def peer_versions() -> dict[str, str]:
+    """Return the versions of the peers that are installed."""
+    packages = {'normflows': 'normflows', 'pyro': 'pyro-ppl', 'zuko': 'zuko'}
+    return {
+        peer: metadata.version(package) for peer, package in packages.items() if is_installed(peer)
+    }
+
+
+def measure_shapes(
+    script: str, configs: list[str], settings: Settings
+) -> tuple[list[dict], list[dict]]:
+    """Measure speed and memory of a script's shapes: of those named, or of all."""
+    for peer in PEERS[script]:
+        if peer not in settings.peers:
+            print(f'{peer} is not installed (requirements-bench.txt): its columns stay empty')
+
+    shapes = BNAF if script == 'bnaf' else GLOW
+    if script == 'glow' and settings.device.type == 'cuda':
+        shapes = {**GLOW, **GLOW_ON_GPU}
+    chosen = configs or list(shapes)[: 1 if settings.quick else None]
+
+    rows, memory = [], []
+    for config, shape in shapes.items():
+        if config not in chosen:
+            continue
+        measured = measure_shape(script, config, shape, settings)
+        rows += measured
+        free_memory(settings.device)
+        if settings.quick or config in MEASURED_MEMORY[script]:
+            memory.append(measure_memory(script, config, shape, settings, measured))
+    return rows, memory
+
+
+def free_memory(device: torch.device) -> None:
+    """Let go of one shape's models before those of the next are built."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+
+
+def measure_commands(script: str, device: torch.device, quick: bool) -> list[dict]:
+    """Run the script's command, and once more in bf16 if it has that option."""
+    words, n_steps = COMMANDS['quick' if quick else device.type][script]
+    results = [measure_command(script, words, n_steps, device)]
+    if has_options(script, 'bf16'):
+        results.append(measure_command(script, f'{words} --bf16', n_steps, device))
+    return results
+
+
+def write_results(results: dict, folder: Path) -> None:
+    """Write speed.json, speed.md and scaling.png, and the targets in README.md if it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'speed.json').write_text(json.dumps(results, indent=1) + '\n')
+    (folder / 'speed.md').write_text(format_report(results))
+    draw_growth(results['growth'], SWEEPS).savefig(folder / 'scaling.png', dpi=120)
+    if (folder / 'README.md').exists():
+        insert(folder / 'README.md', 'speed.py', targets_table(results))
+    progress(f'wrote speed.json, speed.md and scaling.png to {folder}')
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--only', default='glow,bnaf', help='one of the two scripts')
+    parser.add_argument(
+        '--only', default='glow,bnaf', help='glow, bnaf, input, or several (default: glow,bnaf)'
+    )
     parser.add_argument(
         '--rows', default='', help='some of the shapes, such as a,c,A16 (default: all)'
     )
@@ -490,23 +760,34 @@ def main(argv=None):
         default=Path(__file__).parent,
         type=Path,
         metavar='DIR',
-        help='where the results go',
+        help='where the results go (default: the folder of this script)',
     )
-    parser.add_argument(
-        '--memory', type=json.loads, help=argparse.SUPPRESS
-    )  # a process of measure_memory's
+    # Given to the processes that memory_of starts.
+    parser.add_argument('--memory', type=json.loads, help=argparse.SUPPRESS)
+
     args = parser.parse_args(argv)
+    args.only = args.only.split(',')
+    args.rows = args.rows.split(',') if args.rows else []
+    unknown = set(args.only).difference(SCRIPTS, ['input'])
+    if unknown:
+        parser.error(f'--only takes glow, bnaf and input, not {",".join(sorted(unknown))}')
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     if args.memory:
-        return print_memory(*args.memory)
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    prefer_tf32()
-    scripts, rows = (text.split(',') if text else [] for text in (args.only, args.rows))
-    results = run([script for script in SCRIPTS if script in scripts], rows, args.quick, device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / 'speed.json').write_text(json.dumps(results, indent=1) + '\n')
-    (args.out / 'speed.md').write_text(markdown(results))
-    draw_growth(results['growth'], SWEEPS).savefig(args.out / 'scaling.png', dpi=120)
-    progress(f'wrote speed.json, speed.md and scaling.png to {args.out}')
+        print_memory(*args.memory)
+        return
+    if 'input' in args.only:
+        measure_input()
+
+    scripts = [script for script in SCRIPTS if script in args.only]
+    if scripts:
+        allow_tf32()
+        device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        results = measure_all(scripts, args.rows, device, args.quick)
+        write_results(results, args.out)
 
 
 if __name__ == '__main__':

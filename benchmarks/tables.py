@@ -1,11 +1,15 @@
-"""BNAF beside the densities of scikit-learn on its three small tables, and as a detector of malignant tumours.
+"""BNAF beside scikit-learn's density estimators on its three small tables, and as a detector.
 
-    python benchmarks/tables.py                             half an hour on one idle core
+    python benchmarks/tables.py                 half an hour on one idle core
 
-Every method sees the same rows, in the split of bnaf.py --seed=K: standardised by the training split, scored on the test
-split in nats a row, in the table's own units. BNAF is run as its users run it, by bnaf.main on a CSV, and stops by the
-validation split; the others need none, and learn from its rows too. Detectors learn from benign rows alone, and tell the
-benign rows of the test split from all malignant ones by their log-likelihood.
+Every method sees the same rows, split as ``bnaf.py --seed=K`` splits them. They are standardised
+by the training split; scores are of the test split, in nats per row, in the table's own units.
+BNAF is run as its users run it, by ``bnaf.main`` on a CSV file, and stops by the validation split.
+The others do not need one, and learn from its rows too. Detectors of malignant tumours learn from
+benign rows alone, and tell the benign rows of the test split from all malignant ones by their
+log-likelihood.
+
+Writes tables.json, and a table in RESULTS.md.
 """
 
 import argparse
@@ -17,212 +21,286 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sklearn
 import torch
+from sklearn.base import BaseEstimator
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.neighbors import KernelDensity
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from report import insert, significant, table
+# bnaf.py is in the folder above this one.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pages import insert, significant, table
 from timing import START, machine_name, progress
 
 import bnaf
-from common.runs import find_run
 from datasets.tabular import dequantize_columns, load_table, read_rows, write_table
 
+HERE = Path(__file__).resolve().parent
 TABLES = {
     'breast_cancer': load_breast_cancer,
     'wine': load_wine,
     'diabetes': lambda: load_diabetes(scaled=False),
 }
-LEFT_OUT = (
-    'sex',
-    's4',
-)  # of diabetes: a category, and a ratio that most rows have in whole numbers
+# Of diabetes: a category, and a ratio that is a whole number in most rows.
+LEFT_OUT = ('sex', 's4')
+DETECTION = 'benign'  # the table that a detector learns from
 SETTINGS = {
     'BNAF, default': [],
     'BNAF, few rows': ['--hidden_dim=4', '--batch_size=50', '--early_stop=30', '--ema_decay=0.99'],
 }
-DETECTION = 'benign'  # the table that is a detector's
-CHOSEN = ('bandwidth', 'n_components', 'reg_covar')  # for a method of scikit-learn
+# What is chosen from the rows for a method of scikit-learn.
+CHOSEN = ('bandwidth', 'n_components', 'reg_covar')
+
+# ----------------------------------------------------------------------------------------- methods
 
 
-def searched(model, **values):
-    """-> fit(rows) of a model, its one number by cross-validation"""
-    return lambda rows: (
-        GridSearchCV(model, values, cv=KFold(10, shuffle=True, random_state=0))
-        .fit(rows)
-        .best_estimator_
-    )
+def fit_kernels(rows: np.ndarray) -> KernelDensity:
+    """Fit Gaussian kernels, their width by cross-validation."""
+    return cross_validate(KernelDensity(), rows, bandwidth=np.geomspace(0.05, 2, 40))
 
 
-kernels = searched(KernelDensity(), bandwidth=np.geomspace(0.05, 2, 40))  # Gaussian ones
-gaussian = searched(
-    GaussianMixture(), reg_covar=np.geomspace(1e-6, 1, 13)
-)  # what is added to its variances
+def fit_gaussian(rows: np.ndarray) -> GaussianMixture:
+    """Fit one Gaussian; what is added to its variances is found by cross-validation."""
+    return cross_validate(GaussianMixture(), rows, reg_covar=np.geomspace(1e-6, 1, 13))
 
 
-def mixture(rows):
-    """Gaussians of full covariance, their number by BIC; what is added to their variances is as for one Gaussian"""
-    added = gaussian(rows).reg_covar
+def fit_mixture(rows: np.ndarray) -> GaussianMixture:
+    """Fit Gaussians of full covariance, their number by BIC.
+
+    What is added to their variances is as for one Gaussian.
+    """
+    reg_covar = fit_gaussian(rows).reg_covar
+    models = []
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of one that has not settled: BIC judges it as it is
-        tried = [
-            GaussianMixture(k, reg_covar=added, n_init=3, random_state=0).fit(rows)
-            for k in range(1, 11)
-        ]
-    return min(tried, key=lambda model: model.bic(rows))
+        warnings.simplefilter('ignore')  # BIC judges also a model that has not converged
+        for k in range(1, 11):
+            model = GaussianMixture(k, reg_covar=reg_covar, n_init=3, random_state=0)
+            models.append(model.fit(rows))
+    return min(models, key=lambda model: model.bic(rows))
 
 
-PEERS = {'Gaussian': gaussian, 'Gaussian mixture': mixture, 'kernels': kernels}
+def cross_validate(model: BaseEstimator, rows: np.ndarray, **values: np.ndarray) -> BaseEstimator:
+    """Fit a model with the best of the ``values`` of one argument, in ten parts."""
+    folds = KFold(10, shuffle=True, random_state=0)
+    return GridSearchCV(model, values, cv=folds).fit(rows).best_estimator_
 
 
-def write_tables(folder):
-    """CSVs of the tables, each column spread evenly over its rounding, and of the classes of breast_cancer
-    -> {name: (rows, columns)}"""
+PEERS = {'Gaussian': fit_gaussian, 'Gaussian mixture': fit_mixture, 'kernels': fit_kernels}
+
+
+class Scores(NamedTuple):
+    """Log-likelihoods in the table's own units, and how the model came about."""
+
+    test: np.ndarray
+    others: np.ndarray | None  # of the rows that a detector is to find
+    about: dict
+
+
+def score_bnaf(
+    options: list[str],
+    source: Path,
+    others: Path | None,
+    seed: int,
+) -> Scores:
+    """Train BNAF on a table; score its test split and the rows of ``others``."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        test_file, others_file = folder / 'test.npy', folder / 'others.npy'
+        words = [f'--dataset={source}', f'--seed={seed}', f'--scores={test_file}', *options]
+        run_bnaf('--train', f'--output_dir={folder}', *words)
+        if others:
+            words = [f'--input={others}', f'--scores={others_file}']
+            run_bnaf('--evaluate', f'--output_dir={folder}', *words)
+
+        best = bnaf.load_checkpoint(next(folder.glob('bnaf_*/best.pt')))
+        about = {'validation': -best['best'], 'step': best['step']}
+        test = np.load(test_file)[:, 1]
+        return Scores(test, np.load(others_file)[:, 1] if others else None, about)
+
+
+def run_bnaf(*words: str) -> None:
+    """Call ``bnaf.main`` without its output, of which the last line is printed if it fails."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            bnaf.main(list(words))
+    except SystemExit:
+        print(output.getvalue().splitlines()[-1], file=sys.stderr)
+        raise
+
+
+def score_peer(fit: Callable, source: Path, others: Path | None, seed: int) -> Scores:
+    """Fit a method of scikit-learn to a table; score its test split and the rows of ``others``."""
+    data = load_table(str(source), seed=seed)
+    model = fit(np.concatenate([data.train, data.validation]))
+    about = {name: value for name, value in model.get_params().items() if name in CHOSEN}
+
+    log_scale = np.log(data.std).sum()  # from standardised to the table's own units
+    test = model.score_samples(data.test) - log_scale
+    if others is None:
+        return Scores(test, None, about)
+    return Scores(test, model.score_samples(read_rows(others, data)) - log_scale, about)
+
+
+# ------------------------------------------------------------------------------------ measurements
+
+
+def write_tables(folder: Path) -> dict[str, tuple[int, int]]:
+    """Write CSV files of the tables, and of the two classes of breast_cancer.
+
+    Each column is spread evenly over its rounding. Returns for each table its rows and columns.
+    """
     shapes = {}
     for name, load in TABLES.items():
         data = load()
         kept = [k for k, column in enumerate(data.feature_names) if column not in LEFT_OUT]
-        rows, columns = data.data[:, kept], [str(data.feature_names[k]) for k in kept]
-        rows = dequantize_columns(
-            rows, np.array([np.diff(np.unique(column)).min() for column in rows.T])
-        )
-        classes = enumerate(data.target_names) if name == 'breast_cancer' else ()
-        for part, own in [(name, rows), *((part, rows[data.target == k]) for k, part in classes)]:
-            write_table(folder / f'{part}.csv', '.csv', own, columns)
-            shapes[str(part)] = own.shape
+        columns = [str(data.feature_names[k]) for k in kept]
+        rows = data.data[:, kept]
+        roundings = [np.diff(np.unique(column)).min() for column in rows.T]
+        rows = dequantize_columns(rows, np.array(roundings))
+
+        parts = {name: rows}
+        if name == 'breast_cancer':
+            for k, part in enumerate(data.target_names):
+                parts[str(part)] = rows[data.target == k]
+        for part, values in parts.items():
+            write_table(folder / f'{part}.csv', '.csv', values, columns)
+            shapes[part] = values.shape
     return shapes
 
 
-def run(*words):
-    """bnaf.main, silent but for its errors"""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            bnaf.main([str(word) for word in words])
-    except SystemExit:
-        print(said.getvalue().splitlines()[-1], file=sys.stderr)
-        raise
+def measure(
+    name: str,
+    seeds: Iterable[int],
+    folder: Path,
+) -> dict[str, list[dict]]:
+    """Return for each method what it scores on a table, once per seed.
 
+    That is the test log-likelihood in nats and, for a detector, the area under the ROC curve.
+    """
+    methods = {}
+    for method, options in SETTINGS.items():
+        methods[method] = partial(score_bnaf, options)
+    for method, fit in PEERS.items():
+        methods[method] = partial(score_peer, fit)
 
-def train_bnaf(options, source, others, seed):
-    """-> log-likelihoods of the test split and of others, a table or None, in the data's own units; how it went"""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ('test.npy', 'others.npy')]
-        run(
-            '--train',
-            f'--dataset={source}',
-            f'--seed={seed}',
-            f'--output_dir={folder}',
-            f'--scores={files[0]}',
-            *options,
-        )
-        if others:
-            run('--evaluate', f'--output_dir={folder}', f'--input={others}', f'--scores={files[1]}')
-        best = find_run('bnaf', bnaf.Request(output_dir=str(folder)), False, bnaf.load_checkpoint)
-        test, other = (np.load(file)[:, 1] if file.exists() else None for file in files)
-    return test, other, {'validation': -best['best'], 'step': best['step']}
-
-
-def fit_peer(fit, source, others, seed):
-    """-> the same of a method of scikit-learn; what was chosen for it"""
-    rows = load_table(str(source), seed=seed)
-    model, log_scale = fit(np.concatenate([rows.train, rows.validation])), np.log(rows.std).sum()
-    test, other = (
-        model.score_samples(part) - log_scale if part is not None else None
-        for part in (rows.test, read_rows(others, rows) if others else None)
-    )
-    return test, other, {key: value for key, value in model.get_params().items() if key in CHOSEN}
-
-
-def measure(name, seeds, folder):
-    """-> {method: what it scores on a table with each seed}: test log-likelihood in nats and, of a detector, AUROC"""
-    source, others = folder / f'{name}.csv', folder / 'malignant.csv' if name == DETECTION else None
-    methods = {
-        **{method: partial(train_bnaf, words) for method, words in SETTINGS.items()},
-        **{method: partial(fit_peer, fit) for method, fit in PEERS.items()},
-    }
+    source = folder / f'{name}.csv'
+    others = folder / 'malignant.csv' if name == DETECTION else None
     results = {}
     for method, score in methods.items():
-        runs = results[method] = []
+        results[method] = []
         for seed in seeds:
             start = time.process_time()
-            test, other, about = score(source, others, seed)
-            runs.append(
-                {'nats': float(test.mean()), **about, 'seconds': time.process_time() - start}
-            )
+            scores = score(source, others, seed)
+            seconds = time.process_time() - start
+            run = {'nats': float(scores.test.mean()), **scores.about, 'seconds': seconds}
             if others:
-                runs[-1]['auroc'] = roc_auc_score(
-                    np.repeat([0, 1], (len(test), len(other))), -np.append(test, other)
-                )
-        progress(
-            f'{name}, {method}: {mean_text(values(runs, "nats"))} nats, {values(runs, "seconds").mean():.1f} s a run'
-        )
+                run['auroc'] = area_under_roc(scores)
+            results[method].append(run)
+
+        nats = mean_and_error(values_of(results[method], 'nats'))
+        seconds = values_of(results[method], 'seconds').mean()
+        progress(f'{name}, {method}: {nats} nats, {seconds:.1f} s per run')
     return results
 
 
-def values(runs, key):
+def area_under_roc(scores: Scores) -> float:
+    """Return the chance that one of the others is less likely than a row of the test split."""
+    counts = len(scores.test), len(scores.others)
+    is_other = np.repeat([0, 1], counts)
+    log_p = np.append(scores.test, scores.others)
+    return roc_auc_score(is_other, -log_p)
+
+
+def values_of(runs: list[dict], key: str) -> np.ndarray:
     return np.array([run[key] for run in runs])
 
 
-def mean_text(values, digits=2):
-    """Mean ± standard error"""
-    return f'{values.mean():.{digits}f} ± {values.std(ddof=1) / math.sqrt(len(values)):.{digits}f}'
+# ------------------------------------------------------------------------------------------- table
 
 
-def markdown(results):
-    """A line a method; in brackets by how much BNAF is above the best of the others, seed by seed"""
-    scores = [*((name, 'nats', 2) for name in results['results']), (DETECTION, 'auroc', 3)]
+def format_table(results: dict) -> str:
+    """Return one line per method.
+
+    In brackets is by how much BNAF is above the best of the others, seed by seed.
+    """
+    columns = [(name, 'nats', 2) for name in results['results']]
+    columns.append((DETECTION, 'auroc', 3))
     lines = []
     for method in (*results['settings'], *PEERS):
         cells = []
-        for name, key, digits in scores:
+        for name, key, digits in columns:
             runs = results['results'][name]
-            text = mean_text(values(runs[method], key), digits)
+            text = mean_and_error(values_of(runs[method], key), digits)
             if method in results['settings']:
-                best = max((values(runs[peer], key) for peer in PEERS), key=np.mean)
-                text += f' ({mean_text(values(runs[method], key) - best, digits)})'
+                text += f' ({mean_and_error(lead_of(method, runs, key), digits)})'
             cells.append(text)
-        seconds = [run['seconds'] for runs in results['results'].values() for run in runs[method]]
+
+        seconds = []
+        for runs in results['results'].values():
+            seconds += [run['seconds'] for run in runs[method]]
         options = ' '.join(results['settings'].get(method, ()))
-        lines.append(
-            [f'{method}: `{options}`' if options else method, *cells, significant(np.mean(seconds))]
-        )
-    heads = [
-        f'{name} ({" x ".join(map(str, results["shapes"][name]))})' for name in results['results']
-    ]
-    return table(['', *heads, 'malignant or benign: AUROC', 'CPU seconds'], lines)
+        name = f'{method}: `{options}`' if options else method
+        lines.append([name, *cells, significant(np.mean(seconds))])
+
+    header = ['']
+    for name in results['results']:
+        n_rows, n_columns = results['shapes'][name]
+        header.append(f'{name} ({n_rows} x {n_columns})')
+    return table([*header, 'malignant or benign: AUROC', 'CPU seconds'], lines)
 
 
-def main(argv=None):
+def lead_of(method: str, runs: dict[str, list[dict]], key: str) -> np.ndarray:
+    """Return by how much a method scores above the peer with the best mean, for each seed."""
+    peers = [values_of(runs[peer], key) for peer in PEERS]
+    return values_of(runs[method], key) - max(peers, key=np.mean)
+
+
+def mean_and_error(values: np.ndarray, digits: int = 2) -> str:
+    """Show a mean ± its standard error."""
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    return f'{values.mean():.{digits}f} ± {error:.{digits}f}'
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--n_seeds', type=int, default=10, help='each with a split of its own')
+    parser.add_argument(
+        '--n_seeds', type=int, default=10, help='runs per method, each with another split'
+    )
     parser.add_argument(
         '--out',
-        default=ROOT / 'images',
         type=Path,
         metavar='DIR',
-        help='where tables.json goes; its table goes to the README.md beside DIR, if there is one',
+        help='where tables.json goes, and its table if DIR has a RESULTS.md '
+        '(default: benchmarks/, and RESULTS.md of the project)',
     )
     args = parser.parse_args(argv)
     if args.n_seeds < 2:
         parser.error('--n_seeds has to be 2 at least, for standard errors')
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    measured = {}
     with tempfile.TemporaryDirectory() as folder:
         shapes = write_tables(Path(folder))
-        measured = {
-            name: measure(name, range(args.n_seeds), Path(folder)) for name in (*TABLES, DETECTION)
-        }
+        for name in (*TABLES, DETECTION):
+            measured[name] = measure(name, range(args.n_seeds), Path(folder))
     results = {
         'command': f'python benchmarks/tables.py --n_seeds={args.n_seeds}',
         'machine': machine_name(),
@@ -233,10 +311,13 @@ def main(argv=None):
         'shapes': shapes,
         'results': measured,
     }
-    (args.out / 'tables.json').write_text(json.dumps(results, indent=1) + '\n')
-    if (args.out.parent / 'README.md').exists():
-        insert(args.out.parent / 'README.md', 'tables.py', markdown(results))
-    print(markdown(results), end='')
+
+    file = (args.out or HERE) / 'tables.json'
+    page = (args.out or HERE.parent) / 'RESULTS.md'
+    file.write_text(json.dumps(results, indent=1) + '\n')
+    if page.exists():
+        insert(page, 'tables.py', format_table(results))
+    print(format_table(results), end='')
 
 
 if __name__ == '__main__':

@@ -1,19 +1,33 @@
-"""The benchmarks: they run on tiny shapes without the peers, and their tables say what their JSON says."""
+"""The benchmarks run on tiny shapes without the peers; pages show what the JSON files hold."""
 
+import contextlib
+import io
 import json
 import shlex
 import struct
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import curves
+import faults
 import numpy as np
+import processes
 import pytest
+import results
+import speed
+import tables
 import torch
+from contenders import invert_by_bisection
+from helpers import CPU, only
+from pages import insert, significant
 from sklearn.utils import Bunch
+from speed_report import CHECKPOINT_TIME, check_figures, target_of, targets_table
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
+from timing import time_in_turn
 from torch.distributions import MultivariateNormal
 
 import bnaf
@@ -21,112 +35,151 @@ import glow
 from common.options import resolve_config
 from datasets.tabular import load_table
 
-import curves
-import faults
-import processes
-import results
-import speed
-import tables
-from contenders import bisect
-from report import insert, significant, targets_table
-from targets import CHECKPOINT_TIME, absolute_checks, target_of
-from timing import in_turn
+ROOT = Path(__file__).resolve().parent.parent
+TITLES = {'glow': 'Glow', 'bnaf': 'BNAF'}
 
-CPU = torch.device('cpu')
+# ------------------------------------------------------------------------------------------- speed
 
 
-def cells(text, heading):
-    """The lines of the table under a heading, split into cells"""
-    part = text.split(f'### {heading}\n')[1].strip().split('\n\n')[0]
-    return [[cell.strip() for cell in line.strip('|').split('|')] for line in part.splitlines()[2:]]
+@pytest.fixture(scope='module')
+def quick_run(tmp_path_factory):
+    """speed.py --quick without peers, on the smallest shapes: its results, its page, its output."""
+    folder = tmp_path_factory.mktemp('speed')
+    (folder / 'README.md').write_text('<!-- what speed.py wrote --><!-- until here -->')
+    shapes = speed.SMALLEST
+    sweeps = {
+        'glow': (shapes['glow'], dict(depth=(1, 2))),
+        'bnaf': (shapes['bnaf'], dict(data_dim=(2, 4))),
+    }
+
+    def memory_of(script, shape, name):
+        return 50.0 if 'checkpoint_grads' in name else 100.0
+
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        for peer in ('normflows', 'pyro', 'zuko'):
+            patch.setitem(sys.modules, peer, None)  # importing it fails
+        patch.setattr(speed, 'GLOW', {'a': shapes['glow']})
+        patch.setattr(speed, 'BNAF', {'b': shapes['bnaf']})
+        patch.setattr(speed, 'SWEEPS', sweeps)
+        patch.setattr(speed, 'TABLE_SHAPE', (20_000, 2))
+        patch.setattr(speed, 'memory_of', memory_of)
+        patch.setattr(torch.cuda, 'is_available', lambda: False)
+        speed.main(['--quick', f'--out={folder}'])
+
+    measured = json.loads((folder / 'speed.json').read_text())
+    page = read(folder, 'speed.md')
+    return Namespace(folder=folder, results=measured, page=page, output=output.getvalue())
 
 
-def test_quick_run_without_peers(tmp_path, monkeypatch, capsys):
+def read(folder, name):
+    return (folder / name).read_text()
+
+
+def table_cells(page, heading):
+    """Return the lines of the table under a heading, split into cells."""
+    part = page.split(f'### {heading}\n')[1].strip().split('\n\n')[0]
+    cells = []
+    for line in part.splitlines()[2:]:
+        cells.append([cell.strip() for cell in line.strip('|').split('|')])
+    return cells
+
+
+@pytest.mark.slow
+def test_quick_run_measures_all_without_peers(quick_run):
     for peer in ('normflows', 'pyro', 'zuko'):
-        monkeypatch.setitem(sys.modules, peer, None)  # importing it fails
-    glow_shape, bnaf_shape = speed.SMALLEST['glow'], speed.SMALLEST['bnaf']
-    monkeypatch.setattr(speed, 'GLOW', {'a': glow_shape})
-    monkeypatch.setattr(speed, 'BNAF', {'b': bnaf_shape})
-    monkeypatch.setattr(
-        speed,
-        'SWEEPS',
-        {'glow': (glow_shape, dict(depth=(1, 2))), 'bnaf': (bnaf_shape, dict(data_dim=(2, 4)))},
-    )
-    monkeypatch.setattr(speed, 'TABLE_SHAPE', (20_000, 2))
-    monkeypatch.setattr(
-        speed,
-        'memory_of',
-        lambda script, shape, name: 50.0 if 'checkpoint_grads' in name else 100.0,
-    )
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    speed.main(['--quick', '--out', str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert all(f'{peer} is not installed' in printed for peer in ('normflows', 'pyro', 'zuko'))
+        assert f'{peer} is not installed' in quick_run.output
 
-    results, text = (
-        json.loads((tmp_path / 'speed.json').read_text()),
-        (tmp_path / 'speed.md').read_text(),
-    )
-    assert (tmp_path / 'scaling.png').stat().st_size > 10_000
-    assert [(row['script'], row['quantity']) for row in results['rows']] == [
-        ('glow', 'training'),
-        ('glow', 'evaluation'),
-        ('glow', 'sampling'),
-        ('bnaf', 'training'),
-        ('bnaf', 'evaluation'),
-        ('bnaf', 'sampling'),
-    ]
-    for row in results['rows']:
-        names = {'training': 'training step'}.get(row['quantity'], row['quantity'])
-        lines = cells(
-            text, f'{row["script"].replace("glow", "Glow").replace("bnaf", "BNAF")}: {names}'
-        )
-        assert [line[1].removeprefix('**ours**, ') for line in lines] == [
-            entry['name'] for entry in row['entries']
-        ]
-        for line, entry in zip(lines, row['entries']):
+    measured = [(row['script'], row['quantity']) for row in quick_run.results['rows']]
+    quantities = ('training', 'evaluation', 'sampling')
+    assert measured == [(script, name) for script in ('glow', 'bnaf') for name in quantities]
+
+    commands = quick_run.results['commands']
+    assert [command['n_steps'] for command in commands[:2]] == [10, 10]  # cut short
+    assert all(0 < command['overhead'] < 1 for command in commands)
+
+    assert (quick_run.folder / 'scaling.png').stat().st_size > 10_000
+    targets = targets_table(quick_run.results)
+    assert targets in quick_run.page and targets in read(quick_run.folder, 'README.md')
+
+
+@pytest.mark.slow
+def test_tables_of_speed_say_what_the_json_says(quick_run):
+    for row in quick_run.results['rows']:
+        quantity = row['quantity'].replace('training', 'training step')
+        lines = table_cells(quick_run.page, f'{TITLES[row["script"]]}: {quantity}')
+        names = [line[1].removeprefix('**ours**, ') for line in lines]
+        assert names == [entry['name'] for entry in row['entries']]
+
+        is_bisected = (row['script'], row['quantity']) == ('bnaf', 'sampling')
+        for line, entry in zip(lines, row['entries'], strict=True):
             assert line[2:4] == [f'{entry["parameters"]:,}', significant(entry['per_second'])]
             assert entry['per_second'] == pytest.approx(row['n'] / entry['seconds'])
-            bisected = (row['script'], row['quantity']) == ('bnaf', 'sampling') and entry[
-                'name'
-            ] != 'bisection'
-            assert (
-                bool(line[4]) == bool(entry['ratio']) == bisected
-            )  # else there is nobody to compare to
+            # Without the peers only inverses are compared to something, to bisection.
+            has_ratio = is_bisected and entry['name'] != 'bisection'
+            assert bool(line[4]) == bool(entry['ratio']) == has_ratio
             if row['gflop'] is not None:
                 assert entry['gflops'] == pytest.approx(row['gflop'] / entry['seconds'])
                 assert line[7:] == [significant(entry['gflops']), f'{entry["fraction"]:.0%}']
-    assert [command['n_steps'] for command in results['commands'][:2]] == [10, 10]  # cut short
-    for line, command in zip(cells(text, 'The real commands'), results['commands'], strict=True):
-        assert (
-            line[0] == f'`{command["script"]}.py --train {command["words"]}`'
-            and 0 < command['overhead'] < 1
-        )
+
+
+@pytest.mark.slow
+def test_tables_of_commands_and_memory_say_what_the_json_says(quick_run):
+    commands = quick_run.results['commands']
+    for line, command in zip(
+        table_cells(quick_run.page, 'The real commands'), commands, strict=True
+    ):
+        assert line[0] == f'`{command["script"]}.py --train {command["words"]}`'
         assert line[3:] == [
             f'{command["overhead"]:.1%}',
             f'under {command["target"]:.0%}',
             'met' if command['met'] else '**missed**',
         ]
-    assert [line[2] for line in cells(text, 'Glow: peak memory of training')] == [
-        significant(entry['mib']) for entry in results['memory'][0]['entries']
-    ]
+
+    lines = table_cells(quick_run.page, 'Glow: peak memory of training')
+    entries = quick_run.results['memory'][0]['entries']
+    assert [line[2] for line in lines] == [significant(entry['mib']) for entry in entries]
 
 
+def test_only_takes_what_is_measured(tmp_path, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        speed.main(['--only=glow,flow', f'--out={tmp_path}'])
+    assert '--only takes glow, bnaf and input, not flow' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_share_of_the_input(tmp_path, capsys):
+    images = speed.random_celeba(tmp_path, n=210)
+    assert images.train.images.shape == (10, 3, 64, 64)
+    config = glow.Config(image_size=64, n_levels=1, depth=1, width=8, batch_size=2)
+    get_batch = glow.training_batch
+    speed.print_batch_share('tiny', images, config, n_steps=2)
+    assert glow.training_batch is get_batch
+
+    words = capsys.readouterr().out.split()
+    assert words[0] == 'tiny:' and words[2:4] == ['ms', 'of']
+    assert float(words[1]) < float(words[4])
+    assert 0 < float(words[-1].strip('%')) < 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path('/proc/self/status').exists(), reason='reads peak memory in /proc, which Linux has'
+)
 def test_memory_in_a_process_of_its_own():
     shape = dict(data_dim=4, n_flows=1, n_hidden=1, hidden_dim=8, batch_size=10_000)
     layer = 10_000 * 4 * 8 * 4 / 2**20  # MiB of a hidden layer's units
     assert speed.memory_of('glow', speed.SMALLEST['glow'], 'float32') >= 0
-    assert (
-        2 * layer < speed.memory_of('bnaf', shape, 'float32') < 60 * layer
-    )  # torch alone would be 200 of them
+    # torch alone would be 200 layers.
+    assert 2 * layer < speed.memory_of('bnaf', shape, 'float32') < 60 * layer
 
 
 def test_functions_run_in_turn():
     calls = []
-    times = in_turn(
-        {name: lambda name=name: calls.append(name) for name in 'ab'}, CPU, budget=0, least=2
-    )
-    assert {name: len(of) for name, of in times.items()} == {'a': 2, 'b': 2}
+    functions = {'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}
+    times = time_in_turn(functions, CPU, budget=0, min_rounds=2)
+    assert list(times) == ['a', 'b'] and all(len(seconds) == 2 for seconds in times.values())
+
     changes = [name for k, name in enumerate(calls) if k == 0 or name != calls[k - 1]]
     assert ''.join(changes) == 'ababab'  # warm-up, then two rounds
 
@@ -136,147 +189,152 @@ def test_targets():
     assert target_of('cpu', 'glow', 'training', 'c', 'float32') == 1.3
     assert target_of('cuda', 'glow', 'training', 'A64', 'bf16 compile') == 4
     assert target_of('cpu', 'glow', 'memory', 'a', 'bf16 checkpoint_grads') == 0.35
-    assert (
-        target_of('cpu', 'glow', 'training', 'a', 'checkpoint_grads') is None
-        and CHECKPOINT_TIME > 1
-    )
+    assert target_of('cpu', 'glow', 'training', 'a', 'checkpoint_grads') is None
+    assert CHECKPOINT_TIME > 1
+
+
+def test_targets_of_single_figures():
     entries = [
         {'name': 'bf16', 'per_second': 1999.0, 'fraction': None},
         {'name': 'bf16 compile', 'per_second': 2001.0},
     ]
     rows = [{'config': 'A16', 'quantity': 'training', 'entries': entries}]
     memory = [{'config': 'C16', 'entries': [{'name': 'checkpoint_grads', 'mib': 13 * 1024}]}]
-    checks = absolute_checks(rows, memory)
-    assert [(check['value'], check['met']) for check in checks] == [
-        (2001, True),
-        (13 * 1024, False),
-    ]
+    checks = check_figures(rows, memory)
+    assert [check['value'] for check in checks] == [2001, 13 * 1024]
+    assert [check['met'] for check in checks] == [True, False]
 
 
 @pytest.mark.parametrize('residual', ['gated', 'none'])
 def test_bisection_inverts(residual):
-    model = bnaf.build_model(bnaf.Config(residual=residual, n_flows=2, hidden_dim=5), [3]).double()
+    config = bnaf.Config(residual=residual, n_flows=2, hidden_dim=5)
+    model = bnaf.build_model(config, [3]).double()
     x = torch.randn(6, 3, dtype=torch.float64)
     with torch.no_grad():
-        assert (bisect(model, model(x)[0], tol=1e-9) - x).abs().max() < 1e-6
+        z, _ = model(x)
+        assert (invert_by_bisection(model, z, tol=1e-9) - x).abs().max() < 1e-6
 
 
-def test_communication():
-    """One ring of 8 GPUs moves 2 * 7 / 8 of the bytes over NVLink; what is hidden costs nothing but its ends"""
-    size = 450_000_000
-    assert processes.all_reduce(size, 8)[0] == pytest.approx(1.75e-3)
-    ring, levels = processes.all_reduce(size, 64)
-    assert ring == pytest.approx(2 * 63 / 64 * size / 50e9)
-    assert levels == pytest.approx(1.75e-3 + 2 * 7 / 8 * size / 8 / 50e9)
-    assert processes.overlapped(3.0, 2.0, 0.0, size) == 3
-    hidden, exposed = (processes.overlapped(3.0, 2.0, reduce, size) for reduce in (0.5, 5.0))
-    assert 3 < hidden < 3.1 and 1 + 5 < exposed < 1 + 5 + 2 * 0.1
+@pytest.mark.slow
+def test_one_process_and_two(tmp_path):
+    (tmp_path / 'README.md').write_text('<!-- what processes.py wrote --><!-- until here -->')
+    processes.main(['--quick', f'--out={tmp_path}'])
+    measured = json.loads(read(tmp_path, 'processes.json'))
+    alone, two = measured['measured']
+    assert (alone['processes'], two['processes']) == (1, 2)
+    assert alone['ratios'] == [1, 1]
+    assert two['ratio'] == pytest.approx(two['per_second'] / alone['per_second'])
+    assert alone['gradient_bytes'] == 4 * 715_344
+    assert processes.format_table(measured) in read(tmp_path, 'README.md')
 
 
-def test_step_times_are_assumed_until_measured():
-    entries = [
-        {'name': name, 'seconds': s}
-        for name, s in (
-            ('normflows', 0.001),
-            ('float32', 0.03),
-            ('bf16', 0.02),
-            ('checkpoint_grads', 0.05),
-            ('bf16 checkpoint_grads', 0.04),
-        )
-    ]
-    rows = [
-        {'config': config, 'quantity': 'training', 'entries': entries} for config in ('A16', 'C16')
-    ]
-    measured = {'rows': rows, 'machine': {'device': 'a GPU', 'peers': {'normflows': '1'}}}
-    assert processes.step_time('A', 1e12, measured) == (0.02, 'measured on a GPU (bf16)')
-    assert processes.step_time('C', 1e12, measured) == (
-        0.04,
-        'measured on a GPU (bf16 checkpoint_grads)',
-    )
-    assert processes.step_time('A', 1e12, None) == (16e12 / processes.ASSUMED_FLOPS, 'assumed')
+# ------------------------------------------------------------------------------------------- pages
 
 
 def test_pages_are_written_between_their_marks(tmp_path):
     page = tmp_path / 'README.md'
-    page.write_text(
-        ''.join(
-            f'above\n<!-- what {name} wrote -->\nold\n<!-- until here -->\nbelow\n' for name in 'ab'
-        )
-    )
-    for text in ('new', 'newer'):
-        insert(page, 'a', text)
-    assert page.read_text() == (
-        'above\n<!-- what a wrote -->\n\nnewer\n<!-- until here -->\nbelow\n'
-        'above\n<!-- what b wrote -->\nold\n<!-- until here -->\nbelow\n'
-    )
+    text = 'above\n<!-- what {} wrote -->{}<!-- until here -->\nbelow\n'
+    page.write_text(text.format('a', '\nold\n') + text.format('b', '\nold\n'))
+    for new in ('new', 'newer'):
+        insert(page, 'a', new)
+    assert page.read_text() == text.format('a', '\n\nnewer\n') + text.format('b', '\nold\n')
     with pytest.raises(ValueError, match='has no <!-- what c wrote'):
         insert(page, 'c', 'text')
 
 
-def test_the_readme_shows_what_was_measured():
-    folder = Path(speed.__file__).parent
-    table = targets_table(json.loads((folder / 'speed.json').read_text()))
-    readme = (folder.parent / 'README.md').read_text()
-    assert table in (folder / 'speed.md').read_text() and table in readme
-    for script in (results, tables, faults):
-        measured = json.loads((folder.parent / 'images' / f'{script.__name__}.json').read_text())
-        assert (
-            f'<!-- what {script.__name__}.py wrote -->\n\n{script.markdown(measured)}\n<!-- until here -->'
-            in readme
-        )
+@pytest.mark.parametrize(
+    'script,format_block,page',
+    [
+        (speed, targets_table, 'benchmarks/README.md'),
+        (processes, processes.format_table, 'benchmarks/README.md'),
+        (results, results.format_table, 'RESULTS.md'),
+        (tables, tables.format_table, 'RESULTS.md'),
+        (faults, faults.markdown, 'tests/README.md'),
+    ],
+    ids=['speed', 'processes', 'results', 'tables', 'faults'],
+)
+def test_pages_show_what_was_measured(script, format_block, page):
+    path = Path(script.__file__)
+    block = format_block(json.loads(path.with_suffix('.json').read_text()))
+    marked = f'<!-- what {path.name} wrote -->\n\n{block}\n<!-- until here -->'
+    assert marked in read(ROOT, page)
 
 
-def test_results_of_a_run(tmp_path, capsys):
-    """Its row holds what its folder says; its name replaces it; what is no evaluated run is refused"""
-    (tmp_path / 'images').mkdir()
-    (tmp_path / 'README.md').write_text('<!-- what results.py wrote --><!-- until here -->')
-    np.save(tmp_path / 'mine.npy', np.random.default_rng(0).normal(size=(100, 3)))
+def test_all_of_speed_is_on_its_page():
+    folder = ROOT / 'benchmarks'
+    measured = json.loads(read(folder, 'speed.json'))
+    assert read(folder, 'speed.md') == speed.format_report(measured)
+
+
+# --------------------------------------------------------------------------------- results of runs
+
+
+@pytest.fixture(scope='module')
+def evaluated_run(tmp_path_factory):
+    """The folder of a tiny BNAF that was trained and evaluated."""
+    folder = tmp_path_factory.mktemp('runs')
+    rows = np.random.default_rng(0).normal(size=(100, 3))
+    np.save(folder / 'mine.npy', rows)
     words = ['--n_epochs=3', '--batch_size=10', '--n_flows=2', '--hidden_dim=4', '--lr=0.005']
-    bnaf.main(
-        ['--train', f'--dataset={tmp_path}/mine.npy', f'--output_dir={tmp_path}/runs', *words]
+    bnaf.main(['--train', f'--dataset={folder}/mine.npy', f'--output_dir={folder}', *words])
+    return only(folder.glob('bnaf_*'))
+
+
+def test_a_row_holds_what_the_folder_of_its_run_says(evaluated_run, tmp_path, capsys):
+    (tmp_path / 'RESULTS.md').write_text('<!-- what results.py wrote --><!-- until here -->')
+    for name in ('', 'a name=', 'a name='):  # the last takes the place of the one before
+        results.main([f'{name}{evaluated_run}', f'--out={tmp_path}', '--machine=one core'])
+    rows = json.loads(read(tmp_path, 'results.json'))
+    assert list(rows) == ['mine, BNAF: 2 flows, 2 hidden layers of 4 per column', 'a name']
+
+    row = rows['a name']
+    scores = json.loads(read(evaluated_run, 'results.json'))
+    saved = bnaf.load_checkpoint(evaluated_run / 'best.pt')
+    assert row['score'] == scores['log_likelihood_nats']
+    assert row['best_step'] == saved['step'] and row['steps'] == 24
+    model = bnaf.restore_model(saved, CPU)
+    assert row['parameters'] == sum(parameter.numel() for parameter in model.parameters())
+    assert row['command'] == (
+        'python bnaf.py --train --dataset=mine.npy --n_flows=2 --hidden_dim=4 --n_epochs=3 '
+        '--batch_size=10 --lr=0.005'
     )
-    (run,) = (tmp_path / 'runs').iterdir()
-    capsys.readouterr()
-    for name in ('', 'a name=', 'a name='):
-        results.main([f'{name}{run}', f'--out={tmp_path}/images', '--machine=one core'])
-    rows, measured = (
-        json.loads(path.read_text())
-        for path in (tmp_path / 'images/results.json', run / 'results.json')
-    )
-    assert list(rows) == ['mine, BNAF: 2 flows, 2 hidden layers of 4 a column', 'a name']
-    row, saved = rows['a name'], bnaf.load_checkpoint(run / 'best.pt')
-    assert (row['score'], row['best_step'], row['steps']) == (
-        measured['log_likelihood_nats'],
-        saved['step'],
-        24,
-    )
-    assert row['parameters'] == sum(p.numel() for p in bnaf.restore_model(saved, CPU).parameters())
-    assert row['command'] == ' '.join(
-        [
-            'python bnaf.py --train --dataset=mine.npy --n_flows=2 --hidden_dim=4 --n_epochs=3',
-            '--batch_size=10 --lr=0.005',
-        ]
-    )
-    printed = capsys.readouterr().out
-    assert (
-        printed.endswith(results.markdown(rows))
-        and results.markdown(rows) in (tmp_path / 'README.md').read_text()
-    )
-    (run / 'results.json').write_text(json.dumps({**measured, 'step': saved['step'] + 1}))
-    for folder, message in (
-        (run, 'of another checkpoint than best.pt'),
-        (tmp_path, 'not a run that was evaluated'),
-    ):
-        with pytest.raises(SystemExit, match='2'):
-            results.main([str(folder), f'--out={tmp_path}/images'])
-        error = capsys.readouterr().err
-        assert (
-            error.startswith('results.py: error: ') and message in error and error.count('\n') == 1
-        )
+
+    table = results.format_table(rows)
+    assert capsys.readouterr().out.endswith(table) and table in read(tmp_path, 'RESULTS.md')
 
 
 @pytest.mark.parametrize(
-    'script,given',
+    'files,message',
+    [
+        ({}, 'not a run that was evaluated'),
+        ({'results.json': '[]'}, 'not a run that was evaluated'),
+        ({'results.json': '{', 'best.pt': None}, 'not a run that was evaluated'),
+        ({'results.json': '{}', 'best.pt': ''}, 'not a run that was evaluated'),
+        ({'results.json': '{}', 'best.pt': 'damaged'}, 'not a run that was evaluated'),
+        ({'results.json': '{}', 'best.pt': None}, 'not a run that was evaluated'),
+        ({'results.json': None, 'best.pt': None}, 'holds no events of a training'),
+        ({'results.json': '{"step": 1}', 'best.pt': None, 'events.*': None}, 'another checkpoint'),
+    ],
+)
+def test_what_is_no_evaluated_run(files, message, evaluated_run, tmp_path, capsys):
+    """None stands for the run's own file."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    for pattern, text in files.items():
+        if text is None:
+            source = only(evaluated_run.glob(pattern))
+            (folder / source.name).write_bytes(source.read_bytes())
+        else:
+            (folder / pattern).write_text(text)
+    with pytest.raises(SystemExit, match='2'):
+        results.main([str(folder), f'--out={tmp_path}'])
+    error = capsys.readouterr().err
+    assert error.startswith(f'results.py: error: {folder}') and message in error
+    assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'script,options',
     [
         (glow, {}),
         (glow, dict(dataset='mnist', n_levels=2, lr=5e-3, lr_decay=0.33, bf16=True)),
@@ -285,161 +343,199 @@ def test_results_of_a_run(tmp_path, capsys):
         (bnaf, dict(dataset='bsds300', n_epochs=3, seed=10**7, dequantize=True)),
     ],
 )
-def test_commands_give_back_their_configs(script, given):
-    words = [
-        '--train',
-        *(f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()),
-    ]
-    config = resolve_config(script.Config, script.parse_args(words)[1], script.DEFAULTS, None, ())
-    line = results.command(script, config, 1)
-    assert (
-        resolve_config(
-            script.Config, script.parse_args(shlex.split(line)[2:])[1], script.DEFAULTS, None, ()
-        )
-        == config
-    )
-    assert all(f'--{name}' in line for name in given) and line.count('--') == 1 + len(given)
-    elsewhere = results.command(script, replace(config, data_dir='/somewhere/else'), 2)
-    assert elsewhere.startswith('torchrun --nproc_per_node=2 ') and '--data_dir=DATA' in elsewhere
+def test_commands_give_back_their_configs(script, options):
+    words = ['--train']
+    for name, value in options.items():
+        words.append(f'--{name}' if value is True else f'--{name}={value}')
+    config = config_of(script, words)
+
+    line = results.training_command(script, config, world_size=1)
+    assert config_of(script, shlex.split(line)[2:]) == config
+    assert all(f'--{name}' in line for name in options)
+    assert line.count('--') == 1 + len(options)
+
+    elsewhere = replace(config, data_dir='/somewhere/else')
+    line = results.training_command(script, elsewhere, world_size=2)
+    assert line.startswith('torchrun --nproc_per_node=2 ') and '--data_dir=DATA' in line
 
 
-def test_scores_and_figures_of_others():
+def config_of(script, words):
+    """Return the config that a script makes of its command line."""
+    _, options, _ = script.parse_args(words)
+    return resolve_config(script.Config, options, script.DEFAULTS, None, ())
+
+
+def test_scores_with_as_many_digits_as_their_error_has():
     row = {
         'score': 1.70002,
         'two_standard_errors': 0.00747,
         'unit': 'bits/dim',
         'effective_sample_size': None,
     }
-    assert results.score_text(row) == '1.700 ± 0.007 bits/dim'
-    assert results.score_text({**row, 'two_standard_errors': 0.0131}).startswith('1.700 ± 0.013')
+    assert results.score_cell(row) == '1.700 ± 0.007 bits/dim'
+    row['two_standard_errors'] = 0.0131
+    assert results.score_cell(row) == '1.700 ± 0.013 bits/dim'
+
     row = {
         'score': 0.00139,
         'two_standard_errors': 0.00038,
         'unit': 'nats of KL',
         'effective_sample_size': 0.998,
     }
-    assert results.score_text(row) == '0.0014 ± 0.0004 nats of KL, 99.8% effective'
-    assert results.score_text({**row, 'score': 32.434, 'two_standard_errors': 3.69}).startswith(
-        '32.43 ± 3.69'
-    )
-    assert results.peers_text([('A', 1.5, 'here'), ('B', 2.0, 'there'), ('C', 3.0, 'here')]) == (
-        'A 1.5, C 3.0 (here); B 2.0 (there)'
-    )
+    assert results.score_cell(row) == '0.0014 ± 0.0004 nats of KL, 99.8% effective'
+    row |= {'score': 32.434, 'two_standard_errors': 3.69}
+    assert results.score_cell(row).startswith('32.43 ± 3.69')
 
 
-def test_tables_are_scored_alike(tmp_path, monkeypatch):
-    """Splits and units are the same for all; benign rows are told from others far away; the table says by how much"""
-    rng = np.random.default_rng(0)
-    data = rng.normal(size=(300, 2)).round(2) * (1, 50) + 100 * (np.arange(300) < 100)[:, None]
-    monkeypatch.setattr(
-        tables,
-        'TABLES',
-        {
-            'breast_cancer': lambda: Bunch(
-                data=data,
-                feature_names=['a', 'b'],
-                target=1 * (np.arange(300) >= 100),
-                target_names=['malignant', 'benign'],
-            )
-        },
-    )
-    monkeypatch.setattr(
-        tables, 'SETTINGS', {'short': ['--n_flows=1', '--hidden_dim=2', '--n_epochs=20']}
-    )
-    monkeypatch.setattr(tables, 'PEERS', {'Gaussian': tables.gaussian})
-    tables.main(['--n_seeds=2', f'--out={tmp_path}'])
-    measured = json.loads((tmp_path / 'tables.json').read_text())
-    runs = measured['results']['benign']
-    assert measured['shapes'] == {
-        'breast_cancer': [300, 2],
-        'malignant': [100, 2],
-        'benign': [200, 2],
-    }
-    assert all(run['auroc'] == 1 for run in runs['Gaussian'])
+def test_published_scores_are_grouped_by_source():
+    peers = [('A', 1.5, 'here'), ('B', 2.0, 'there'), ('C', 3.0, 'here')]
+    assert results.peers_cell(peers) == 'A 1.5, C 3.0 (here); B 2.0 (there)'
 
-    tables.write_tables(tmp_path)
-    split = load_table(str(tmp_path / 'benign.csv'), seed=1)
-    known, test = (
-        torch.tensor(part * split.std + split.mean)
-        for part in (np.concatenate([split.train, split.validation]), split.test)
-    )
-    added = runs['Gaussian'][1]['reg_covar'] * torch.tensor(split.std**2).diag()
-    expected = (
-        MultivariateNormal(known.mean(0), known.T.cov(correction=0) + added)
-        .log_prob(test)
-        .mean()
-        .item()
-    )
-    assert runs['Gaussian'][1]['nats'] == pytest.approx(expected, abs=1e-4)
-    bnaf.main(
-        [
-            '--train',
-            f'--dataset={tmp_path}/benign.csv',
-            f'--output_dir={tmp_path}/own',
-            '--seed=1',
-            *tables.SETTINGS['short'],
-        ]
-    )
-    own = json.loads(next(tmp_path.glob('own/*/results.json')).read_text())
-    assert runs['short'][1]['nats'] == pytest.approx(own['log_likelihood_nats'])
 
-    cell = tables.markdown(measured).splitlines()[2].split('|')[3].split()
-    lead = [a['nats'] - b['nats'] for a, b in zip(runs['short'], runs['Gaussian'])]
-    assert float(cell[3].strip('(')) == pytest.approx(np.mean(lead), abs=0.006)
-    assert float(cell[5].strip(')')) == pytest.approx(abs(lead[0] - lead[1]) / 2, abs=0.006)
+# ------------------------------------------------------------------------------------ small tables
+
+
+@pytest.fixture(scope='module')
+def small_tables(tmp_path_factory):
+    """tables.py on one table of two classes, far from each other: its folder and its results."""
+    folder = tmp_path_factory.mktemp('tables')
+    (folder / 'RESULTS.md').write_text('<!-- what tables.py wrote --><!-- until here -->')
+    is_malignant = np.arange(300) < 100
+    noise = np.random.default_rng(0).normal(size=(300, 2)).round(2)
+    data = Bunch(
+        data=noise * (1, 50) + 100 * is_malignant[:, None],
+        feature_names=['a', 'b'],
+        target=np.where(is_malignant, 0, 1),
+        target_names=['malignant', 'benign'],
+    )
+    settings = {'short': ['--n_flows=1', '--hidden_dim=2', '--n_epochs=20']}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, 'TABLES', {'breast_cancer': lambda: data})
+        patch.setattr(tables, 'SETTINGS', settings)
+        patch.setattr(tables, 'PEERS', {'Gaussian': tables.fit_gaussian})
+        tables.main(['--n_seeds=2', f'--out={folder}'])
+        tables.write_tables(folder)
+        measured = json.loads(read(folder, 'tables.json'))
+        block = tables.format_table(measured)
+    return Namespace(folder=folder, results=measured, block=block)
+
+
+@pytest.mark.slow
+def test_detectors_tell_rows_that_are_far_away(small_tables):
+    shapes = {'breast_cancer': [300, 2], 'malignant': [100, 2], 'benign': [200, 2]}
+    assert small_tables.results['shapes'] == shapes
+    runs = small_tables.results['results']['benign']['Gaussian']
+    assert all(run['auroc'] == 1 for run in runs)
+
+
+@pytest.mark.slow
+def test_peers_are_scored_in_the_units_of_the_table(small_tables):
+    data = load_table(str(small_tables.folder / 'benign.csv'), seed=1)
+    known = np.concatenate([data.train, data.validation])
+    known = torch.tensor(known * data.std + data.mean)
+    test = torch.tensor(data.test * data.std + data.mean)
+
+    run = small_tables.results['results']['benign']['Gaussian'][1]
+    added = run['reg_covar'] * torch.tensor(data.std**2).diag()
+    gaussian = MultivariateNormal(known.mean(0), known.T.cov(correction=0) + added)
+    expected = gaussian.log_prob(test).mean().item()
+    assert run['nats'] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_bnaf_scores_as_its_users_see(small_tables, tmp_path):
+    words = [f'--dataset={small_tables.folder}/benign.csv', f'--output_dir={tmp_path}', '--seed=1']
+    bnaf.main(['--train', *words, *small_tables.results['settings']['short']])
+    scores = json.loads(read(only(tmp_path.iterdir()), 'results.json'))
+    run = small_tables.results['results']['benign']['short'][1]
+    assert run['nats'] == pytest.approx(scores['log_likelihood_nats'])
+
+
+@pytest.mark.slow
+def test_the_table_says_how_far_bnaf_leads(small_tables):
+    runs = small_tables.results['results']['benign']
+    lead = tables.values_of(runs['short'], 'nats') - tables.values_of(runs['Gaussian'], 'nats')
+    error = abs(lead[0] - lead[1]) / 2
+
+    cell = small_tables.block.splitlines()[2].split('|')[3]
+    _, in_brackets = cell.split('(')
+    shown_lead, _, shown_error = in_brackets.strip(' )').split()
+    assert float(shown_lead) == pytest.approx(np.mean(lead), abs=0.006)
+    assert float(shown_error) == pytest.approx(error, abs=0.006)
+    assert small_tables.block in read(small_tables.folder, 'RESULTS.md')
 
 
 def test_errors_of_bnaf_end_the_tables(capsys):
     with pytest.raises(SystemExit, match='2'):
-        tables.run('--train', '--dataset=/none.csv')
+        tables.run_bnaf('--train', '--dataset=/none.csv')
     assert capsys.readouterr().err == 'bnaf.py: error: /none.csv: no such table\n'
 
 
-def test_curves_of_a_run_that_was_resumed(tmp_path, capsys):
-    """Its second part begins again at step 2; a file that ends in the middle of a record loses that alone"""
+def test_tables_need_two_seeds(tmp_path, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        tables.main(['--n_seeds=1', f'--out={tmp_path}'])
+    assert '--n_seeds has to be 2 at least' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- learning curves
+
+
+@pytest.fixture
+def resumed_run(tmp_path):
+    """A run whose second part begins again at step 2, and ends in the middle of a record."""
+    folder = tmp_path / 'run'
     for first, n in ((0, 4), (2, 5)):
-        writer = SummaryWriter(str(tmp_path), filename_suffix=f'.{first}')
-        for step in range(first, first + n):
-            writer.add_scalar('loss/train', 10.0 * first + step, step)
-        writer.add_scalar('loss/validation', -1.0 - first, first)
-        writer.close()
-    last = max(tmp_path.glob('events*'), key=lambda path: path.name[-1])
+        with SummaryWriter(str(folder), filename_suffix=f'.{first}') as writer:
+            for step in range(first, first + n):
+                writer.add_scalar('loss/train', 10.0 * first + step, step)
+            writer.add_scalar('loss/validation', -1.0 - first, first)
+    last = only(folder.glob('events*.2'))
     last.write_bytes(last.read_bytes() + b'\x18\0\0\0')
-    scalars = curves.read_scalars(tmp_path)
+    return folder
+
+
+def test_scalars_of_a_run_that_was_resumed(resumed_run):
+    scalars = curves.read_scalars(resumed_run)
     assert scalars['loss/train'][0].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert scalars['loss/train'][2].tolist() == [0, 1, 22, 23, 24, 25, 26]
     assert scalars['loss/validation'][2].tolist() == [-1, -3]
-    curves.main([str(tmp_path), f'other={tmp_path}', f'--out={tmp_path}/curves.png'])
+
+
+def test_curves_of_two_runs(resumed_run, tmp_path, capsys):
+    curves.main([str(resumed_run), f'other={resumed_run}', f'--out={tmp_path}/curves.png'])
     assert (tmp_path / 'curves.png').stat().st_size > 5000
+    capsys.readouterr()
+
     with pytest.raises(SystemExit, match='2'):
         curves.main([str(tmp_path / 'none')])
-    assert (
-        capsys.readouterr().err
-        == f'curves.py: error: {tmp_path}/none holds no events of a training\n'
-    )
-    with SummaryWriter(str(tmp_path / 'far')) as writer:
+    error = capsys.readouterr().err
+    assert error == f'curves.py: error: {tmp_path}/none holds no events of a training\n'
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_the_axis_spans_all_runs(order, resumed_run, tmp_path):
+    far = tmp_path / 'far'
+    with SummaryWriter(str(far)) as writer:
         for step in range(5):
             writer.add_scalar('loss/train', -100.0, step)
-    for order in (1, -1):
-        axes, _ = curves.draw(dict([('far', tmp_path / 'far'), ('run', tmp_path)][::order])).axes
-        assert {line.get_label() for line in axes.lines} >= {
-            'run, training',
-            'run, validation',
-            'far, training',
-        }
-        assert axes.get_ylim()[0] < -26 and axes.get_ylim()[1] > 100
+
+    runs = dict([('far', far), ('run', resumed_run)][::order])
+    axes, _ = curves.draw_curves(runs).axes
+    labels = {line.get_label() for line in axes.lines}
+    assert labels >= {'run, training', 'run, validation', 'far, training'}
+    low, high = axes.get_ylim()
+    assert low < -26 and high > 100
 
 
 def record(content):
+    """Return a record of an event file, whose checksums are not read."""
     return struct.pack('<QI', len(content), 0) + content + bytes(4)
 
 
 def scalar(tag, value):
-    return record(
-        Event(
-            step=1, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        ).SerializeToString()
-    )
+    """Return a record with a scalar at step 1."""
+    summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+    return record(Event(step=1, summary=summary).SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -452,13 +548,30 @@ def scalar(tag, value):
         scalar('loss/validation', 1.0),
         scalar('\33[31m', 1.0),
     ],
+    ids=['no event', 'no record', 'no scalar', 'other tag', 'no training', 'control characters'],
 )
 def test_curves_of_what_holds_none(content, tmp_path, capsys):
     (tmp_path / 'events.out.tfevents.1.x').write_bytes(content)
     with pytest.raises(SystemExit, match='2'):
         curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
     line = capsys.readouterr().err.removesuffix('\n')
-    assert str(tmp_path) in line and line.isprintable() and not (tmp_path / 'curves.png').exists()
+    assert str(tmp_path) in line and line.isprintable()
+    assert not (tmp_path / 'curves.png').exists()
+
+
+@pytest.mark.parametrize(
+    'tag,label,sign',
+    [
+        ('bits_per_dim', 'bits/dim', 1),
+        ('loss', 'log-likelihood in nats', -1),
+        ('kl', 'KL divergence in nats', 1),
+    ],
+)
+def test_curves_show_the_objective_of_a_run(tag, label, sign, tmp_path):
+    (tmp_path / 'events.out.tfevents.1.x').write_bytes(scalar(f'{tag}/train', 2.0))
+    axes, _ = curves.draw_curves({'run': tmp_path}).axes
+    assert axes.get_ylabel() == label
+    assert axes.lines[0].get_ydata().tolist() == [sign * 2.0]
 
 
 @pytest.mark.parametrize('value', [1.0, float('nan'), float('inf')])
@@ -466,9 +579,3 @@ def test_curves_of_one_step(value, tmp_path):
     (tmp_path / 'events.out.tfevents.1.x').write_bytes(scalar('loss/train', value))
     curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
     assert (tmp_path / 'curves.png').exists()
-
-
-def test_tables_need_two_seeds(tmp_path, capsys):
-    with pytest.raises(SystemExit, match='2'):
-        tables.main(['--n_seeds=1', f'--out={tmp_path}'])
-    assert '--n_seeds has to be 2 at least' in capsys.readouterr().err
