@@ -1,7 +1,5 @@
 """Block Neural Autoregressive Flow (De Cao, Titov & Aziz, 2019), with a numerical inverse.
 
-The paper is arXiv 1904.04676. ``sec.`` and ``eq.`` below refer to it.
-
     python bnaf.py --train                         eight Gaussians, a minute or two on a CPU core
     python bnaf.py --evaluate                      log-likelihood of the newest model's test split
     python bnaf.py --generate --n_samples=1000     samples in the data's own units
@@ -10,9 +8,10 @@ The paper is arXiv 1904.04676. ``sec.`` and ``eq.`` below refer to it.
     python bnaf.py --train --dataset=my.csv        a table of your own
     python bnaf.py --evaluate --scores=FILE        the log-likelihood of each row: find anomalies
 
+Notation: sec. and eq. refer to the paper, arXiv 1904.04676. Rows are (B, D).
 Every bijection has one protocol: ``forward(x) -> (z, logdet)`` and ``inverse(z) -> (x, logdet)``.
 ``logdet``, of shape (B,), is the logarithm of the absolute determinant of the Jacobian of the
-direction that was called, in nats. Rows are (B, D).
+direction that was called, in nats.
 
 The layers inside a flow map d blocks of a units each, (B, d a), one block per variable. Beside
 them they carry j (B, d, a), the derivative of each unit with respect to its block's own variable.
@@ -218,11 +217,11 @@ class MaskedLinear(nn.Module):
 
     def __init__(self, d: int, a: int, b: int) -> None:
         super().__init__()
-        # Xavier's bound, of the blocks that are not zero
+        # Xavier's bound; block row i has i blocks of a inputs that are not zero
         bound = (6 / (a * torch.arange(1.0, d + 1) + b)).sqrt()
         log_diagonal = torch.empty(d, b, a).uniform_(-1, 1)
         lower = torch.empty(d * b, d * a).uniform_(-1, 1)
-        g = 1 - torch.rand(d * b, 1)
+        g = 1 - torch.rand(d * b, 1)  # in (0, 1], so that its logarithm is finite
         bias = torch.empty(d * b).uniform_(-1, 1)
         self.log_diagonal = nn.Parameter(bound[:, None, None] * log_diagonal)
         self.lower = nn.Parameter(bound.repeat_interleave(b)[:, None] * lower)
@@ -237,39 +236,39 @@ class MaskedLinear(nn.Module):
         """Return W, of shape (d b, d a), and a view (b, a, d) of its diagonal blocks."""
         d, b, a = self.log_diagonal.shape
         lower = (self.mask * self.lower).to(dtype).view(d, b, d, a)
-        diagonal = self.log_diagonal.to(dtype).exp().permute(1, 2, 0)
-        v = torch.diagonal_scatter(lower, diagonal, dim1=0, dim2=2).view(d * b, d * a)
+        positive = self.log_diagonal.to(dtype).exp().permute(1, 2, 0)
+        v = torch.diagonal_scatter(lower, positive, dim1=0, dim2=2).view(d * b, d * a)
         # this is what torch.nn.utils.weight_norm calls
         w = torch._weight_norm(v, self.log_g.to(dtype).exp(), 0)
         return w, w.view(d, b, d, a).diagonal(dim1=0, dim2=2)
 
     def forward(self, x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        """Map units ``x`` (B, d a) and their derivatives ``j`` (B, d, a)."""
+        """Map units ``x`` (N, d a) and their derivatives ``j`` (N, d, a) to b units per block."""
         w, diagonal = self.weights(x.dtype)
         y = F.linear(x, w, self.bias.to(x.dtype))
         return y, torch.einsum('bad,nda->ndb', diagonal, j)
 
 
 class Tanh(torch.autograd.Function):
-    """y = tanh(x) and its derivative tanh'(x) j (eq. 10).
+    """y = tanh(x), and its derivative tanh'(x) j where j is that of x (eq. 10).
 
-    tanh' is computed as cosh(x)^-2, because 1 - y^2 cancels. The gradient reuses both, as
-    tanh'' = -2 y tanh'.
+    tanh' is computed as cosh(x)^-2, because 1 - y^2 loses its digits where y is near 1. The
+    gradient reuses what was computed, as tanh'' = -2 y tanh'.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         y = x.tanh()
         slope = x.cosh().pow_(-2).view(j.shape)
-        j = slope * j
-        ctx.save_for_backward(y, slope, j)
-        return y, j
+        j_out = slope * j
+        ctx.save_for_backward(y, slope, j_out)
+        return y, j_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_j: Tensor) -> tuple[Tensor, Tensor]:
-        y, slope, j = ctx.saved_tensors
-        grad_x = (grad_j * j).reshape(y.shape).mul_(y).mul_(-2)
+        y, slope, j_out = ctx.saved_tensors
+        grad_x = (grad_j * j_out).reshape(y.shape).mul_(y).mul_(-2)
         grad_x = grad_x.addcmul_(grad_y, slope.view(y.shape))
         return grad_x, grad_j * slope
 
@@ -311,7 +310,7 @@ class BlockFlow(nn.Module):
 
     @torch.no_grad()
     def widen_range(self) -> None:
-        """Let each output span 2 ``REACH`` as its own variable goes from -inf to inf.
+        """Let each output range over about +-``REACH`` as its own variable goes from -inf to inf.
 
         A sum of tanhs is bounded, and what it does not reach cannot be sampled.
         """
@@ -320,13 +319,15 @@ class BlockFlow(nn.Module):
         last.log_g.add_(math.log(REACH) - diagonal.sum(1).T.log())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        run = self.forward_with_slope
+        compute = self.forward_with_slope
         if self.checkpoint_grads and torch.is_grad_enabled():
-            run = partial(checkpoint, self.forward_with_slope, use_reentrant=False)
+            compute = partial(checkpoint, self.forward_with_slope, use_reentrant=False)
 
-        z, slope = run(x)
+        z, slope = compute(x)
         if slope.dtype == torch.float32 and slope.min() < MIN_SLOPE:
-            z, slope = run(x.double())
+            # terms of so small a slope may have underflowed
+            z, slope = compute(x.double())
+        # a slope of zero gets a logarithm that is finite
         logdet = slope.clamp_min(torch.finfo(slope.dtype).tiny).log().sum(1)
         return z.to(x.dtype), logdet.to(x.dtype)
 
@@ -336,7 +337,8 @@ class BlockFlow(nn.Module):
         The slopes follow from the chain rule over the blocks on the diagonal (eq. 9-11). All
         their factors are positive, so they are multiplied and added without logarithms.
         """
-        z, j = self.linears[0](x, x.new_ones(*x.shape, 1))
+        ones = x.new_ones(*x.shape, 1)  # dx_i / dx_i
+        z, j = self.linears[0](x, ones)
         for linear in self.linears[1:]:
             z, j = linear(*Tanh.apply(z, j))
         return self.add_residual(z, j.squeeze(2), x)
@@ -351,10 +353,10 @@ class BlockFlow(nn.Module):
         return s * y + rest * x, s * slope + rest
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and its log-determinant. Both are NaN where ``inverse_tol`` is not reached.
+        """Return x and the log-determinant, both NaN where ``inverse_tol`` is not reached.
 
-        That is so beyond the range of a flow of tanhs. x is solved for in float64; its gradients
-        are those of the implicit function theorem.
+        It is not for z outside the range of a flow without a residual, which is bounded. x is
+        solved for in float64; its gradients are those of the implicit function theorem.
         """
         tol = self.inverse_tol or (1e-5 if z.dtype == torch.float32 else 1e-10)
         x = solve_inverse(self, z.detach().double(), tol).to(z.dtype)
@@ -1203,7 +1205,7 @@ def check(model: BNAF, data: TableData, config: Config) -> None:
 
 COMMAND_LINE = CommandLine(
     script=f'{NAME}.py',
-    description=__doc__,
+    description=__doc__.partition('Notation')[0],
     modes=MODES,
     mode_options=MODE_OPTIONS,
     config_class=Config,

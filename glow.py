@@ -1,7 +1,5 @@
 """Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018).
 
-The paper is arXiv 1807.03039. ``sec.``, ``eq.`` and ``fig.`` below refer to it.
-
     python glow.py --train                         drawn faces, ten minutes on two CPU cores
     python glow.py --evaluate                      bits/dim of the newest model on the test split
     python glow.py --generate --z_std=0.7          samples at temperature 0.7
@@ -9,9 +7,10 @@ The paper is arXiv 1807.03039. ``sec.``, ``eq.`` and ``fig.`` below refer to it.
     python glow.py --visualize --vis_img=me.jpg    edit a photo of your own
     torchrun --nproc_per_node=8 glow.py --train --dataset=celeba --data_dir=CELEBA
 
+Notation: sec., eq. and fig. refer to the paper, arXiv 1807.03039. Images are (B, C, H, W).
 Every layer is a bijection with one protocol: ``forward(x) -> (z, logdet)`` and
 ``inverse(z) -> (x, logdet)``. ``logdet``, of shape (B,), is the logarithm of the absolute
-determinant of the Jacobian of the direction that was called, in nats. Images are (B, C, H, W).
+determinant of the Jacobian of the direction that was called, in nats.
 """
 
 import contextlib
@@ -145,8 +144,8 @@ class Request(RunRequest):
     z_std: float = option(
         'output',
         None,
-        'temperature of samples (default: a grid of temperatures); '
-        'of --visualize: factor of the latents of the splits (default: 1)',
+        'temperature of samples (default: several); '
+        'with --visualize, a factor of the latents that the splits give off (default: 1)',
         high=100,
     )
     n_samples: int = option('output', None, 'samples with --z_std (default: 32)', low=1, high=10**6)
@@ -161,7 +160,7 @@ class Request(RunRequest):
     vis_img: str = option('output', '', 'a photo of your own (default: the first test image)')
 
     def require_consistency(self, mode: str) -> None:
-        """Raise ``UserError`` where an option has no effect beside the others."""
+        """Raise ``UserError`` where an option has no effect because of the others."""
         if mode == 'generate' and self.z_std is None and self.n_samples is not None:
             raise UserError(
                 '--n_samples goes with --z_std: without it, four samples are drawn at each of '
@@ -391,7 +390,8 @@ class ZeroConv(nn.Conv2d):
 class Coupling(nn.Module):
     """Half the channels are scaled and shifted by amounts that the other half decides.
 
-    y_a = s * x_a + t and y_b = x_b with (s, t) = ``scale_and_shift(x_b)``; log|det| = sum(log s).
+    z_a = s * x_a + t and z_b = x_b with (s, t) = ``scale_and_shift(x_b)``; log|det| = sum(log s).
+    The inverse computes the same s and t, because x_b is still there.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -403,28 +403,31 @@ class Coupling(nn.Module):
         raise NotImplementedError
 
     def halves_of_net(self, x_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two halves of the network's output. Under autocast only it is rounded."""
+        """Return the two halves of the network's output, in the type of ``x_b``.
+
+        Under autocast, nothing but the network runs in bfloat16.
+        """
         first, second = self.net(x_b).to(x_b.dtype).chunk(2, dim=1)
         return first, second
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x_a, x_b = x.chunk(2, dim=1)
         s, t = self.scale_and_shift(x_b)
-        y_a = s * x_a + t
-        return torch.cat([y_a, x_b], dim=1), s.log().flatten(1).sum(1)
+        z_a = s * x_a + t
+        return torch.cat([z_a, x_b], dim=1), s.log().flatten(1).sum(1)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        y_a, x_b = z.chunk(2, dim=1)
+        z_a, x_b = z.chunk(2, dim=1)
         s, t = self.scale_and_shift(x_b)
-        x_a = (y_a - t) / s
+        x_a = (z_a - t) / s
         return torch.cat([x_a, x_b], dim=1), -s.log().flatten(1).sum(1)
 
 
 class AffineCoupling(Coupling):
-    """Affine coupling (sec. 3.3, table 1): y_a = s * x_a + t, y_b = x_b with (s, t) = NN(x_b).
+    """Affine coupling (sec. 3.3, table 1): a coupling whose (s, t) come from a network.
 
     s = sigmoid(raw + 2) as in the official code, but rescaled from (0, 1) to (S_MIN, 1), so that
-    the inverse stretches y_a - t at most twofold. log|det| = sum(log s).
+    the inverse stretches z_a - t at most twofold.
     """
 
     def __init__(self, n_channels: int, width: int) -> None:
@@ -443,18 +446,20 @@ class AffineCoupling(Coupling):
 
 
 class Split(Coupling):
-    """Half the channels leave as Gaussians given the others (sec. 3.6 of RealNVP).
+    """The end of a level: half the channels become noise given the others (sec. 3.6 of RealNVP).
 
-    x_a ~ N(mean(x_b), std(x_b)^2) is the coupling z_a = (x_a - mean) / std. Its first half is
-    a finished latent, and x_b goes on to the next level. log|det| = -sum(log std).
+    That x_a ~ N(mean(x_b), std(x_b)^2) is the coupling z_a = (x_a - mean) / std, with s = 1 / std
+    and t = -mean / std. The model takes z_a off as a finished latent, and x_b goes on to the next
+    level. std stays within exp(+-LOG_STD_MAX).
     """
 
     def __init__(self, n_channels: int) -> None:
         super().__init__(ZeroConv(n_channels // 2, n_channels))
 
     def scale_and_shift(self, x_b: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = self.halves_of_net(x_b)
-        s = (-LOG_STD_MAX * torch.tanh(log_std / LOG_STD_MAX)).exp()
+        mean, raw = self.halves_of_net(x_b)
+        log_std = LOG_STD_MAX * torch.tanh(raw / LOG_STD_MAX)
+        s = (-log_std).exp()
         return s, -mean * s
 
 
@@ -1252,7 +1257,7 @@ def check(model: Glow, data: ImageData, config: Config, device: torch.device) ->
 
 COMMAND_LINE = CommandLine(
     script=f'{NAME}.py',
-    description=__doc__,
+    description=__doc__.partition('Notation')[0],
     modes=MODES,
     mode_options=MODE_OPTIONS,
     config_class=Config,

@@ -12,7 +12,8 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from dataclasses import fields as options_of
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ class CheckpointFormat:
         Raises ``ValueError`` for an option that does not exist, ``UserError`` for a value out of
         bounds.
         """
-        unknown = config.keys() - {f.name for f in fields(self.config_class)}
+        unknown = config.keys() - {f.name for f in options_of(self.config_class)}
         if unknown:
             raise ValueError(f'unknown options: {", ".join(sorted(map(str, unknown)))}')
         return self.config_class(**config)
@@ -371,7 +372,7 @@ def limit_parameters(n_values: int) -> Iterator[None]:
         nonlocal n_values
         n_values -= parameter.numel()
         if n_values < 0:
-            raise ValueError('its options are those of a model with more weights than it has')
+            raise ValueError('its options describe a model with more weights than the file holds')
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -439,7 +440,9 @@ def require_same_state(
 
         parameter = parameters[index]
         kind = parameter.dim(), parameter.dtype
-        example = torch.zeros(list(range(2, 2 + parameter.dim())), dtype=parameter.dtype)
+        # sizes that are all different tell whether a state has the shape of its parameter
+        sizes = list(range(2, 2 + parameter.dim()))
+        example = torch.zeros(sizes, dtype=parameter.dtype)
         if kind not in expected_of:
             expected_of[kind] = state_after_a_step(build, example)
         expected = expected_of[kind]

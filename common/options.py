@@ -2,6 +2,9 @@
 
 A script has two such dataclasses: a config, which a checkpoint keeps, and a request, which holds
 for one call of the program. The command line and ``--help`` are made from their fields.
+
+To add an option, add a field to ``Config`` or ``Request`` of a script, and its name to
+``MODE_OPTIONS`` there, under the modes that take it.
 """
 
 import argparse
@@ -21,7 +24,7 @@ GROUPS = {
     'run': 'runs and processes (torchrun or torch.distributed.launch start them)',
     'output': 'output',
 }
-EVERY_MODE = ('output_dir', 'restore_file', 'distributed')  # takes these options
+OPTIONS_OF_EVERY_MODE = ('output_dir', 'restore_file', 'distributed')
 Defaults = dict[str, dict[str, Any]]  # of each data set: {option: value}
 
 
@@ -106,10 +109,10 @@ class RunRequest(Options):
     detect_anomaly: bool = option(
         'run', False, 'slow: name the operation that gave the first gradient that is not finite'
     )
-    distributed: bool = option('run', False, 'accepted, but the launcher decides')
+    distributed: bool = option('run', False, 'accepted without effect: the launcher decides')
 
     def require_consistency(self, mode: str) -> None:
-        """Raise ``UserError`` where an option has no effect beside the others."""
+        """Raise ``UserError`` where an option has no effect because of the others."""
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -125,8 +128,8 @@ class CommandLine:
         script: the file name of the script.
         description: the text on top of ``--help``.
         modes: each mode, and what it does in the words of ``--help``. One must be given.
-        mode_options: the options that each mode takes, beside those of ``EVERY_MODE``. All others
-            are the checkpoint's own. Training without a checkpoint takes the whole config.
+        mode_options: the options that each mode takes, beside ``OPTIONS_OF_EVERY_MODE``. All
+            others are the checkpoint's own. Training without one takes the whole config.
         config_class: the dataclass of the options that a checkpoint keeps.
         request_class: the dataclass of the options of one call.
         defaults: the defaults that a data set changes.
@@ -144,7 +147,8 @@ class CommandLine:
         """Return the mode, the options of the config that were given, and the request.
 
         Raises ``UserError`` for an unknown option or an impossible value, and for an option of
-        the request that the mode does not take.
+        the request that the mode does not take. Options of the config are checked by
+        ``resolve_config``, once the checkpoint is known.
         """
         # a leading space keeps a list such as -2,-1,0 from being taken for an option
         words = [f' {word}' if re.match(r'-[\d.]', word) else word for word in argv]
@@ -160,7 +164,7 @@ class CommandLine:
 
     def require_taken(self, name: str, mode: str) -> None:
         """Raise ``UserError`` where a mode does not take an option of the request."""
-        if name in EVERY_MODE or name in self.mode_options[mode]:
+        if name in OPTIONS_OF_EVERY_MODE or name in self.mode_options[mode]:
             return
         takers = [f'--{other}' for other, names in self.mode_options.items() if name in names]
         raise UserError(f'--{name} goes with {" or ".join(takers)}, not with --{mode}')
@@ -201,7 +205,7 @@ class CommandLine:
         lines = [
             'With a checkpoint, each mode takes these options; the checkpoint brings the rest:'
         ]
-        lines.append(f'  every mode: {" ".join(EVERY_MODE)}')
+        lines.append(f'  every mode: {" ".join(OPTIONS_OF_EVERY_MODE)}')
         for mode, names in self.mode_options.items():
             text = f'--{mode}: {" ".join(sorted(names))}'
             lines.append(textwrap.fill(text, 98, initial_indent='  ', subsequent_indent='      '))

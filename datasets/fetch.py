@@ -130,7 +130,7 @@ SOURCES = {
         items='12,000',
         dimensions='3x32x32',
         download='-',
-        origin='drawn by datasets/faces.py',
+        origin='drawn by datasets/drawn_faces.py',
         license='MIT',
     ),
     'digits': Source(

@@ -30,7 +30,7 @@ from common.errors import UserError, index_of_name, one_line, truncate
 from common.files import digest, file_signature, first_existing, write_atomically
 
 from .cache import CreateArray, memmap_cache
-from .faces import ATTRIBUTES, draw_faces, face_attributes
+from .drawn_faces import ATTRIBUTES, draw_faces, face_attributes
 from .pickles import array_of, read_pickle
 
 IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', 'celeba', 'folder')
@@ -240,11 +240,11 @@ def require_size(name: str, image_size: int | None, size: int) -> None:
 def load_photo(path: str | Path, name: str, image_size: int) -> np.ndarray:
     """Decode a user's photo in the way of a data set; return (C, image_size, image_size) bytes."""
     if name == 'mnist':
-        return pad_digits(decode(path, 28, mode='L'))
+        return pad_digits(decode_photo(path, 28, mode='L'))
     if name == 'digits':
-        return decode(path, 8, mode='L') // 16 * 17
+        return decode_photo(path, 8, mode='L') // 16 * 17
     crop = CELEBA_CROP if name == 'celeba' else 1.0
-    return decode(path, image_size, crop)
+    return decode_photo(path, image_size, crop)
 
 
 def shift_randomly(x: torch.Tensor, max_shift: int, generator: torch.Generator) -> torch.Tensor:
@@ -402,7 +402,7 @@ def enlarge(image: np.ndarray, zoom: int) -> Image.Image:
 
 
 def load_faces(data_dir: Path, image_size: int | None) -> ImageData:
-    """Load 12,000 drawn faces with CelebA's attributes (see faces.py), 32x32 by default."""
+    """Load 12,000 drawn faces with CelebA's attributes (see drawn_faces.py), 32x32 by default."""
     size = image_size or 32
     n_train, n_validation, n_test = 10_000, 1_000, 1_000
     n = n_train + n_validation + n_test
@@ -923,11 +923,11 @@ def decode_chunk(array_path: str, start: int, files: Sequence[Path], size: int, 
     """Decode images into the rows of a .npy file from ``start`` on; return how many there are."""
     array = np.lib.format.open_memmap(array_path, 'r+')
     for i, path in enumerate(files, start):
-        array[i] = decode(path, size, crop)
+        array[i] = decode_photo(path, size, crop)
     return len(files)
 
 
-def decode(path: str | Path, size: int, crop: float = 1.0, mode: str = 'RGB') -> np.ndarray:
+def decode_photo(path: str | Path, size: int, crop: float = 1.0, mode: str = 'RGB') -> np.ndarray:
     """Decode an image file, crop it to a central square, and resize it.
 
     The image is turned upright as its EXIF data says, and transparency is laid on white.

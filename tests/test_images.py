@@ -28,7 +28,7 @@ from tiny_data import (
 )
 
 from common.errors import UserError
-from datasets import cache, faces, images, load_images, load_photo
+from datasets import cache, drawn_faces, images, load_images, load_photo
 from datasets.pickles import array_of, read_pickle
 
 # Worker processes see what a test has patched only where they are forked.
@@ -100,33 +100,33 @@ def test_faces(tmp_path, monkeypatch):
 
 
 def test_a_face_depends_neither_on_how_many_are_drawn_nor_on_chance():
-    few = faces.draw_faces(3, 16)
-    many = faces.draw_faces(600, 16)
+    few = drawn_faces.draw_faces(3, 16)
+    many = drawn_faces.draw_faces(600, 16)
     assert (few == many[:3]).all()
-    assert (faces.face_attributes(3) == faces.face_attributes(600)[:3]).all()
+    assert (drawn_faces.face_attributes(3) == drawn_faces.face_attributes(600)[:3]).all()
     assert len(np.unique(many.reshape(600, -1), axis=0)) == 600
-    assert (faces.draw_faces(3, 16, seed=1) != few).any()
+    assert (drawn_faces.draw_faces(3, 16, seed=1) != few).any()
 
 
 def drawn_attributes():
     """Return the attributes that occur, without those that mean that something is absent."""
-    share = faces.face_attributes(5000).mean(0)
-    drawn = [name for name, of_faces in zip(faces.ATTRIBUTES, share) if of_faces > 0]
+    share = drawn_faces.face_attributes(5000).mean(0)
+    drawn = [name for name, of_faces in zip(drawn_faces.ATTRIBUTES, share) if of_faces > 0]
     return [name for name in drawn if name not in ('No_Beard', 'Straight_Hair')]
 
 
 @pytest.mark.parametrize('name', drawn_attributes())
 def test_every_attribute_shows(name, monkeypatch):
     """The same people with and without an attribute: wherever it can be seen, pixels change."""
-    monkeypatch.setattr(faces, 'BLOCK_SIZE', 60)
+    monkeypatch.setattr(drawn_faces, 'BLOCK_SIZE', 60)
     rng = np.random.default_rng(0)
-    has = faces.sample_attributes(rng)
-    look = faces.sample_look(rng)
-    always = np.ones(faces.BLOCK_SIZE, bool)
+    has = drawn_faces.sample_attributes(rng)
+    look = drawn_faces.sample_look(rng)
+    always = np.ones(drawn_faces.BLOCK_SIZE, bool)
     has['Wearing_Hat'] = has['Bald'] = has['Eyeglasses'] = ~always  # they hide others
 
-    off = faces.FacePainter({**has, name: ~always}, look, 32).draw()
-    on = faces.FacePainter({**has, name: always}, look, 32).draw()
+    off = drawn_faces.FacePainter({**has, name: ~always}, look, 32).draw()
+    on = drawn_faces.FacePainter({**has, name: always}, look, 32).draw()
     difference = np.abs(on.astype(int) - off)
     change = difference.max(axis=(1, 2, 3))
     assert np.median(change) >= 16, change
@@ -437,7 +437,7 @@ def test_folder_without_attributes(folder):
     assert split_sizes(data) == [16, 2, 2]
     assert data.attribute_names == ()
     assert data.train.attributes.shape == (16, 0)
-    expected = {images.decode(path, 16).tobytes() for path in folder.rglob('*.png')}
+    expected = {images.decode_photo(path, 16).tobytes() for path in folder.rglob('*.png')}
     assert expected == {image.tobytes() for image in all_images(data)}
     assert len(expected) == 20
 
@@ -449,7 +449,7 @@ def test_folder_with_attributes_by_file_name_or_path(folder):
     assert split_sizes(data) == [16, 2, 2]
     for i in (0, 3, 15):
         (path,) = folder.rglob(f'{i:02}.png')
-        image = images.decode(path, 16)
+        image = images.decode_photo(path, 16)
         (row,) = np.flatnonzero((data.train.images == image).all((1, 2, 3)))
         assert data.train.attributes[row].tolist() == [i % 2 == 1, True]
 
@@ -521,7 +521,7 @@ def test_celeba(celeba):
     data = load_images('celeba', celeba)
     assert split_sizes(data) == [8, 2, 2]
     assert data.train.images.shape[1:] == (3, 64, 64)
-    assert data.attribute_names == faces.ATTRIBUTES
+    assert data.attribute_names == drawn_faces.ATTRIBUTES
     assert data.test.attributes[1].tolist() == [(11 + k) % 3 != 0 for k in range(40)]
 
     path = celeba / 'img_align_celeba' / '000003.jpg'
@@ -629,7 +629,7 @@ def test_nothing_is_decoded_twice_and_a_change_is_seen(folder, monkeypatch):
     first = load_images('folder', folder, 16)
     (cache,) = (folder / '.cache').glob('*.npy')
     with monkeypatch.context() as patch:
-        patch.setattr(images, 'decode', None)
+        patch.setattr(images, 'decode_photo', None)
         assert (all_images(load_images('folder', folder, 16)) == all_images(first)).all()
 
     noise_image(20, 18, 77).save(folder / 'a' / '00.png')
@@ -706,7 +706,7 @@ def test_killed_at_any_moment_and_begun_anew(tmp_path):
 
 @needs_fork
 def test_two_at_once_decode_once(folder, tmp_path, capfd):
-    original = images.decode
+    original = images.decode_photo
 
     def slow_decode(*args):
         time.sleep(0.05)
@@ -715,7 +715,7 @@ def test_two_at_once_decode_once(folder, tmp_path, capfd):
         return original(*args)
 
     def slow_load():
-        images.decode = slow_decode
+        images.decode_photo = slow_decode
         load_images('folder', folder, 16)
 
     context = multiprocessing.get_context('fork')
@@ -731,7 +731,7 @@ def test_two_at_once_decode_once(folder, tmp_path, capfd):
 
 @needs_fork
 def test_a_worker_that_is_killed_is_a_clean_error(folder, monkeypatch):
-    monkeypatch.setattr(images, 'decode', lambda *args: os._exit(9))
+    monkeypatch.setattr(images, 'decode_photo', lambda *args: os._exit(9))
     with pytest.raises(UserError, match='was killed'):
         load_images('folder', folder, 16)
 

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 from PIL import Image
 
-from datasets.faces import ATTRIBUTES
+from datasets.drawn_faces import ATTRIBUTES
 
 # -------------------------------------------------------------------------------------------- mnist
 
