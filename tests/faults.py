@@ -1,10 +1,10 @@
-"""What becomes of a training that is killed, stopped, started twice, out of disk or fed with nonsense.
+"""Put small trainings through faults: kills, signals, full disks, disagreement and bad numbers.
 
-    python tests/faults.py --kills=100                 all of it
-    python tests/faults.py --only=preempted,numbers    some of it
+    python tests/faults.py --kills=100                 check every promise
+    python tests/faults.py --only=preempted,numbers    check some of them
 
-Prints what was measured and keeps it in faults.json, and its table in the README.md; ends with 1 where a promise was broken.
-Linux only: it looks into /proc.
+What was measured is printed and kept in ``faults.json``, and a table of it goes into ``README.md``.
+The exit code is 1 if a promise was broken. Linux only: processes are found in ``/proc``.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -24,88 +23,126 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 from curves import read_events
-from report import insert, table
+from pages import insert, table
 from timing import cpu_name, progress
 
 import bnaf
 import glow
 
+ROOT = Path(__file__).resolve().parent.parent
+Figures = dict[str, Any]  # what a check measured, as it goes into faults.json
+
+
+class Case(NamedTuple):
+    """A small training: the script, its options, and the constants of the script that differ."""
+
+    script: str
+    options: list[str]
+    constants: dict[str, float]
+
+
 SCRIPTS = {'glow': glow, 'bnaf': bnaf}
-SLOW = 0.05  # seconds that writing takes longer than it does, so that some kills fall into it
-STEPS = dict(SAVE_STEPS=5, LOG_STEPS=1)
-LIMIT = 2**13  # bytes of a file: more than a job prints, fewer than it writes
+WRITE_DELAY = 0.05  # seconds that each write takes longer, so that some kills fall into it
+CONSTANTS = dict(SAVE_SECONDS=0.03, LOG_STEPS=1)
+FILE_LIMIT = 2**13  # bytes per file: more than a job prints, fewer than it saves
+
 DIGITS = ['--dataset=digits', '--depth=1', '--width=8', '--n_epochs=3']
 TABLE = ['--dataset=table.npy', '--n_flows=2', '--hidden_dim=4', '--n_epochs=10', '--lr_patience=0']
 TOY = ['--dataset=rings', '--hidden_dim=4', '--n_epochs=5']
+PICTURES = ['--dataset=folder', '--image_size=16', '--n_levels=1', '--depth=1', '--width=8']
 CASES = {
-    'glow, digits': ('glow', [*DIGITS, '--batch_size=64'], dict(VALIDATE_STEPS=20)),
-    'bnaf, a table': ('bnaf', [*TABLE, '--batch_size=20'], {}),
-    'bnaf, a toy': ('bnaf', [*TOY, '--batch_size=50'], dict(EPOCH_STEPS=20)),
+    'glow, digits': Case('glow', [*DIGITS, '--batch_size=64'], dict(VALIDATE_STEPS=20)),
+    'bnaf, a table': Case('bnaf', [*TABLE, '--batch_size=20'], {}),
+    'bnaf, a toy': Case('bnaf', [*TOY, '--batch_size=50'], dict(EPOCH_STEPS=20)),
 }
-
-# -------------------------------------------------------------------------------------------------------- jobs
-
-
-def promise(kept, text):
-    if not kept:
-        raise AssertionError(text)
+ON_ONE_AND_TWO = tuple((case, n_processes) for case in CASES for n_processes in (1, 2))
 
 
-def code_of(script, constants=STEPS, first='', slow=0.0):
-    """-> a program: a script whose module constants are others, whose writes take longer, and that does something first"""
-    return '\n'.join(
-        [
-            'import os, sys, time, ' + script,
-            'from common import files',
-            'sync = files.fsync_path',
-            first,
-            f'files.fsync_path = lambda path: (time.sleep({slow}), sync(path))',
-            *(f'{script}.{name} = {value}' for name, value in constants.items()),
-            f'{script}.main()',
-        ]
-    )
+# --------------------------------------------------------------------------------------------- jobs
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``AssertionError`` with the message unless the condition holds."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def program(script: str, constants: dict, preamble: str = '', write_delay: float = 0.0) -> str:
+    """Return the source of a program that runs a script under other conditions.
+
+    ``constants`` replace those of the script, ``preamble`` is executed before it, and each write
+    takes ``write_delay`` seconds longer.
+    """
+    lines = [
+        f'import os, sys, time, {script}',
+        'from common import files',
+        'fsync_path = files.fsync_path',
+        preamble,
+        f'files.fsync_path = lambda path: (time.sleep({write_delay}), fsync_path(path))',
+    ]
+    lines += [f'{script}.{name} = {value}' for name, value in constants.items()]
+    return '\n'.join([*lines, f'{script}.main()'])
+
+
+def file_size_limit(n_bytes: int) -> Callable[[], None]:
+    """Return a function that keeps the process that calls it from writing larger files."""
+    import resource  # here, as Windows has none, and can still make the table from faults.json
+
+    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+def read_environment(path: Path) -> dict[str, str]:
+    """Return the variables in an ``environ`` file of ``/proc``."""
+    words = path.read_text(errors='replace').split('\0')
+    return dict(word.split('=', 1) for word in words if '=' in word)
 
 
 class Job:
-    """A command in a folder, of one process or of several under torchrun; limit: bytes that a file of it may have"""
+    """A program that runs in a folder, as one process or as several under torchrun.
 
-    def __init__(self, folder, code, words, n=1, restarts=0, limit=None):
-        self.folder, self.mark, self.begin, self.launcher = (
-            folder,
-            uuid.uuid4().hex,
-            time.perf_counter(),
-            -1 if n > 1 else 0,
-        )
+    What it prints goes to the files ``out`` and ``err`` of the folder. ``file_limit`` is the
+    largest file it can write, in bytes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        code: str,
+        words: Sequence[str],
+        n_processes: int = 1,
+        max_restarts: int = 0,
+        file_limit: int | None = None,
+    ):
+        self.folder = folder
+        self.mark = uuid.uuid4().hex  # its processes are found by this word in their environment
+        self.rank_of_launcher = -1 if n_processes > 1 else 0
+
         command = [sys.executable, '-W', 'ignore', '-c', code, *words]
-        if n > 1:
-            command = [
-                sys.executable,
-                '-m',
-                'torch.distributed.run',
-                '--standalone',
-                f'--nproc_per_node={n}',
-                f'--max-restarts={restarts}',
-                '--no-python',
-                *command,
-            ]
+        if n_processes > 1:
+            launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+            launcher += [f'--nproc_per_node={n_processes}', f'--max-restarts={max_restarts}']
+            command = [*launcher, '--no-python', *command]
         variables = {
             'OMP_NUM_THREADS': '1',
             'CUDA_VISIBLE_DEVICES': '',
             'PYTHONPATH': str(ROOT),
             'FAULTS_JOB': self.mark,
         }
-        limits = (
-            (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
-        )
+
+        self.start = time.perf_counter()
         with open(folder / 'out', 'w') as out, open(folder / 'err', 'w') as err:
             self.process = subprocess.Popen(
                 command,
@@ -113,488 +150,624 @@ class Job:
                 env={**os.environ, **variables},
                 stdout=out,
                 stderr=err,
-                preexec_fn=limits,
+                preexec_fn=file_size_limit(file_limit) if file_limit else None,
             )
 
-    def pids(self):
-        """-> {process id: rank, -1 of the launcher} of all that still run"""
+    def find_processes(self) -> dict[int, int]:
+        """Return ``{process id: rank}`` of all its running processes; torchrun's own rank is -1."""
         found = {}
         for path in Path('/proc').glob('[0-9]*/environ'):
-            with contextlib.suppress(OSError):
-                variables = dict(
-                    word.split('=', 1)
-                    for word in path.read_text(errors='replace').split('\0')
-                    if '=' in word
-                )
+            with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+                variables = read_environment(path)
                 if variables.get('FAULTS_JOB') == self.mark:
-                    found[int(path.parent.name)] = int(variables.get('RANK', self.launcher))
+                    rank = variables.get('RANK', self.rank_of_launcher)
+                    found[int(path.parent.name)] = int(rank)
         return found
 
-    def pid_of(self, rank):
-        return {rank: pid for pid, rank in self.pids().items()}.get(rank)
+    def pid_of(self, rank: int) -> int:
+        """Return the id of the process of this rank."""
+        return {rank: pid for pid, rank in self.find_processes().items()}[rank]
 
-    def runs(self):
+    def is_running(self) -> bool:
+        """Tell whether the program, or torchrun, has not ended yet."""
         return self.process.poll() is None
 
-    def wait(self, seconds=300):
-        """-> its exit code"""
-        self.await_(lambda: not self.runs(), seconds)
+    def wait(self, seconds: float = 300) -> int:
+        """Wait for the end and return the exit code."""
+        self.wait_until(lambda: not self.is_running(), seconds)
         return self.process.returncode
 
-    def await_(self, condition, seconds=300, every=0.005):
-        """-> the seconds until it was met"""
-        begin = time.perf_counter()
-        while not condition():
-            promise(
-                time.perf_counter() < begin + seconds,
-                f'waited {seconds} s in {self.folder}: {self.err()}',
-            )
-            time.sleep(every)
-        return time.perf_counter() - begin
+    def wait_until(
+        self, condition: Callable[[], bool], seconds: float = 300, interval: float = 0.005
+    ) -> float:
+        """Wait for a condition and return how many seconds it took.
 
-    def kill(self):
-        """All its processes at once, torchrun's workers included, which are not of its process group"""
-        while pids := self.pids():
+        Raises ``AssertionError`` if it takes more than ``seconds``.
+        """
+        start = time.perf_counter()
+        while not condition():
+            is_late = time.perf_counter() > start + seconds
+            require(not is_late, f'waited {seconds} s in {self.folder}: {self.errors()}')
+            time.sleep(interval)
+        return time.perf_counter() - start
+
+    def wait_for_middle(self) -> None:
+        """Wait until a checkpoint of the middle of the training is saved."""
+        self.wait_until(lambda: self.saved_step() >= 10)
+
+    def wait_for_end_of(self, pid: int) -> float:
+        """Wait until one of its processes has ended and return how many seconds it took."""
+        return self.wait_until(lambda: pid not in self.find_processes())
+
+    def kill(self) -> None:
+        """Kill all its processes, torchrun's workers too, which are in no common process group."""
+        while pids := self.find_processes():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            self.runs()  # takes leave of a dead child, which else stays in /proc
+            self.is_running()  # removes the dead child from /proc
 
-    def out(self):
+    def output(self) -> str:
+        """Return what it has written to the standard output so far."""
         return (self.folder / 'out').read_text()
 
-    def err(self):
+    def errors(self) -> str:
+        """Return what it has written to the standard error so far."""
         return (self.folder / 'err').read_text()
 
-    def folder_of_run(self):
-        """-> where its checkpoint lies, or None as yet"""
-        return next((path.parent for path in self.folder.glob('results/*/checkpoint.pt')), None)
+    def run_folder(self) -> Path | None:
+        """Return the folder with its checkpoint, or None before there is one."""
+        checkpoint = next(self.folder.glob('results/*/checkpoint.pt'), None)
+        return checkpoint.parent if checkpoint else None
 
-    def step(self):
-        """-> that of its checkpoint.pt, -1 without one"""
-        run = self.folder_of_run()
+    def saved_step(self) -> int:
+        """Return the step of ``checkpoint.pt``, or -1 before there is one."""
+        run = self.run_folder()
         return torch.load(run / 'checkpoint.pt', weights_only=True)['step'] if run else -1
 
-    def refusal(self):
-        """-> the one line of an error, which is all that it says beside its progress"""
-        promise(self.wait() == 2, f'it ended otherwise than with 2: {self.err()}')
-        promise('Traceback' not in self.err(), f'a traceback: {self.err()}')
-        lines = [line for line in re.split('[\r\n]+', self.err()) if ': error: ' in line]
-        promise(len(lines) == 1, f'not one line: {self.err()}')
+    def refusal(self) -> str:
+        """Wait for an exit with code 2 and return the one line of the error."""
+        require(self.wait() == 2, f'the exit code is not 2: {self.errors()}')
+        require('Traceback' not in self.errors(), f'a traceback: {self.errors()}')
+        lines = re.split('[\r\n]+', self.errors())
+        lines = [line for line in lines if ': error: ' in line]  # the others are progress
+        require(len(lines) == 1, f'not one line: {self.errors()}')
         return lines[0]
 
 
-def written(folder):
-    """-> temporary files under the folder"""
-    return [path for path in folder.glob('results/*/.*.*.*')]
+# ---------------------------------------------------------------------------------- what a job left
 
 
-def logged(run):
-    """-> {(tag, step): value} as tensorboard shows them: a start takes away what was there from its step on"""
+def temporary_files(folder: Path) -> list[Path]:
+    """Return the unfinished files in the run folders of a job."""
+    return list(folder.glob('results/*/.*.*.*'))
+
+
+def logged_scalars(run: Path) -> dict[tuple[str, int], float]:
+    """Return ``{(tag, step): value}`` as TensorBoard shows them.
+
+    A run that starts again removes what was logged from its first step on. Raises
+    ``AssertionError`` if a value is logged twice nevertheless.
+    """
     points = {}
     for path in sorted(run.glob('events.out.tfevents.*')):
         for event in read_events(path):
             if event.WhichOneof('what') == 'session_log':
-                points = {
-                    (tag, step): value for (tag, step), value in points.items() if step < event.step
-                }
+                points = {key: value for key, value in points.items() if key[1] < event.step}
             for value in event.summary.value:
-                promise(
-                    (value.tag, event.step) not in points,
-                    f'{value.tag} of step {event.step} is there twice',
-                )
-                points[value.tag, event.step] = value.simple_value
+                key = value.tag, event.step
+                require(key not in points, f'{value.tag} of step {event.step} is there twice')
+                points[key] = value.simple_value
     return points
 
 
-def outcome(job):
-    """-> all that a run leaves but how fast it was, from which it can be told whether it was ever killed"""
-    run = job.folder_of_run()
-    promise(not list(run.glob('.*.*.*')), f'temporary files are left in {run}')
-    return {
-        **{
-            name: torch.load(run / name, weights_only=True) for name in ('checkpoint.pt', 'best.pt')
-        },
-        'results.json': json.loads((run / 'results.json').read_text()),
-        'pictures': {path.name: path.read_bytes() for path in run.glob('*.png')},
-        'scalars': {
-            key: value for key, value in logged(run).items() if not key[0].endswith('_per_s')
-        },
+def outcome(run: Path) -> dict[str, Any]:
+    """Return all that a training left except its speed: equal for equal trainings."""
+    require(not list(run.glob('.*.*.*')), f'temporary files are left in {run}')
+    left = {
+        name: torch.load(run / name, weights_only=True) for name in ('checkpoint.pt', 'best.pt')
     }
+    left['results.json'] = json.loads((run / 'results.json').read_text())
+    left['pictures'] = {path.name: path.read_bytes() for path in run.glob('*.png')}
+    scalars = logged_scalars(run).items()
+    left['scalars'] = {key: value for key, value in scalars if not key[0].endswith('_per_s')}
+    return left
 
 
-def differences(a, b, where=''):
-    """-> where two nested values are not equal bit for bit"""
+def differences(a: Any, b: Any, where: str = '') -> list[str]:
+    """Return the places at which two nested values are not equal to the bit."""
     if type(a) is not type(b):
         return [where]
-    if isinstance(a, (dict, list, tuple)):
-        if isinstance(a, dict) and a.keys() != b.keys() or len(a) != len(b):
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
             return [f'{where}: other keys']
-        return [
-            d
-            for key in (a if isinstance(a, dict) else range(len(a)))
-            for d in differences(a[key], b[key], f'{where}/{key}')
-        ]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
-    return [] if same else [where]
+        keys = list(a)
+    elif isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return [f'{where}: other length']
+        keys = range(len(a))
+    else:
+        return [] if is_equal(a, b) else [where]
+
+    found = []
+    for key in keys:
+        found += differences(a[key], b[key], f'{where}/{key}')
+    return found
 
 
-class Bench:
-    """A folder for all jobs, and the runs that nothing happened to, each made once"""
+def is_equal(a: Any, b: Any) -> bool:
+    """Compare two tensors or plain values of one type; NaN equals NaN."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return a == b or (a != a and b != b)
 
-    def __init__(self, folder):
-        self.folder, self.whole, self.rng = folder, {}, np.random.default_rng(0)
+
+class Reference(NamedTuple):
+    """A training that nothing happened to."""
+
+    outcome: dict[str, Any]
+    seconds: float
+    folder: Path
+
+
+class Harness:
+    """The folder of all jobs, and the undisturbed trainings that they are compared with."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.references: dict[tuple[str, int], Reference] = {}
+        self.rng = np.random.default_rng(0)
         self.table = self.rng.normal(size=(200, 3)) @ [[1, 0.5, 0], [0, 1, 0.5], [0, 0, 1]]
         np.save(folder / 'table.npy', self.table)
 
-    def folder_for(self, name):
-        folder = self.folder / f'{name}_{uuid.uuid4().hex[:8]}'.replace(', ', '_').replace(' ', '_')
+    def new_folder(self, name: str) -> Path:
+        """Make a folder whose name begins with this one."""
+        words = re.split('[, ]+', name)
+        folder = self.folder / '_'.join([*words, uuid.uuid4().hex[:8]])
         folder.mkdir()
         return folder
 
-    def job(self, script, words, folder=None, n=1, constants={}, first='', slow=0.0, **how):
-        return Job(
-            folder or self.folder_for(script),
-            code_of(script, {**STEPS, **constants}, first, slow),
-            words,
-            n,
-            **how,
-        )
+    def run(
+        self,
+        script: str,
+        words: Sequence[str],
+        folder: Path | None = None,
+        n_processes: int = 1,
+        constants: dict[str, float] | None = None,
+        preamble: str = '',
+        write_delay: float = 0.0,
+        **limits: int,
+    ) -> Job:
+        """Start a script with these words; see ``program`` and ``Job`` for the other arguments."""
+        code = program(script, {**CONSTANTS, **(constants or {})}, preamble, write_delay)
+        return Job(folder or self.new_folder(script), code, words, n_processes, **limits)
 
-    def train(self, case, n=1, folder=None, words=(), slow=SLOW, **how):
-        script, options, constants = CASES[case]
-        options = [
-            option.replace('=table.npy', f'={self.folder}/table.npy') for option in options
-        ]  # the same for all
-        return self.job(
+    def train(
+        self,
+        case: str,
+        n_processes: int = 1,
+        folder: Path | None = None,
+        words: Sequence[str] = (),
+        write_delay: float = WRITE_DELAY,
+        **options: Any,
+    ) -> Job:
+        """Start the training of a case, with further words on its command line."""
+        script, case_words, constants = CASES[case]
+        table = f'--dataset={self.folder}/table.npy'  # the same file for all
+        case_words = [table if word == '--dataset=table.npy' else word for word in case_words]
+        return self.run(
             script,
-            ['--train', *options, *words],
-            folder or self.folder_for(case),
-            n,
+            ['--train', *case_words, *words],
+            folder or self.new_folder(case),
+            n_processes,
             constants,
-            slow=slow,
-            **how,
+            write_delay=write_delay,
+            **options,
         )
 
-    def reference(self, case, n=1):
-        """-> (what a run leaves that was let alone, its seconds, its folder)"""
-        if (case, n) not in self.whole:
-            job = self.train(case, n)
-            promise(job.wait() == 0, job.err())
-            self.whole[case, n] = outcome(job), time.perf_counter() - job.begin, job.folder
-        return self.whole[case, n]
+    def reference(self, case: str, n_processes: int = 1) -> Reference:
+        """Return the undisturbed training of a case, which is made once."""
+        key = case, n_processes
+        if key not in self.references:
+            job = self.train(case, n_processes)
+            require(job.wait() == 0, job.errors())
+            seconds = time.perf_counter() - job.start
+            self.references[key] = Reference(outcome(job.run_folder()), seconds, job.folder)
+        return self.references[key]
 
-    def compare(self, job, case, n=1):
-        different = differences(self.reference(case, n)[0], outcome(job))
-        promise(
-            not different,
-            f'{case}, {n} processes: differs from the run that was let alone in {", ".join(different[:5])}',
-        )
+    def require_equal(self, job: Job, case: str, n_processes: int = 1) -> None:
+        """Raise ``AssertionError`` unless a job left what the undisturbed training did."""
+        undisturbed = self.reference(case, n_processes).outcome
+        different = differences(undisturbed, outcome(job.run_folder()))
+        places = ', '.join(different[:5])
+        name = case_name(case, n_processes)
+        require(not different, f'{name}: differs from the undisturbed training in {places}')
 
 
-# ---------------------------------------------------------------------------------------------------- promises
+def case_name(case: str, n_processes: int) -> str:
+    """Return a case with its number of processes, as faults.json names it."""
+    return f'{case}, {n_processes} process' + 'es' * (n_processes > 1)
 
 
-def killed(bench, n_kills, cases=tuple((case, n) for case in CASES for n in (1, 2))):
-    """Killed at any moment and begun again by the same command, a training leaves what it would have left"""
+def range_of(seconds: Iterable[float]) -> str:
+    """Return the smallest and the largest of some times as text."""
+    seconds = list(seconds)
+    return f'{min(seconds):.2g} to {max(seconds):.2g} s'
+
+
+# -------------------------------------------------------------------------------- kills and signals
+
+
+def check_kills(
+    harness: Harness, n_kills: int = 100, cases: Sequence[tuple[str, int]] = ON_ONE_AND_TWO
+) -> Figures:
+    """A training that is killed at any moment and started again by the same command leaves what it
+    would have left undisturbed."""
     counts = Counter()
-    for k, (case, n) in enumerate(cases):
-        seconds = bench.reference(case, n)[1]
-        until = counts['kills'] + (n_kills - counts['kills']) // (len(cases) - k)
-        folder = None
-        while folder is None or counts['kills'] < until:
-            folder = bench.folder_for(case)
-            while True:
-                job = bench.train(case, n, folder, ['--resume'])
-                if counts['kills'] == until or not kill_at_random(job, bench.rng, seconds):
-                    break
-                counts.update(
-                    [
-                        'kills',
-                        f'kills of {case}, {n} processes',
-                        *found(job, SCRIPTS[CASES[case][0]]),
-                    ]
-                )
-            promise(job.wait() == 0, job.err())
-            bench.compare(job, case, n)
-            counts.update(['ended by themselves, bit for bit as if let alone'])
+    for k, (case, n_processes) in enumerate(cases):
+        n_left = (n_kills - counts['kills']) // (len(cases) - k)
+        while True:
+            states = train_despite_kills(harness, case, n_processes, n_left)
+            n_left -= len(states)
+            counts['kills'] += len(states)
+            counts[f'kills of {case_name(case, n_processes)}'] += len(states)
+            counts['trainings that ended equal to the bit'] += 1
+            for state in states:
+                counts.update(state)
+            if not n_left:
+                break
     return dict(counts)
 
 
-def kill_at_random(job, rng, seconds):
-    """At a moment of the time that a run takes or, half of the time, at some write -> whether it was still running"""
+def train_despite_kills(
+    harness: Harness, case: str, n_processes: int, max_kills: int
+) -> list[list[str]]:
+    """Repeat a training's command until it ends by itself; return what each kill left, in words."""
+    seconds = harness.reference(case, n_processes).seconds
+    folder = harness.new_folder(case)
+    states = []
+    while True:
+        job = harness.train(case, n_processes, folder, ['--resume'])
+        if len(states) == max_kills or not kill_at_random(job, harness.rng, seconds):
+            break
+        states.append(describe_kill(job, SCRIPTS[CASES[case].script]))
+    require(job.wait() == 0, job.errors())
+    harness.require_equal(job, case, n_processes)
+    return states
+
+
+def kill_at_random(job: Job, rng: np.random.Generator, seconds: float) -> bool:
+    """Kill a job at a random moment, or during a random write, and tell whether it still ran.
+
+    ``seconds`` is the time that the whole training takes.
+    """
     if rng.random() < 0.5:
-        moment = rng.uniform(0, seconds)
-        with contextlib.suppress(AssertionError):
-            job.await_(lambda: not job.runs(), moment)
+        end = time.perf_counter() + rng.uniform(0, seconds)
+        while job.is_running() and time.perf_counter() < end:
+            time.sleep(0.005)
     else:
         for _ in range(rng.integers(1, 10)):
-            job.await_(lambda: not (job.runs() and written(job.folder)), every=5e-4)
-            job.await_(lambda: not job.runs() or written(job.folder), every=5e-4)
-        time.sleep(rng.uniform(0, 2 * SLOW))
-    was_running = job.runs()
+            wait_for_write(job)
+        time.sleep(rng.uniform(0, 2 * WRITE_DELAY))
+    was_running = job.is_running()
     job.kill()
     return was_running
 
 
-def found(job, script):
-    """-> what a kill left behind, in words; every checkpoint is whole"""
-    steps = {
-        path.name: script.load_checkpoint(path)['step']
-        for path in job.folder.glob('results/*/*.pt')
+def wait_for_write(job: Job) -> None:
+    """Wait until a job begins its next write, or ends."""
+    for is_writing in (False, True):
+        job.wait_until(
+            lambda: not job.is_running() or bool(temporary_files(job.folder)) == is_writing,
+            interval=5e-4,
+        )
+
+
+def describe_kill(job: Job, script: ModuleType) -> list[str]:
+    """Say when a job was killed, by what it left. Every checkpoint must load."""
+    paths = job.folder.glob('results/*/*.pt')
+    steps = {path.name: script.load_checkpoint(path)['step'] for path in paths}
+    run = job.run_folder()
+    moments = {
+        'kills within a write': temporary_files(job.folder),
+        'kills before the first checkpoint': not steps,
+        'kills between best.pt and checkpoint.pt': (
+            steps.get('best.pt', -1) > steps.get('checkpoint.pt', math.inf)
+        ),
+        'kills after the training': run and (run / 'results.json').exists(),
     }
-    if written(job.folder):
-        yield 'within a write'
-    if not steps:
-        yield 'before the first checkpoint'
-    if steps.get('best.pt', -1) > steps.get('checkpoint.pt', math.inf):
-        yield 'between best.pt and checkpoint.pt'
-    if job.folder_of_run() and (job.folder_of_run() / 'results.json').exists():
-        yield 'after the training'
+    return [moment for moment, is_so in moments.items() if is_so]
 
 
-def in_the_middle(job):
-    job.await_(lambda: job.step() >= 2 * STEPS['SAVE_STEPS'])
+def summarize_kills(figures: Figures) -> str:
+    minutes = figures['seconds'] / 60
+    return (
+        f'{figures["kills"]} kills in {minutes:.0f} minutes, '
+        f'{figures.get("kills within a write", 0)} of them within a write; '
+        f'{figures["trainings that ended equal to the bit"]} trainings ended, all equal to the bit'
+    )
 
 
-def preempted(
-    bench,
-    cases=tuple((case, n) for case in CASES for n in (1, 2)),
-    signals=(signal.SIGTERM, signal.SIGINT),
-):
-    """A signal to one process ends all of them after the same step, with a line that says how to go on"""
+def check_preemption(
+    harness: Harness,
+    cases: Sequence[tuple[str, int]] = ON_ONE_AND_TWO,
+    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+) -> Figures:
+    """A signal to one process ends all of them after the same step, with a line that says how to
+    resume."""
     seconds = {}
-    for case, n in cases:
+    for case, n_processes in cases:
         for number in signals:
-            job = bench.train(case, n)
-            in_the_middle(job)
-            os.kill(job.pid_of(n - 1), number)
-            taken = job.await_(lambda: not job.runs())
-            promise(job.wait() == 0 and 'Traceback' not in job.err(), job.err())
-            ((step, command),) = re.findall(
-                r'stopped after step (\d+) by .*; to go on: python (.*)', job.out()
-            )
-            promise(int(step) == job.step(), f'step {step} was said and {job.step()} saved')
-            script, constants = CASES[case][0], CASES[case][2]
-            again = bench.job(script, shlex.split(command)[1:], job.folder, n, constants)
-            promise(again.wait() == 0, again.err())
-            bench.compare(again, case, n)
-            seconds[f'{case}, {n} processes, {number.name}'] = round(taken, 2)
+            job = harness.train(case, n_processes)
+            job.wait_for_middle()
+            os.kill(job.pid_of(n_processes - 1), number)
+            taken = job.wait_until(lambda job=job: not job.is_running())
+            require(job.wait() == 0 and 'Traceback' not in job.errors(), job.errors())
+            seconds[f'{case_name(case, n_processes)}, {number.name}'] = round(taken, 2)
+
+            resumed = resume_as_told(harness, job, case, n_processes)
+            require(resumed.wait() == 0, resumed.errors())
+            harness.require_equal(resumed, case, n_processes)
     return {'seconds until it had saved and ended': seconds}
 
 
-def restarted(bench, cases=tuple(CASES)):
-    """torchrun --max-restarts: where a process dies, all go on from the last checkpoint by themselves"""
-    stopped, trained = {}, {}
+def resume_as_told(harness: Harness, job: Job, case: str, n_processes: int) -> Job:
+    """Start the command that a stopped job printed."""
+    pattern = r'stopped after step (\d+) by .*; to go on: (.*) \w+\.py (.*)'
+    ((step, launcher, words),) = re.findall(pattern, job.output())
+    expected = 'python' if n_processes == 1 else f'torchrun --nproc_per_node={n_processes}'
+    require(launcher == expected, f'it was started by {expected} and says {launcher}')
+    saved_step = job.saved_step()
+    require(int(step) == saved_step, f'it says step {step} and has saved step {saved_step}')
+    script, _, constants = CASES[case]
+    return harness.run(script, shlex.split(words), job.folder, n_processes, constants)
+
+
+def summarize_preemption(figures: Figures) -> str:
+    seconds = figures['seconds until it had saved and ended']
+    return f'{len(seconds)} signals; {range_of(seconds.values())} until the end'
+
+
+def check_restarts(harness: Harness, cases: Sequence[str] = tuple(CASES)) -> Figures:
+    """Under `torchrun --max-restarts`, when a process dies, all resume from the last checkpoint by
+    themselves."""
+    seconds_to_stop, seconds_to_resume = {}, {}
     for case in cases:
-        job = bench.train(case, 2, restarts=3)
-        in_the_middle(job)
-        step, other = job.step(), job.pid_of(0)
+        job = harness.train(case, 2, max_restarts=3)
+        job.wait_for_middle()
+        step, other = job.saved_step(), job.pid_of(0)
         os.kill(job.pid_of(1), signal.SIGKILL)
-        stopped[case] = round(job.await_(lambda: other not in job.pids()), 2)
-        trained[case] = round(
-            stopped[case] + job.await_(lambda: job.step() > step + STEPS['SAVE_STEPS']), 2
-        )
-        promise(job.wait() == 0, job.err())
-        bench.compare(job, case, 2)
+
+        stopped = job.wait_for_end_of(other)
+        resumed = job.wait_until(lambda job=job, step=step: job.saved_step() > step + 5)
+        seconds_to_stop[case] = round(stopped, 2)
+        seconds_to_resume[case] = round(stopped + resumed, 2)
+        require(job.wait() == 0, job.errors())
+        harness.require_equal(job, case, 2)
     return {
-        'seconds until the others had stopped': stopped,
-        'seconds until a later step was saved': trained,
+        'seconds until the others had stopped': seconds_to_stop,
+        'seconds until a later step was saved': seconds_to_resume,
     }
 
 
-def lost(bench, cases=tuple(CASES), repeats=3):
-    """Where a process dies, the others end with a line that names them"""
+def summarize_restarts(figures: Figures) -> str:
+    seconds = figures['seconds until a later step was saved']
+    return f'{range_of(seconds.values())} until a later step was saved'
+
+
+def check_lost_process(
+    harness: Harness, cases: Sequence[str] = tuple(CASES), repeats: int = 3
+) -> Figures:
+    """When a process dies, each of the others ends with one line that says which process it is and
+    that it has lost another one."""
     seconds = []
-    for case in cases * repeats:
-        job = bench.train(case, 2)
-        in_the_middle(job)
+    for case in [*cases] * repeats:
+        job = harness.train(case, 2)
+        job.wait_for_middle()
         other = job.pid_of(0)
         os.kill(job.pid_of(1), signal.SIGKILL)
-        seconds.append(round(job.await_(lambda: other not in job.pids()), 2))
-        promise(job.wait() != 0, 'it ended as if nothing had been')
+        seconds.append(round(job.wait_for_end_of(other), 2))
+
+        require(job.wait() != 0, 'the exit code is 0')
         line = f'process 0 on {socket.gethostname()} stops, having lost another one'
-        promise(job.err().count(line) == 1, f'{case}: no line of the other process: {job.err()}')
+        n_lines = job.errors().count(line)
+        require(n_lines == 1, f'{case}: no line of the other process: {job.errors()}')
     return {'seconds until the others had stopped': sorted(seconds)}
 
 
-def lines_of(lines):
-    """-> {line without the names of folders: how often}"""
-    return dict(Counter(re.sub(r'\S*/', '', line) for line in lines))
+def summarize_lost_process(figures: Figures) -> str:
+    seconds = figures['seconds until the others had stopped']
+    return f'{len(seconds)} deaths; {range_of(seconds)} until the others had ended'
 
 
-def files_of(run):
-    return {
-        path.name: path.read_bytes()
-        for path in run.iterdir()
-        if path.name != '.lock' and 'tfevents' not in path.name
-    }
+# -------------------------------------------------------------------------------- disks and folders
 
 
-def out_of_disk(bench, cases=tuple(CASES)):
-    """Where a file cannot be written: one line, and what was there is as it was"""
-    lines = []
+def read_files(run: Path) -> dict[str, bytes]:
+    """Return the contents of a run folder except its lock and events."""
+    paths = [path for path in run.iterdir() if path.name != '.lock']
+    return {path.name: path.read_bytes() for path in paths if 'tfevents' not in path.name}
+
+
+def check_full_disk(harness: Harness, cases: Sequence[str] = tuple(CASES)) -> Figures:
+    """When a file cannot be written, the program ends with one line, and the files that were there
+    are as before."""
+    lines = Counter()
+    never = dict.fromkeys(('SAVE_SECONDS', 'VALIDATE_STEPS', 'EPOCH_STEPS'), 10**6)
     for case in cases:
-        script, words, constants = CASES[case]
-        folder = bench.folder_for(case)
-        shutil.copytree(bench.reference(case)[2] / 'results', folder / 'results')
+        script, _, constants = CASES[case]
+        folder = harness.new_folder(case)
+        shutil.copytree(harness.reference(case).folder / 'results', folder / 'results')
         run = next(folder.glob('results/*'))
-        before = files_of(run)
-        never = dict.fromkeys(
-            ('SAVE_STEPS', 'VALIDATE_STEPS', 'EPOCH_STEPS'), 10**6
-        )  # so that the events come first
-        goes_on = ['--train', f'--restore_file={run}/checkpoint.pt', '--n_epochs=1000']
-        for words, constants in ((goes_on, constants), (goes_on, never), (['--generate'], {})):
-            job = bench.job(script, words, folder, constants=constants, limit=LIMIT)
-            lines.append(job.refusal())
-            promise(' cannot be written' in lines[-1], lines[-1])
-            promise(files_of(run) == before, f'{words}: something in {run} is not what it was')
-    return {'lines': lines_of(lines)}
+        before = read_files(run)
+
+        resume = ['--train', f'--restore_file={run}/checkpoint.pt', '--n_epochs=1000']
+        attempts = [
+            (resume, constants),  # the disk is full at a checkpoint
+            (resume, never),  # at the events
+            (['--generate'], {}),  # at the samples
+        ]
+        for words, constants in attempts:
+            job = harness.run(script, words, folder, constants=constants, file_limit=FILE_LIMIT)
+            line = job.refusal()
+            require(' cannot be written' in line, line)
+            require(read_files(run) == before, f'{words}: a file in {run} has changed')
+            lines[re.sub(r'\S*/', '', line)] += 1  # without the names of folders
+    return {'lines': dict(lines)}
 
 
-def twice(bench, cases=tuple(CASES)):
-    """A second training in the folder of a running one is refused, and nothing of it gets there"""
+def summarize_full_disk(figures: Figures) -> str:
+    return f'{sum(figures["lines"].values())} writes refused'
+
+
+def check_second_training(harness: Harness, cases: Sequence[str] = tuple(CASES)) -> Figures:
+    """A second training in the folder of a running one is refused and writes nothing there."""
     for case in cases:
-        script, words, constants = CASES[case]
-        job = bench.train(case)
-        in_the_middle(job)
-        os.kill(job.pid_of(0), signal.SIGSTOP)  # lest it ends before the second one begins
-        second = bench.job(
-            script,
-            ['--train', f'--restore_file={job.folder_of_run()}/checkpoint.pt', '--n_epochs=50'],
-        )
-        promise('another process trains in' in second.refusal(), second.err())
-        os.kill(job.pid_of(0), signal.SIGCONT)
-        promise(job.wait() == 0, job.err())
-        promise(
-            len(list(job.folder_of_run().glob('events.*'))) == 1,
-            'the second one has written events',
-        )
-        bench.compare(job, case)
+        job = harness.train(case)
+        job.wait_for_middle()
+        run, first = job.run_folder(), job.pid_of(0)
+        os.kill(first, signal.SIGSTOP)  # so that it does not end before the second one begins
+        words = ['--train', f'--restore_file={run}/checkpoint.pt', '--n_epochs=50']
+        second = harness.run(CASES[case].script, words)
+        require('another process trains in' in second.refusal(), second.errors())
+
+        os.kill(first, signal.SIGCONT)
+        require(job.wait() == 0, job.errors())
+        n_events = len(list(run.glob('events.*')))
+        require(n_events == 1, 'the second training has written events')
+        harness.require_equal(job, case)
     return {'refusals': len(cases)}
 
 
-def disagreeing(bench, which=slice(None)):
-    """Processes that were started on different things stop, and say which"""
-    folder = bench.folder_for('disagree')
+def summarize_second_training(figures: Figures) -> str:
+    return f'{figures["refusals"]} refused'
+
+
+def check_disagreement(harness: Harness, which: slice = slice(None)) -> Figures:
+    """Processes that were started with different options or data stop and say what differs."""
+    folder = harness.new_folder('disagree')
     (folder / 'other').mkdir()
-    np.save(folder / 'table.npy', bench.table)
-    np.save(folder / 'other' / 'table.npy', bench.table + 1)
+    np.save(folder / 'table.npy', harness.table)
+    np.save(folder / 'other' / 'table.npy', harness.table + 1)
     for name in ('here', 'there'):
-        pictures(folder / name, 20, seed=len(name))
-    images = [
-        '--dataset=folder',
-        '--data_dir=here',
-        '--image_size=16',
-        '--n_levels=1',
-        '--depth=1',
-        '--width=8',
-    ]
-    cases = [
-        ('glow', images, "sys.argv.append('--seed=1')", ' --seed'),
-        ('glow', images, "sys.argv.append('--depth=2')", ' --depth'),
-        ('glow', images, "sys.argv.append('--data_dir=there')", 'data'),
-        ('glow', images, "sys.argv[1] = '--evaluate'", ' mode'),
+        write_pictures(folder / name, 20, seed=len(name))
+
+    pictures = [*PICTURES, '--data_dir=here']
+    cases = [  # script, options, what is different on process 1, what the line names
+        ('glow', pictures, "sys.argv.append('--seed=1')", ' --seed'),
+        ('glow', pictures, "sys.argv.append('--depth=2')", ' --depth'),
+        ('glow', pictures, "sys.argv.append('--data_dir=there')", 'data'),
+        ('glow', pictures, "sys.argv[1] = '--evaluate'", ' mode'),
         ('bnaf', TABLE, "sys.argv.append('--lr=1')", ' --lr'),
         ('bnaf', TABLE, "os.chdir('other')", 'data'),
     ]
     seconds = []
-    for script, words, first, different in cases[which]:
-        job = bench.job(
-            script, ['--train', *words], folder, 2, first=f"if os.environ['RANK'] == '1': {first}"
-        )
-        promise(job.wait() != 0, f'{first}: it trained')
-        lines = [
-            line
-            for line in job.err().splitlines()
-            if 'error: the processes start from different' in line
-        ]
-        promise(len(lines) == 1 and different in lines[0], f'{first}: {job.err()}')
-        seconds.append(round(time.perf_counter() - job.begin, 2))
+    for script, words, change, name in cases[which]:
+        preamble = f"if os.environ['RANK'] == '1': {change}"
+        job = harness.run(script, ['--train', *words], folder, 2, preamble=preamble)
+        require(job.wait() != 0, f'{change}: it trained')
+        seconds.append(round(time.perf_counter() - job.start, 2))
+
+        beginning = 'error: the processes start from different'
+        lines = [line for line in job.errors().splitlines() if beginning in line]
+        require(len(lines) == 1 and name in lines[0], f'{change}: {job.errors()}')
     return {'refusals': len(seconds), 'seconds from start to end': seconds}
 
 
-def growing(bench, n_steps=2000, warm=500, bound=0.01, cases=tuple(CASES)):
-    """Neither memory nor open files grow with the steps"""
+def summarize_disagreement(figures: Figures) -> str:
+    seconds = range_of(figures['seconds from start to end'])
+    return f'{figures["refusals"]} refused, {seconds} after the start'
+
+
+# ------------------------------------------------------------------------------- memory and numbers
+
+
+COUNT_MEMORY = """
+take_step = {script}.Training.take_step
+def count_memory(run):
+    if run.step in ({warmup}, {n_steps} - 1):
+        status = dict(line.split(':', 1) for line in open('/proc/self/status'))
+        print('memory', status['VmRSS'].split()[0], len(os.listdir('/proc/self/fd')))
+    return take_step(run)
+{script}.Training.take_step = count_memory"""
+
+
+def check_growth(
+    harness: Harness,
+    n_steps: int = 2000,
+    warmup: int = 500,
+    bound: float = 0.01,
+    cases: Sequence[str] = tuple(CASES),
+) -> Figures:
+    """Neither memory nor the number of open files grows with the number of steps."""
     figures = {}
     for case in cases:
-        script, words, constants = CASES[case]
-        first = f"""
-take_step = {script}.Training.take_step
-def counted(run):
-    if run.step in ({warm}, {n_steps} - 1):
-        resident = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS'))
-        print('counted', resident, len(os.listdir('/proc/self/fd')))
-    return take_step(run)
-{script}.Training.take_step = counted"""
-        whole = bench.reference(case)[0]['checkpoint.pt']
+        script, words, _ = CASES[case]
+        preamble = COUNT_MEMORY.format(script=script, warmup=warmup, n_steps=n_steps)
+        last_step = harness.reference(case).outcome['checkpoint.pt']['step']
         n_epochs = int(re.search(r'--n_epochs=(\d+)', ' '.join(words))[1])
-        epochs = math.ceil(n_steps * n_epochs / whole['step'])
-        job = bench.train(
-            case,
-            1,
-            words=[f'--n_epochs={epochs}', *['--early_stop=10000'] * (script == 'bnaf')],
-            first=first,
-            slow=0,
-        )
-        promise(job.wait(900) == 0, job.err())
-        (kib, files), (kib_later, files_later) = [
-            tuple(map(int, pair)) for pair in re.findall(r'counted (\d+) (\d+)', job.out())
-        ]
+        longer = [f'--n_epochs={math.ceil(n_steps * n_epochs / last_step)}']
+        if script == 'bnaf':
+            longer += ['--early_stop=10000']
+
+        job = harness.train(case, words=longer, preamble=preamble, write_delay=0)
+        require(job.wait(900) == 0, job.errors())
+        counts = re.findall(r'memory (\d+) (\d+)', job.output())
+        (early_kib, early_files), (late_kib, late_files) = np.array(counts, dtype=int).tolist()
         figures[case] = {
-            'MB': [round(kib / 1e3, 1), round(kib_later / 1e3, 1)],
-            'open files': [files, files_later],
+            'MB': [round(early_kib / 1e3, 1), round(late_kib / 1e3, 1)],
+            'open files': [early_files, late_files],
         }
-        promise(files == files_later and kib_later < (1 + bound) * kib, f'{case}: {figures[case]}')
-    return {f'at step {warm} and {n_steps}': figures}
+        is_bounded = early_files == late_files and late_kib < (1 + bound) * early_kib
+        require(is_bounded, f'{case}: {figures[case]}')
+    return {f'at step {warmup} and {n_steps}': figures}
 
 
-def pictures(folder, n, seed=0, flat=False):
+def summarize_growth(figures: Figures) -> str:
+    (steps,) = (name for name in figures if name.startswith('at step'))
+    pairs = [case['MB'] for case in figures[steps].values()]
+    return f'{steps}: ' + ', '.join(f'{early:.0f} and {late:.0f}' for early, late in pairs) + ' MB'
+
+
+def write_pictures(folder: Path, n: int, seed: int = 0, one_colour: bool = False) -> None:
+    """Write n images of noise, or of one colour that all share."""
     folder.mkdir()
     pixels = np.random.default_rng(seed).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
+    if one_colour:
+        pixels[:] = pixels[0, 0, 0]
     for i in range(n):
-        Image.fromarray(np.full_like(pixels[0], pixels[0, 0, 0]) if flat else pixels[i]).save(
-            folder / f'{i:02}.png'
-        )
+        Image.fromarray(pixels[i]).save(folder / f'{i:02}.png')
 
 
-def numbers(bench, only=()):
-    """Whatever the options and the data: a finite result, or one line; no checkpoint of anything else"""
-    folder = bench.folder_for('numbers')
+def write_odd_data(folder: Path, table: np.ndarray) -> None:
+    """Write images of one colour, few images, tables with a huge value, and tables of few rows."""
+    write_pictures(folder / 'flat', 20, one_colour=True)
+    write_pictures(folder / 'ten', 10)
+    write_pictures(folder / 'one', 1)
+
+    np.save(folder / 'table.npy', table)
+    order = np.random.default_rng(0).permutation(len(table))  # how --seed=0 splits the rows
+    for split, row in (('train', order[0]), ('test', order[-1])):
+        for value in ('1e30', '1e200'):
+            changed = table.copy()
+            changed[row, 1] = float(value)
+            np.save(folder / f'{split}_{value}.npy', changed)
+
     rng = np.random.default_rng(0)
-    for name, n, flat in (('flat', 20, True), ('ten', 10, False), ('one', 1, False)):
-        pictures(folder / name, n, flat=flat)
-    order = np.random.default_rng(0).permutation(
-        len(bench.table)
-    )  # as the splits are drawn with --seed=0
-    for name, where, value in (
-        ('train_1e30', 0, 1e30),
-        ('train_1e200', 0, 1e200),
-        ('test_1e30', -1, 1e30),
-        ('test_1e200', -1, 1e200),
-    ):
-        table = bench.table.copy()
-        table[order[where], 1] = value
-        np.save(folder / f'{name}.npy', table)
-    np.save(folder / 'table.npy', bench.table)
     for n in (3, 10, 11):
         np.save(folder / f'{n}_rows.npy', rng.normal(size=(n, 3)))
-    images = [
-        '--dataset=folder',
-        '--image_size=16',
-        '--n_levels=1',
-        '--depth=1',
-        '--width=8',
-        '--n_epochs=4',
-        '--batch_size=8',
-    ]
+
+
+def odd_trainings(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """Return ``{name: (script, options)}`` of trainings with odd options, and on odd data."""
     digits, table = [*DIGITS, '--batch_size=64'], [*TABLE, '--batch_size=20']
-    cases = {
+    pictures = [*PICTURES, '--n_epochs=4', '--batch_size=8']
+    trainings = {
         'lr x 100': ('glow', [*digits, '--lr=0.1']),
         'lr x 10,000': ('glow', [*digits, '--lr=10']),
-        'images of one colour': ('glow', [*images, '--data_dir=flat']),
-        'one image in a split': ('glow', [*images, '--data_dir=ten']),
-        'one image': ('glow', [*images, '--data_dir=one']),
+        'images of one colour': ('glow', [*pictures, '--data_dir=flat']),
+        'one image in a split': ('glow', [*pictures, '--data_dir=ten']),
+        'one image': ('glow', [*pictures, '--data_dir=one']),
         'batches of 1 image': ('glow', [*digits, '--batch_size=1', '--n_epochs=1']),
         '1 bit': ('glow', [*digits, '--n_bits=1']),
         '8 bits': ('glow', [*digits, '--n_bits=8']),
@@ -605,160 +778,144 @@ def numbers(bench, only=()):
         'a toy, lr x 100': ('bnaf', [*TOY, '--lr=10']),
         'an energy, lr x 100': ('bnaf', [*TOY[1:], '--dataset=u2', '--lr=10']),
         'batches of 1 row': ('bnaf', [*table, '--batch_size=1', '--n_epochs=2']),
-        **{
-            file.stem.replace('_', ' '): ('bnaf', [*table, f'--dataset={file.name}'])
-            for file in sorted(folder.glob('*_*.npy'))
-        },
     }
+    for file in sorted(folder.glob('*_*.npy')):
+        trainings[file.stem.replace('_', ' ')] = ('bnaf', [*table, f'--dataset={file.name}'])
+    return trainings
+
+
+def check_numbers(harness: Harness, only: Sequence[str] = ()) -> Figures:
+    """Whatever the options and the data, a training ends with a finite result or with one line, and
+    all its checkpoints are finite."""
+    folder = harness.new_folder('numbers')
+    write_odd_data(folder, harness.table)
+    trainings = odd_trainings(folder)
     ends = {}
-    for name, (script, words) in cases.items():
-        if only and name not in only:
-            continue
+    for name in only or trainings:
+        script, words = trainings[name]
         output = f'results_of_{len(ends)}'
-        job = bench.job(script, ['--train', *words, f'--output_dir={output}'], folder)
+        job = harness.run(script, ['--train', *words, f'--output_dir={output}'], folder)
         if job.wait() == 2:
             ends[name] = job.refusal().split(': error: ')[1].replace(f'{folder}/', '')
         else:
-            promise(job.wait() == 0, f'{name}: {job.err()}')
-            result = json.loads(next(folder.glob(f'{output}/*/results.json')).read_text())
-            ends[name] = next(
-                result[key]
-                for key in ('bits_per_dim', 'log_likelihood_nats', 'kl_nats')
-                if key in result
-            )
-            promise(math.isfinite(ends[name]), f'{name}: {result}')
+            require(job.wait() == 0, f'{name}: {job.errors()}')
+            ends[name] = read_score(next(folder.glob(f'{output}/*/results.json')))
+            require(math.isfinite(ends[name]), f'{name}: the result is {ends[name]}')
         for path in folder.glob(f'{output}/*/*.pt'):
-            saved = SCRIPTS[script].load_checkpoint(
-                path
-            )  # which refuses weights that are not finite
-            promise(
-                all(
-                    value.isfinite().all()
-                    for state in saved['optimizer']['state'].values()
-                    for value in state.values()
-                ),
-                f'{name}: the optimizer of {path.name} is not finite',
-            )
+            require_finite_checkpoint(SCRIPTS[script], path)
     return {'result or line': ends}
 
 
+def read_score(path: Path) -> float:
+    """Return the score in a ``results.json``, whichever it has."""
+    result = json.loads(path.read_text())
+    names = ('bits_per_dim', 'log_likelihood_nats', 'kl_nats')
+    return next(result[name] for name in names if name in result)
+
+
+def require_finite_checkpoint(script: ModuleType, path: Path) -> None:
+    """Raise ``AssertionError`` if the optimizer in a checkpoint holds a number that is not finite.
+
+    Loading it refuses weights that are not.
+    """
+    states = script.load_checkpoint(path)['optimizer']['state'].values()
+    is_finite = all(value.isfinite().all() for state in states for value in state.values())
+    require(is_finite, f'the optimizer in {path} is not finite')
+
+
+def summarize_numbers(figures: Figures) -> str:
+    ends = figures['result or line'].values()
+    n_lines = sum(isinstance(end, str) for end in ends)
+    return f'{len(ends)} cases, {n_lines} of which end in a line'
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+class Promise(NamedTuple):
+    """A promise, which is the docstring of its check, and how its figures are shown."""
+
+    check: Callable[..., Figures]
+    summarize: Callable[[Figures], str]
+
+    def text(self) -> str:
+        return ' '.join(self.check.__doc__.split())
+
+
 PROMISES = {
-    promised.__name__: promised
-    for promised in (
-        killed,
-        preempted,
-        restarted,
-        lost,
-        out_of_disk,
-        twice,
-        disagreeing,
-        growing,
-        numbers,
-    )
+    'killed': Promise(check_kills, summarize_kills),
+    'preempted': Promise(check_preemption, summarize_preemption),
+    'restarted': Promise(check_restarts, summarize_restarts),
+    'lost': Promise(check_lost_process, summarize_lost_process),
+    'out_of_disk': Promise(check_full_disk, summarize_full_disk),
+    'twice': Promise(check_second_training, summarize_second_training),
+    'disagreeing': Promise(check_disagreement, summarize_disagreement),
+    'growing': Promise(check_growth, summarize_growth),
+    'numbers': Promise(check_numbers, summarize_numbers),
 }
 
 
-# ------------------------------------------------------------------------------------------------------ report
+def markdown(results: dict[str, Figures]) -> str:
+    """Return the table of the promises that are in the results, one row each."""
+    rows = []
+    for name, promise in PROMISES.items():
+        if name not in results:
+            continue
+        figures = results[name]
+        is_kept = 'broken' not in figures
+        measured = promise.summarize(figures) if is_kept else f'**broken**: {figures["broken"]}'
+        rows.append([promise.text(), f'`--only={name}`', measured])
+    return table(('promise', '`python tests/faults.py`', 'measured'), rows)
 
 
-def seconds_text(seconds):
-    return f'{min(seconds):.2g} to {max(seconds):.2g} s'
+def measure(harness: Harness, name: str, n_kills: int) -> Figures:
+    """Check a promise and return its figures; those of a broken one say how it was broken."""
+    options = {'n_kills': n_kills} if name == 'killed' else {}
+    start = time.perf_counter()
+    try:
+        figures = PROMISES[name].check(harness, **options)
+    except AssertionError as error:
+        figures = {'broken': str(error)}
+    return {**figures, 'seconds': round(time.perf_counter() - start)}
 
 
-MEASURED = {
-    'killed': lambda f: (
-        f'{f["kills"]} kills in {f["seconds"] / 60:.0f} minutes, {f.get("within a write", 0)} of them within a '
-        f'write; {f["ended by themselves, bit for bit as if let alone"]} trainings ended, all equal to the bit'
-    ),
-    'preempted': lambda f: (
-        f'{len(f["seconds until it had saved and ended"])} signals; '
-        f'{seconds_text(f["seconds until it had saved and ended"].values())} until the end'
-    ),
-    'restarted': lambda f: (
-        f'{seconds_text(f["seconds until a later step was saved"].values())} until a later step was saved'
-    ),
-    'lost': lambda f: (
-        f'{len(f["seconds until the others had stopped"])} deaths; '
-        f'{seconds_text(f["seconds until the others had stopped"])} until the others had ended'
-    ),
-    'out_of_disk': lambda f: f'{sum(f["lines"].values())} writes refused',
-    'twice': lambda f: f'{f["refusals"]} refused',
-    'disagreeing': lambda f: (
-        f'{f["refusals"]} refused, {seconds_text(f["seconds from start to end"])} after the start'
-    ),
-    'growing': lambda f: '; '.join(
-        f'{at}: '
-        + ', '.join(' and '.join(f'{mb:.0f}' for mb in case['MB']) for case in cases.values())
-        + ' MB'
-        for at, cases in f.items()
-        if at.startswith('at step')
-    ),
-    'numbers': lambda f: (
-        f'{len(f["result or line"])} cases, {sum(isinstance(end, str) for end in f["result or line"].values())} '
-        'of which end in a line'
-    ),
-}
-
-
-def markdown(results):
-    return table(
-        ('what is promised', '`python tests/faults.py`', 'measured'),
-        [
-            [
-                results[name]['promise'],
-                f'`--only={name}`',
-                MEASURED[name](results[name])
-                if 'broken' not in results[name]
-                else f'**broken**: {results[name]["broken"]}',
-            ]
-            for name in PROMISES
-            if name in results
-        ],
-    )
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--kills', type=int, default=100, metavar='N')
-    parser.add_argument(
-        '--only', default=','.join(PROMISES), metavar='A,B', help=f'of {", ".join(PROMISES)}'
-    )
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    names = ','.join(PROMISES)
+    parser.add_argument('--kills', type=int, default=100, metavar='N', help='kills of "killed"')
+    parser.add_argument('--only', default=names, metavar='A,B', help=f'some of {names}')
     parser.add_argument(
         '--out',
-        default=ROOT / 'images',
+        default=Path(__file__).parent,
         type=Path,
         metavar='DIR',
-        help='where faults.json goes; its table goes to the README.md beside DIR, if there is one',
+        help='folder of faults.json and, where there is one, of the README.md with its table',
     )
     args = parser.parse_args(argv)
-    file = args.out / 'faults.json'
+    args.only = args.only.split(',')
+    unknown = [name for name in args.only if name not in PROMISES]
+    if unknown:
+        parser.error(f'no such promise: {", ".join(unknown)}; there are {names}')
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    file, page = args.out / 'faults.json', args.out / 'README.md'
     results = json.loads(file.read_text()) if file.exists() else {}
-    results['machine'] = (
-        f'{cpu_name()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}'
-    )
-    is_broken = False
+    n_cores = len(os.sched_getaffinity(0))
+    results['machine'] = f'{cpu_name()}, {n_cores} cores, torch {torch.__version__}'
+
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
-        for name in args.only.split(','):
-            begin = time.perf_counter()
-            try:
-                figures = PROMISES[name](
-                    bench, **({'n_kills': args.kills} if name == 'killed' else {})
-                )
-            except AssertionError as error:
-                figures, is_broken = {'broken': str(error)}, True
-            results[name] = {
-                'promise': PROMISES[name].__doc__,
-                **figures,
-                'seconds': round(time.perf_counter() - begin),
-            }
-            progress(f'{name}: {json.dumps(figures, indent=1)}')
+        harness = Harness(Path(folder))
+        for name in args.only:
+            results[name] = measure(harness, name, args.kills)
+            progress(f'{name}: {json.dumps(results[name], indent=1)}')
             file.write_text(json.dumps(results, indent=1) + '\n')
-    if (args.out.parent / 'README.md').exists():
-        insert(args.out.parent / 'README.md', 'faults.py', markdown(results))
-    sys.exit(is_broken)
+    if page.exists():
+        insert(page, 'faults.py', markdown(results))
+    sys.exit(int(any('broken' in results[name] for name in args.only)))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
-"""bnaf.py as a user types it: every mode, several processes, stopped and resumed, tables in and out, bad input."""
+"""bnaf.py as a user types it: every mode, several processes, stopping and resuming, tables as input
+and output, bad input."""
 
 import json
 import re
@@ -13,189 +14,145 @@ import pytest
 import tiny_tables
 import torch
 import torch.distributed as dist
-from test_glow_commands import command, only
+from helpers import (
+    CPU,
+    only,
+    people_table,
+    refused,
+    run_command,
+    single_process,
+    train_until,
+)
 
 import bnaf
-import glow
-from common.runs import find_run
+from common.runs import select_checkpoint
 from datasets import tabular
 
 SCRIPT = Path(bnaf.__file__)
 TINY = ['--n_flows=2', '--hidden_dim=4', '--n_epochs=2', '--batch_size=40']
-ALONE = bnaf.Process(rank=0, world_size=1, device=torch.device('cpu'))
+COLUMNS = ['height', 'weight', 'age', 'log_likelihood']  # of people_table, and what is added
 
 
-def refused(capsys, *words):
-    """Run bnaf.py here, expecting a refusal -> its one line"""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        bnaf.main([str(word) for word in words])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith('bnaf.py: error: ') and not any(
-        'Traceback' in line for line in lines
-    ), lines
-    assert len(lines) == 1 or 'step/s' in lines[0], lines
-    return lines[-1]
+def write_rows(path, n, d=4):
+    """Write a table of n related Gaussian rows of d columns."""
+    rows = tiny_tables.columns_of(np.random.default_rng(0), n, d)
+    if path.suffix == '.npy':
+        np.save(path, rows)
+    else:
+        pd.DataFrame(rows).to_csv(path, index=False)
 
 
-def gaussian_table(n=400):
-    rng = np.random.default_rng(0)
-    height = 170 + 10 * rng.normal(size=n)
-    return pd.DataFrame(
-        {
-            'height': height,
-            'weight': 70 + 0.6 * (height - 170) + 5 * rng.normal(size=n),
-            'age': 40 + 12 * rng.normal(size=n),
-        }
-    )
+def read_results(checkpoint):
+    """Return the results.json beside a checkpoint."""
+    return json.loads(checkpoint.with_name('results.json').read_text())
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """A model of a small table -> path of its best.pt; the table lies beside its run's folder"""
-    folder = tmp_path_factory.mktemp('people')
-    gaussian_table().to_csv(folder / 'people.csv', index=False)
-    bnaf.main(
-        [
-            '--train',
-            f'--dataset={folder}/people.csv',
-            f'--output_dir={folder}',
-            '--n_flows=1',
-            '--hidden_dim=8',
-            '--n_epochs=40',
-            '--batch_size=20',
-            '--ema_decay=0.95',
-        ]
-    )
-    return only(folder.glob('bnaf_people_*/best.pt'))
+# -------------------------------------------------------------------------------- modes as commands
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_default(tmp_path):
-    out, _ = command(SCRIPT, '--train', '--n_epochs=4', '--hidden_dim=20', cwd=tmp_path)
-    assert (
-        ' parameters, step 0 of at most 400\nnote: after so few steps' in out
-        and '8gaussians test: -' in out
-        and 'best.pt' in out
-    )
+    out, _ = run_command(SCRIPT, '--train', '--n_epochs=4', '--hidden_dim=20', cwd=tmp_path)
+    assert ' parameters, step 0 of at most 400\nnote: after so few steps' in out
+    assert '8gaussians test: -' in out and 'best.pt' in out
     run = only((tmp_path / 'results').iterdir())
     assert list(run.glob('events.out.tfevents.*'))
     result = json.loads((run / 'results.json').read_text())
-    out, _ = command(SCRIPT, '--evaluate', cwd=tmp_path)
+
+    out, _ = run_command(SCRIPT, '--evaluate', cwd=tmp_path)
     assert f'{result["log_likelihood_nats"]:.4f} ± ' in out and result['n_rows'] == 50_000
     assert json.loads((run / 'results.json').read_text()) == result
-    command(SCRIPT, '--generate', cwd=tmp_path)
+
+    run_command(SCRIPT, '--generate', cwd=tmp_path)
     assert len(pd.read_csv(run / 'generated_samples.csv')) == 1000
-    command(SCRIPT, '--visualize', cwd=tmp_path)
+
+    run_command(SCRIPT, '--visualize', cwd=tmp_path)
     assert (run / 'visualization.png').stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_matching_an_energy(tmp_path, capsys):
-    bnaf.main(
-        ['--train', '--dataset=u1', '--hidden_dim=20', '--n_epochs=6', f'--output_dir={tmp_path}']
-    )
+    words = ['--dataset=u1', '--hidden_dim=20', '--n_epochs=6', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', *words])
     best = only(tmp_path.glob('bnaf_u1_*/best.pt'))
     out = capsys.readouterr().out
     assert 'KL(q || p)' in out and 'effective sample size' in out
-    result = json.loads(best.with_name('results.json').read_text())
+    result = read_results(best)
     assert 0 < result['kl_nats'] < 5 and 0 < result['effective_sample_size'] <= 1
+
     bnaf.main(['--generate', f'--restore_file={best}', '--n_samples=50'])
     bnaf.main(['--visualize', f'--restore_file={best}'])
     samples = pd.read_csv(best.with_name('generated_samples.csv'))
-    model = bnaf.restore_model(bnaf.load_checkpoint(best), torch.device('cpu'))
-    p = bnaf.density(model, tabular.load_table('u1'), samples[['x1', 'x2']].to_numpy())
-    np.testing.assert_allclose(
-        np.log(p), samples['log_likelihood'], atol=1e-6
-    )  # pushed forward and pulled back
+    model = bnaf.restore_model(bnaf.load_checkpoint(best), CPU)
+    points = samples[['x1', 'x2']].to_numpy()
+    p = bnaf.density(model, tabular.load_table('u1'), points)
+    # the density of a sample is the same in both directions
+    np.testing.assert_allclose(np.log(p), samples['log_likelihood'], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
-    rows = tiny_tables.columns_of(np.random.default_rng(0), 500, 4)
-    np.save(tmp_path / 'my.npy', rows)
+    write_rows(tmp_path / 'my.npy', 500)
     where = dict(cwd=tmp_path, CUDA_VISIBLE_DEVICES='')
-    command(
-        '-m',
-        'torch.distributed.launch',
-        '--nproc_per_node=2',
-        SCRIPT,
-        '--train',
-        '--dataset=my.npy',
-        *TINY,
-        **where,
-    )
+    launcher = ['-m', 'torch.distributed.launch', '--nproc_per_node=2']
+    run_command(*launcher, SCRIPT, '--train', '--dataset=my.npy', *TINY, **where)
     run = only((tmp_path / 'results').iterdir())
     with_two = json.loads((run / 'results.json').read_text())
     assert with_two['n_rows'] == 50
-    command(SCRIPT, '--evaluate', **where)
+
+    run_command(SCRIPT, '--evaluate', **where)
     with_one = json.loads((run / 'results.json').read_text())
-    assert with_one['log_likelihood_nats'] == pytest.approx(
-        with_two['log_likelihood_nats'], rel=1e-6
-    )
+    expected = pytest.approx(with_two['log_likelihood_nats'], rel=1e-6)
+    assert with_one['log_likelihood_nats'] == expected
 
 
-def first_gradients(rank, world_size, folder):
-    """Gradients of the first step on this process's share of one joint batch"""
+def save_first_gradients(rank, world_size, folder):
+    """Save the gradients of the first step on this process's share of one joint batch."""
     torch.manual_seed(1000 + rank)  # nothing may depend on it
     if world_size > 1:
         dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=world_size)
     config = bnaf.Config(**{**bnaf.TOY, 'hidden_dim': 8})
-    run = bnaf.Training(
-        config, tabular.load_table('moons'), bnaf.Process(rank, world_size, torch.device('cpu'))
-    )
+    process = bnaf.Process(rank, world_size, CPU)
+    run = bnaf.Training(config, tabular.load_table('moons'), process)
+
     x = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
-    run.objective(x[rank * 32 // world_size : (rank + 1) * 32 // world_size]).backward()
-    torch.save(
-        {key: value.grad for key, value in run.model.named_parameters()},
-        f'{folder}/{rank}_of_{world_size}.pt',
-    )
+    share = slice(rank * 32 // world_size, (rank + 1) * 32 // world_size)
+    run.objective(x[share]).backward()
+    gradients = {key: value.grad for key, value in run.model.named_parameters()}
+    torch.save(gradients, f'{folder}/{rank}_of_{world_size}.pt')
     if world_size > 1:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    first_gradients(0, 1, tmp_path)
-    torch.multiprocessing.spawn(first_gradients, (2, tmp_path), nprocs=2)
+    save_first_gradients(0, 1, tmp_path)
+    torch.multiprocessing.spawn(save_first_gradients, (2, tmp_path), nprocs=2)
     whole = torch.load(tmp_path / '0_of_1.pt')
     for rank in (0, 1):
         for key, value in torch.load(tmp_path / f'{rank}_of_2.pt').items():
             torch.testing.assert_close(value, whole[key], rtol=1e-4, atol=1e-6)
 
 
+# ----------------------------------------------------------------------------------------- training
+
+
 @pytest.mark.parametrize('dataset', ['rings', 'my.npy'])
-def test_resuming_is_as_if_it_had_never_stopped(dataset, tmp_path, monkeypatch):
+def test_a_resumed_training_equals_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)  # bit for bit on a CPU only
     monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 10)
     monkeypatch.chdir(tmp_path)
-    np.save(
-        'my.npy', tiny_tables.columns_of(np.random.default_rng(0), 500, 4)
-    )  # 10 steps of 40 rows an epoch
-    words = [
-        '--train',
-        f'--dataset={dataset}',
-        *TINY,
-        '--n_epochs=4',
-        '--lr_patience=0',
-        '--n_epochs_warmup=0.5',
-    ]
+    write_rows(Path('my.npy'), 500)  # 10 steps of 40 rows per epoch
+    words = ['--train', f'--dataset={dataset}', *TINY, '--n_epochs=4', '--lr_patience=0']
+    words += ['--n_epochs_warmup=0.5']
     bnaf.main([*words, '--output_dir=whole'])
-    monkeypatch.setattr(bnaf, 'SAVE_STEPS', 7)
-    take_step = bnaf.Training.take_step
-
-    def dies_at_step_25(run):
-        if run.step == 25:
-            raise ZeroDivisionError
-        return take_step(run)
-
-    monkeypatch.setattr(bnaf.Training, 'take_step', dies_at_step_25)
-    with pytest.raises(ZeroDivisionError):
-        bnaf.main([*words, '--output_dir=stopped'])
-    monkeypatch.setattr(bnaf.Training, 'take_step', take_step)
+    train_until(bnaf, 21, [*words, '--output_dir=stopped'])
     stopped = only(tmp_path.glob('stopped/*/checkpoint.pt'))
-    assert bnaf.load_checkpoint(stopped)['step'] == 21  # in the middle of the third epoch
+    assert bnaf.load_checkpoint(stopped)['step'] == 21  # within the third epoch
     bnaf.main(['--train', f'--restore_file={stopped}'])
-    whole, resumed = (
-        torch.load(only(tmp_path.glob(f'{run}/*/checkpoint.pt'))) for run in ('whole', 'stopped')
-    )
+
+    whole = torch.load(only(tmp_path.glob('whole/*/checkpoint.pt')))
+    resumed = torch.load(stopped)
     assert whole['step'] == resumed['step'] == 40
     for name in ('model', 'average'):
         for key, value in whole[name].items():
@@ -206,253 +163,234 @@ def test_resuming_is_as_if_it_had_never_stopped(dataset, tmp_path, monkeypatch):
 
 
 def test_early_stopping_keeps_the_best(tmp_path):
-    """With a learning rate that only makes things worse after a while"""
-    np.save(tmp_path / 'my.npy', tiny_tables.columns_of(np.random.default_rng(0), 100, 4))
-    bnaf.main(
-        [
-            '--train',
-            f'--dataset={tmp_path}/my.npy',
-            '--n_epochs=2000',
-            '--early_stop=5',
-            '--lr=0.05',
-            '--batch_size=20',
-            '--ema_decay=0',
-            f'--output_dir={tmp_path}',
-        ]
-    )
-    last, best = (
-        bnaf.load_checkpoint(only(tmp_path.glob(f'*/{name}.pt'))) for name in ('checkpoint', 'best')
-    )
-    assert last['step'] == best['step'] + 5 * 4 < 2000 * 4 and best['step'] == last['best_step']
+    """With a learning rate that after a while only makes the model worse."""
+    write_rows(tmp_path / 'my.npy', 100)
+    words = ['--n_epochs=2000', '--early_stop=5', '--lr=0.05', '--batch_size=20', '--ema_decay=0']
+    words += [f'--dataset={tmp_path}/my.npy', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', *words])
+    last = bnaf.load_checkpoint(only(tmp_path.glob('*/checkpoint.pt')))
+    best = bnaf.load_checkpoint(only(tmp_path.glob('*/best.pt')))
+    assert best['step'] == last['best_step']
+    assert last['step'] == best['step'] + 5 * 4 < 2000 * 4
     assert best['validation_loss'] == last['best'] < last['validation_loss']
 
 
 def test_fewer_rows_on_request(tmp_path):
-    np.save(tmp_path / 'my.npy', tiny_tables.columns_of(np.random.default_rng(0), 100, 4))
+    write_rows(tmp_path / 'my.npy', 100)
     config = bnaf.Config(dataset=str(tmp_path / 'my.npy'), max_rows=30)
-    whole, fewer = (tabular.load_run_table(c, None) for c in (replace(config, max_rows=0), config))
-    assert (
-        len(whole.train) == 80
-        and (fewer.train == whole.train[:30]).all()
-        and (fewer.test == whole.test).all()
-    )
+    fewer = tabular.load_run_table(config, None)
+    whole = tabular.load_run_table(replace(config, max_rows=0), None)
+    assert len(whole.train) == 80
+    assert (fewer.train == whole.train[:30]).all()
+    assert (fewer.test == whole.test).all()
 
 
-def test_scores_are_in_the_units_of_the_data(trained, tmp_path, capsys):
-    """log p of centimetres and kilograms is that of the standardised row less the logs of the deviations"""
-    scores = tmp_path / 'scores.csv'
-    bnaf.main(['--evaluate', f'--restore_file={trained}', f'--scores={scores}'])
-    result = json.loads(trained.with_name('results.json').read_text())
-    table, scores = gaussian_table(), pd.read_csv(scores)
-    assert scores['log_likelihood'].mean() == pytest.approx(result['log_likelihood_nats'], abs=1e-5)
-    saved = bnaf.load_checkpoint(trained)
-    model = bnaf.restore_model(saved, torch.device('cpu'))
+def test_an_energy_stays_on_when_a_training_is_resumed(tmp_path):
+    options = ['--hidden_dim=4', '--n_hidden=0', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', '--dataset=u2', '--n_epochs=1', *options])
+    saved = bnaf.load_checkpoint(only(tmp_path.glob('*/checkpoint.pt')))
+    config = replace(saved['config'], n_epochs=100)
+    run = bnaf.Training(config, tabular.load_table('u2'), single_process(bnaf), saved)
+    assert run.step == 100 and run.n_steps == 10_000 and run.n_annealing == 50
+
+
+def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
+    words = ['--train', '--lr=1e6', '--n_epochs_warmup=0', '--n_epochs=1']
+    line = refused(bnaf, capsys, *words, f'--output_dir={tmp_path}')
+    assert 'diverged' in line and 'lower --lr' in line
+    saved = bnaf.load_checkpoint(only(tmp_path.rglob('*.pt')))
+    assert saved['step'] == 0  # as good as a new model
+
+
+# ------------------------------------------------------------------------------- scores and samples
+
+
+def test_scores_are_in_the_units_of_the_data(trained_bnaf, tmp_path):
+    """log p of centimetres and kilograms is that of the standardised row minus the logarithms of
+    the standard deviations."""
+    file = tmp_path / 'scores.csv'
+    bnaf.main(['--evaluate', f'--restore_file={trained_bnaf}', f'--scores={file}'])
+    mean_score = read_results(trained_bnaf)['log_likelihood_nats']
+    scores = pd.read_csv(file)
+    assert scores['log_likelihood'].mean() == pytest.approx(mean_score, abs=1e-5)
+
+    saved = bnaf.load_checkpoint(trained_bnaf)
+    model = bnaf.restore_model(saved, CPU)
     mean, std = (np.array(saved['units'][key]) for key in ('mean', 'std'))
-    rows = torch.tensor(((table.to_numpy() - mean) / std)[scores['row']], dtype=torch.float32)
+    standardised = ((people_table().to_numpy() - mean) / std)[scores['row']]
     with torch.no_grad():
-        np.testing.assert_allclose(
-            scores['log_likelihood'], model.log_prob(rows) - np.log(std).sum(), atol=1e-4
-        )
-    # and it is about right: the entropy of the Gaussian that the table was drawn from
+        log_p = model.log_prob(torch.tensor(standardised, dtype=torch.float32)).numpy()
+    expected = log_p - np.log(std).sum()
+    np.testing.assert_allclose(scores['log_likelihood'], expected, atol=1e-4)
+
+    # it is close to the entropy of the Gaussian that the table was drawn from
     entropy = 1.5 * np.log(2 * np.pi * np.e) + np.log(10 * 5 * 12)
-    assert -result['log_likelihood_nats'] == pytest.approx(entropy, abs=0.6)
+    assert -mean_score == pytest.approx(entropy, abs=0.6)
 
 
-def test_scores_of_another_table_find_its_anomaly(trained, tmp_path):
-    table = gaussian_table()
+def test_scores_of_another_table_find_its_anomaly(trained_bnaf, tmp_path):
+    table = people_table()
     table.loc[7, 'weight'] += 60
     table.to_csv(tmp_path / 'new.csv', index=False)
-    bnaf.main(
-        [
-            '--evaluate',
-            f'--restore_file={trained}',
-            f'--input={tmp_path}/new.csv',
-            f'--scores={tmp_path}/s.npy',
-        ]
-    )
+    files = [f'--input={tmp_path}/new.csv', f'--scores={tmp_path}/s.npy']
+    bnaf.main(['--evaluate', f'--restore_file={trained_bnaf}', *files])
     scores = np.load(tmp_path / 's.npy')
     assert scores.shape == (400, 2) and scores[:, 1].argmin() == 7
 
 
 @pytest.mark.parametrize('suffix', ['.csv', '.npy', '.h5'])
-def test_generate(suffix, trained, tmp_path):
+def test_generate(suffix, trained_bnaf, tmp_path):
     file = tmp_path / f'new{suffix}'
-    bnaf.main(['--generate', f'--restore_file={trained}', '--n_samples=500', f'--output={file}'])
+    words = ['--n_samples=500', f'--output={file}']
+    bnaf.main(['--generate', f'--restore_file={trained_bnaf}', *words])
     if suffix == '.csv':
         table = pd.read_csv(file)
-        assert list(table.columns) == ['height', 'weight', 'age', 'log_likelihood']
-        values = table.to_numpy()
+        columns, values = list(table.columns), table.to_numpy()
     elif suffix == '.npy':
-        values = np.load(file)
+        columns, values = COLUMNS, np.load(file)
     else:
         with h5py.File(file) as content:
-            values = content['rows'][:]
-            assert list(content['rows'].attrs['columns']) == [
-                'height',
-                'weight',
-                'age',
-                'log_likelihood',
-            ]
+            columns, values = list(content['rows'].attrs['columns']), content['rows'][:]
+    assert columns == COLUMNS
     assert values.shape == (500, 4)
     np.testing.assert_allclose(values[:, :3].mean(0), [170, 70, 40], atol=4)
 
 
-def test_temperature_and_no_file_of_the_users_is_overwritten(trained, tmp_path, capsys):
-    file = tmp_path / 'new.csv'
-    bnaf.main(
-        [
-            '--generate',
-            f'--restore_file={trained}',
-            '--n_samples=50',
-            f'--output={file}',
-            '--z_std=0',
-        ]
-    )
-    assert len(pd.read_csv(file)) == 50 and len(pd.read_csv(file).drop_duplicates()) == 1
+def test_temperature_and_no_file_of_the_users_is_overwritten(trained_bnaf, tmp_path, capsys):
+    file, restore = tmp_path / 'new.csv', f'--restore_file={trained_bnaf}'
+    words = ['--n_samples=50', f'--output={file}', '--z_std=0']
+    bnaf.main(['--generate', restore, *words])
+    table = pd.read_csv(file)
+    assert len(table) == 50 and len(table.drop_duplicates()) == 1
+
     content = file.read_bytes()
     for words in (['--generate', f'--output={file}'], ['--evaluate', f'--scores={file}']):
-        assert 'is there already' in refused(capsys, *words, f'--restore_file={trained}')
+        assert 'is there already' in refused(bnaf, capsys, *words, restore)
     assert file.read_bytes() == content
 
 
-def test_scores_of_samples_are_what_generate_says(trained, tmp_path):
-    bnaf.main(['--generate', f'--restore_file={trained}', f'--output={tmp_path}/new.csv'])
+def test_scores_of_samples_are_what_generate_says(trained_bnaf, tmp_path):
+    restore = f'--restore_file={trained_bnaf}'
+    bnaf.main(['--generate', restore, f'--output={tmp_path}/new.csv'])
     table = pd.read_csv(tmp_path / 'new.csv')
     table.iloc[:, :3].to_csv(tmp_path / 'rows.csv', index=False)
-    bnaf.main(
-        [
-            '--evaluate',
-            f'--restore_file={trained}',
-            f'--input={tmp_path}/rows.csv',
-            f'--scores={tmp_path}/s.csv',
-        ]
-    )
-    np.testing.assert_allclose(
-        pd.read_csv(tmp_path / 's.csv')['log_likelihood'], table['log_likelihood'], atol=1e-3
-    )
+    files = [f'--input={tmp_path}/rows.csv', f'--scores={tmp_path}/s.csv']
+    bnaf.main(['--evaluate', restore, *files])
+    scores = pd.read_csv(tmp_path / 's.csv')['log_likelihood']
+    np.testing.assert_allclose(scores, table['log_likelihood'], atol=1e-3)
 
 
-def test_columns_by_name_and_our_own_files_read_back(trained, tmp_path, capsys):
-    """The same rows score the same with their columns in another order, and as --generate wrote them"""
-    restore = f'--restore_file={trained}'
+def test_columns_are_matched_by_name(trained_bnaf, tmp_path, capsys):
+    """The same rows score the same with their columns in another order, and as --generate wrote
+    them."""
+    restore = f'--restore_file={trained_bnaf}'
     for suffix in ('csv', 'h5'):
-        bnaf.main(['--generate', restore, '--n_samples=30', f'--output={tmp_path}/drawn.{suffix}'])
+        output = f'--output={tmp_path}/drawn.{suffix}'
+        bnaf.main(['--generate', restore, '--n_samples=30', output])
     drawn = pd.read_csv(tmp_path / 'drawn.csv')
     drawn[['age', 'weight', 'height']].to_csv(tmp_path / 'other_order.csv', index=False)
     for name in ('drawn.csv', 'drawn.h5', 'other_order.csv'):
-        bnaf.main(
-            [
-                '--evaluate',
-                restore,
-                f'--input={tmp_path}/{name}',
-                f'--scores={tmp_path}/{name}.scores.csv',
-            ]
-        )
-        scores = pd.read_csv(tmp_path / f'{name}.scores.csv')['log_likelihood']
+        file = tmp_path / f'{name}.scores.csv'
+        bnaf.main(['--evaluate', restore, f'--input={tmp_path}/{name}', f'--scores={file}'])
+        scores = pd.read_csv(file)['log_likelihood']
         np.testing.assert_allclose(scores, drawn['log_likelihood'], atol=2e-3)
-    drawn[['age', 'weight']].assign(length=170.0).to_csv(tmp_path / 'foreign.csv', index=False)
-    line = refused(capsys, '--evaluate', restore, f'--input={tmp_path}/foreign.csv')
-    assert (
-        'has columns age, weight, length, and the model was trained on height, weight, age' in line
-    )
+
+    other = drawn[['age', 'weight']].assign(length=170.0)
+    other.to_csv(tmp_path / 'other.csv', index=False)
+    line = refused(bnaf, capsys, '--evaluate', restore, f'--input={tmp_path}/other.csv')
+    assert 'has columns age, weight, length, and the model was trained on' in line
+    assert 'height, weight, age' in line
+
     drawn.assign(age=1e60).to_csv(tmp_path / 'large.csv', index=False)
-    assert '1e+60' in refused(capsys, '--evaluate', restore, f'--input={tmp_path}/large.csv')
+    line = refused(bnaf, capsys, '--evaluate', restore, f'--input={tmp_path}/large.csv')
+    assert '1e+60' in line
 
 
-def test_one_sample(trained, tmp_path):
+def test_one_sample(trained_bnaf, tmp_path):
+    restore = f'--restore_file={trained_bnaf}'
     for seed in range(20):  # among them draws that the flow does not reach
-        bnaf.main(
-            [
-                '--generate',
-                f'--restore_file={trained}',
-                '--n_samples=1',
-                f'--seed={seed}',
-                f'--output={tmp_path}/{seed}.csv',
-            ]
-        )
-        assert pd.read_csv(tmp_path / f'{seed}.csv').shape == (1, 4)
+        file = tmp_path / f'{seed}.csv'
+        bnaf.main(['--generate', restore, '--n_samples=1', f'--seed={seed}', f'--output={file}'])
+        assert pd.read_csv(file).shape == (1, 4)
 
 
-def test_another_seed_does_not_split_anew_and_names_with_spaces(trained, tmp_path, monkeypatch):
+# ----------------------------------------------------------------------------------- other commands
+
+
+def test_columns_whose_names_have_spaces(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bnaf.main(['--evaluate', f'--restore_file={trained}', '--seed=5'])
-    gaussian_table().rename(columns={'height': 'body height'}).to_csv('spaced.csv', index=False)
+    people_table().rename(columns={'height': 'body height'}).to_csv('spaced.csv', index=False)
     bnaf.main(['--train', '--dataset=spaced.csv', *TINY])
-    (tmp_path / 'elsewhere').mkdir()
     best = only((tmp_path / 'results').glob('*/best.pt'))
+    (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
     bnaf.main(['--visualize', f'--restore_file={best}', '--vis_dims', 'body height,age'])
     assert best.with_name('visualization.png').exists()
 
 
-def test_an_energy_stays_on_when_training_goes_on(tmp_path):
-    options = ['--hidden_dim=4', '--n_hidden=0', f'--output_dir={tmp_path}']
-    bnaf.main(['--train', '--dataset=u2', '--n_epochs=1', *options])
-    saved = bnaf.load_checkpoint(only(tmp_path.glob('*/checkpoint.pt')))
-    config = replace(saved['config'], n_epochs=100)
-    run = bnaf.Training(config, tabular.load_table('u2'), ALONE, saved)
-    assert run.step == 100 and run.n_steps == 10_000 and run.n_annealing == 50
-
-
-def test_visualize_a_table(trained):
+def test_visualize_a_table(trained_bnaf):
+    picture = trained_bnaf.with_name('visualization.png')
     for options in ([], ['--vis_dims=0,age'], ['--vis_dims', 'weight', '0']):
-        bnaf.main(['--visualize', f'--restore_file={trained}', *options])
-        assert trained.with_name('visualization.png').stat().st_size > 10_000
+        bnaf.main(['--visualize', f'--restore_file={trained_bnaf}', *options])
+        assert picture.stat().st_size > 10_000
+        picture.unlink()
 
 
-def test_a_model_can_be_used_without_its_table(trained, tmp_path, capsys):
-    table = trained.parent.parent / 'people.csv'
+def test_a_model_can_be_used_without_its_table(trained_bnaf, tmp_path, capsys):
+    restore = f'--restore_file={trained_bnaf}'
+    table = trained_bnaf.parent.parent / 'people.csv'
     content = table.read_text()
     try:
         table.unlink()
-        bnaf.main(['--generate', f'--restore_file={trained}', f'--output={tmp_path}/a.csv'])
-        assert 'no such table' in refused(capsys, '--evaluate', f'--restore_file={trained}')
-        gaussian_table(300).to_csv(table, index=False)
-        assert 'not what it was' in refused(capsys, '--evaluate', f'--restore_file={trained}')
+        bnaf.main(['--generate', restore, f'--output={tmp_path}/a.csv'])
+        assert 'no such table' in refused(bnaf, capsys, '--evaluate', restore)
+        people_table(300).to_csv(table, index=False)
+        assert 'not what it was' in refused(bnaf, capsys, '--evaluate', restore)
     finally:
         table.write_text(content)
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme(tmp_path, monkeypatch):
-    """As written, on small data under the names used there; training is made small by options added at the end"""
+    """As written, on small data of the names there. Options at its end make a training small."""
     readme = SCRIPT.with_name('README.md').read_text()
-    commands = re.findall(r'(?:python|torchrun)[^`\n|]*?bnaf\.py( --[^h][^`\n|#]*)', readme)
-    assert {
-        word
-        for line in commands
-        for word in ('train', 'evaluate', 'generate', 'visualize')
-        if word in line
-    } == {'train', 'evaluate', 'generate', 'visualize'}
+    pattern = r'(?:python|torchrun)[^`\n|]*?bnaf\.py( --[^h][^`\n|#]*)'  # all except --help
+    commands = list(dict.fromkeys(re.findall(pattern, readme)))
+    for mode in ('train', 'evaluate', 'generate', 'visualize'):
+        assert any(mode in command for command in commands), mode
+
     monkeypatch.chdir(tmp_path)
-    gaussian_table().to_csv('my.csv', index=False)
-    gaussian_table(30).to_csv('new.csv', index=False)
-    pd.DataFrame(tiny_tables.columns_of(np.random.default_rng(0), 200, 5)).to_csv(
-        'breast_cancer.csv', index=False
-    )
-    for name in ('val.npy', 'test.npy'):
-        np.save(name, tiny_tables.columns_of(np.random.default_rng(0), 200, 4))
-    for name in tabular.TABLES:
-        monkeypatch.setitem(tabular.TABLES, name, ((162, 18, 20), *tabular.TABLES[name][1:]))
-    tiny_tables.write_power(tmp_path / 'data')
-    tiny_tables.write_miniboone(tmp_path / 'data')
-    for folder in ('data', 'DATA'):
-        tiny_tables.write_bsds300_images(tmp_path / folder)
+    write_readme_data(tmp_path)
+    for name, (_, *others) in tabular.TABLES.items():
+        monkeypatch.setitem(tabular.TABLES, name, ((162, 18, 20), *others))
     newest = None
-    for line in dict.fromkeys(commands):
-        words = shlex.split(line)
-        if '--restore_file' in line:
-            words = [re.sub('results/RUN/', f'{newest.parent}/', word) for word in words]
-        if '--train' in words and '--restore_file' not in line:
+    for command in commands:
+        words = shlex.split(command)
+        if '--restore_file' in command:
+            words = [word.replace('results/RUN/', f'{newest.parent}/') for word in words]
+        elif '--train' in words:
             words += ['--n_flows=1', '--hidden_dim=4', '--n_epochs=2']
-        if '--input' in line or '--scores' in line:
-            bnaf.main(
-                ['--train', '--dataset=my.csv', '--n_epochs=5', '--n_flows=1', '--hidden_dim=4']
-            )
+        if '--input' in command or '--scores' in command:
+            small = ['--n_epochs=5', '--n_flows=1', '--hidden_dim=4']
+            bnaf.main(['--train', '--dataset=my.csv', *small])
         bnaf.main(words)
-        newest = find_run('bnaf', bnaf.Request(), False, Path)
+        newest = select_checkpoint('bnaf', bnaf.Request(), 'evaluate')
 
 
-# ------------------------------------------------------------------------------------------------- bad input
+def write_readme_data(folder):
+    """Write small tables under the names that the README's commands use."""
+    people_table().to_csv(folder / 'my.csv', index=False)
+    people_table(30).to_csv(folder / 'new.csv', index=False)
+    write_rows(folder / 'breast_cancer.csv', 200, d=5)
+    for name in ('val.npy', 'test.npy'):
+        write_rows(folder / name, 200)
+    tiny_tables.write_power(folder / 'data')
+    tiny_tables.write_miniboone(folder / 'data')
+    for data_dir in ('data', 'DATA'):
+        tiny_tables.write_bsds300_images(folder / data_dir)
+
+
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -460,7 +398,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
     [
         ([], 'one of the arguments --train --evaluate --generate --visualize --check is required'),
         (['--train', '--dataset=u7'], 'unknown data set'),
-        (['--train', '--input=new.csv'], '--input goes with --evaluate'),
+        (['--train', '--input=new.csv'], '--input'),
         (['--train', '--dataset=power'], 'power/data.npy'),
         (['--train', '--dataset=gas'], 'zenodo.org/records/1161203'),
         (['--train', '--dataset=hepmass'], '1000_train.csv'),
@@ -475,8 +413,8 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
 )
 def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert part in refused(capsys, *words)
-    assert not list(tmp_path.rglob('*.p*'))
+    assert part in refused(bnaf, capsys, *words)
+    assert not list(tmp_path.rglob('*.p*'))  # neither checkpoint nor picture
 
 
 @pytest.mark.parametrize(
@@ -484,57 +422,31 @@ def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
     [
         (['--evaluate', '--hidden_dim=7'], '--hidden_dim=7 contradicts'),
         (['--evaluate', '--dataset=u1'], 'contradicts'),
+        (['--evaluate', '--seed=5'], 'contradicts'),  # it would split the rows anew
         (['--visualize', '--vis_dims=3'], 'out of range: there are 0 to 2'),
         (['--visualize', '--vis_dims=wait'], 'the nearest are weight'),
     ],
 )
-def test_bad_commands_for_a_checkpoint(words, part, trained, capsys):
-    before = {path: path.stat().st_mtime_ns for path in trained.parent.iterdir()}
-    assert part in refused(capsys, *words, f'--restore_file={trained}')
-    assert before == {path: path.stat().st_mtime_ns for path in trained.parent.iterdir()}
+def test_bad_commands_for_a_checkpoint(words, part, trained_bnaf, capsys):
+    folder = trained_bnaf.parent
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert part in refused(bnaf, capsys, *words, f'--restore_file={trained_bnaf}')
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_tables_that_do_not_fit_the_model(trained, tmp_path, capsys):
-    gaussian_table().iloc[:, :2].to_csv(tmp_path / 'two.csv', index=False)
-    line = refused(capsys, '--evaluate', f'--restore_file={trained}', f'--input={tmp_path}/two.csv')
+def test_tables_that_do_not_fit_the_model(trained_bnaf, tmp_path, capsys):
+    evaluate = ['--evaluate', f'--restore_file={trained_bnaf}']
+    people_table().iloc[:, :2].to_csv(tmp_path / 'two.csv', index=False)
+    line = refused(bnaf, capsys, *evaluate, f'--input={tmp_path}/two.csv')
     assert 'has 2 columns, and the model was trained on 3: height, weight, age' in line
-    table = gaussian_table()
+
+    table = people_table()
     table.loc[4, 'age'] = np.nan
     table.to_csv(tmp_path / 'hole.csv', index=False)
-    line = refused(
-        capsys, '--evaluate', f'--restore_file={trained}', f'--input={tmp_path}/hole.csv'
-    )
+    line = refused(bnaf, capsys, *evaluate, f'--input={tmp_path}/hole.csv')
     assert '1 missing or infinite values, the first in column age, row 4' in line
 
 
-def test_a_checkpoint_of_glow_is_refused(tmp_path, capsys):
-    glow.main(
-        [
-            '--train',
-            '--dataset=digits',
-            '--depth=1',
-            '--width=8',
-            '--n_epochs=1',
-            f'--output_dir={tmp_path}',
-            f'--data_dir={tmp_path}',
-        ]
-    )
-    best = only(tmp_path.glob('*/best.pt'))
-    assert 'is not a checkpoint of bnaf.py' in refused(
-        capsys, '--generate', f'--restore_file={best}'
-    )
-
-
-def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
-    line = refused(
-        capsys,
-        '--train',
-        '--lr=1e6',
-        '--n_epochs_warmup=0',
-        '--n_epochs=1',
-        f'--output_dir={tmp_path}',
-    )
-    assert 'diverged' in line and 'lower --lr' in line
-    assert (
-        bnaf.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
-    )  # what cannot be told from a new model
+def test_a_checkpoint_of_glow_is_refused(trained_glow, capsys):
+    line = refused(bnaf, capsys, '--generate', f'--restore_file={trained_glow}')
+    assert 'is not a checkpoint of bnaf.py' in line

@@ -54,6 +54,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', OPTIMIZERS)
 @pytest.mark.parametrize('script', SCRIPTS.values(), ids=SCRIPTS)
 def test_other_optimizers_train_save_and_resume(script, name, tmp_path, monkeypatch):
@@ -63,6 +64,10 @@ def test_other_optimizers_train_save_and_resume(script, name, tmp_path, monkeypa
     last = run / 'checkpoint.pt'
     script.main(['--train', f'--restore_file={last}', '--n_epochs=2'])
     assert script.load_checkpoint(last)['step'] == 2 * step
+
+
+def test_another_optimizer_trains_saves_and_resumes(tmp_path, monkeypatch):
+    test_other_optimizers_train_save_and_resume(glow, 'momentum', tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_with_the_reason(tmp_path, monkeypatch):
@@ -241,6 +246,20 @@ def test_options_that_a_mode_ignores_are_refused(script, words, part, capsys):
 def test_options_of_the_checkpoint_that_a_mode_ignores_are_refused(trained_bnaf, capsys):
     line = refused(bnaf, capsys, '--evaluate', f'--restore_file={trained_bnaf}', '--seed=5')
     assert '--seed=5 contradicts the checkpoint' in line
+
+
+def test_another_seed_of_samples_does_not_split_the_table_anew(trained_bnaf, monkeypatch):
+    splits = []
+
+    def watched(*args):
+        splits.append(args)
+
+    monkeypatch.setattr(bnaf, 'visualize', watched)
+    for words in ([], ['--seed=5']):
+        bnaf.main(['--visualize', f'--restore_file={trained_bnaf}', *words])
+    (_, data, _, config, *_), (_, other_data, _, other_config, *_) = splits
+    assert config.seed == 0 and other_config.seed == 5
+    assert np.array_equal(data.test, other_data.test)
 
 
 @pytest.mark.parametrize('script', SCRIPTS.values(), ids=SCRIPTS)

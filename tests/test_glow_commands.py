@@ -1,5 +1,6 @@
-"""The commands: as a user types them, in several processes, stopped and resumed, and with bad input."""
+"""glow.py as a user types it: every mode, several processes, stopping and resuming, bad input."""
 
+import copy
 import json
 import math
 import os
@@ -7,8 +8,6 @@ import pickle
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import CPU, only, refused, run_command, single_process, train_until
 from PIL import Image
 from tiny_data import (
     attribute_rows,
@@ -33,205 +33,143 @@ from datasets import load_images
 
 SCRIPT = Path(glow.__file__)
 TINY = ['--depth=1', '--width=8', '--n_epochs=1', '--batch_size=128']
-ALONE = glow.Process(rank=0, world_size=1, device=torch.device('cpu'))
+CELL = (
+    136  # pixels of an image in a grid: 8 x 8 enlarged 16 times, or 16 x 16 8 times, and 8 between
+)
 
 
-def command(*words, cwd, code=0, **variables):
-    """Run a command of its own process, as a user would -> its output and its errors"""
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', **variables}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+def training_words(folder, *words):
+    """Return the words that train a tiny model of the digits into a folder."""
+    places = [f'--output_dir={folder}', f'--data_dir={folder}']
+    return ['--train', '--dataset=digits', *TINY, *places, *words]
 
 
-def refused(capsys, *words):
-    """Run glow.py here, expecting a refusal -> its one line"""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        glow.main([str(word) for word in words])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith('glow.py: error: ') and not any(
-        'Traceback' in line for line in lines
-    ), lines
-    assert len(lines) == 1 or 'step/s' in lines[0], lines  # nothing beside it but a progress bar
-    return lines[-1]
+def digits_config(**options):
+    """Return the options of the digits data set with others in their place."""
+    return glow.Config(**{**glow.DEFAULTS['digits'], 'dataset': 'digits', **options})
 
 
-def only(paths):
-    (path,) = paths
-    return path
+# -------------------------------------------------------------------------------- modes as commands
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """Folder with a tiny trained model of scikit-learn's digits -> path of its best.pt"""
-    folder = tmp_path_factory.mktemp('digits')
-    glow.main(
-        ['--train', '--dataset=digits', f'--output_dir={folder}', f'--data_dir={folder}', *TINY]
-    )
-    return only(folder.glob('glow_digits_*/best.pt'))
-
-
+@pytest.mark.slow
 def test_the_four_lines(tmp_path):
-    """On drawn faces in an empty folder, model and data made small"""
-    out, _ = command(
-        '-m',
-        'torch.distributed.launch',
-        SCRIPT,
-        '--train',
-        '--image_size=16',
-        '--n_levels=1',
-        *TINY,
-        '--batch_size=256',
-        cwd=tmp_path,
-    )
-    assert (
-        ' parameters, step 0 of at most 39\nnote: after so few steps' in out
-        and 'faces test: ' in out
-        and 'best.pt' in out
-    )
+    """On drawn faces in an empty folder, with a small model and small images."""
+    small = ['--image_size=16', '--n_levels=1', *TINY, '--batch_size=256']
+    launcher = ['-m', 'torch.distributed.launch']
+    out, _ = run_command(*launcher, SCRIPT, '--train', *small, cwd=tmp_path)
+    assert ' parameters, step 0 of at most 39\nnote: after so few steps' in out
+    assert 'faces test: ' in out and 'best.pt' in out
     run = only((tmp_path / 'results').iterdir())
-    assert {'checkpoint.pt', 'best.pt', 'results.json'} <= {path.name for path in run.iterdir()}
+    names = {path.name for path in run.iterdir()}
+    assert {'checkpoint.pt', 'best.pt', 'results.json'} <= names
     assert list(run.glob('events.out.tfevents.*')) and list(run.glob('samples_at_step_*.png'))
-    trained_result = json.loads((run / 'results.json').read_text())
+    result = json.loads((run / 'results.json').read_text())
 
-    out, _ = command(SCRIPT, '--evaluate', cwd=tmp_path)
+    out, _ = run_command(SCRIPT, '--evaluate', cwd=tmp_path)
     assert 'restored results/' in out and 'step 39' in out
-    assert json.loads((run / 'results.json').read_text()) == trained_result
-    assert f'{trained_result["bits_per_dim"]:.4f}' in out and trained_result['n_images'] == 1000
+    assert json.loads((run / 'results.json').read_text()) == result
+    assert f'{result["bits_per_dim"]:.4f}' in out and result['n_images'] == 1000
 
-    command(SCRIPT, '--generate', '--z_std=0.7', cwd=tmp_path)
+    run_command(SCRIPT, '--generate', '--z_std=0.7', cwd=tmp_path)
     picture = Image.open(run / 'generated_samples_at_z_std_0.7.png')
-    assert picture.size == (
-        8 + 8 * 136,
-        8 + 4 * 136,
-    )  # 32 samples, 8 a row, 16 pixels enlarged 8 times
+    assert picture.size == (8 + 8 * CELL, 8 + 4 * CELL)  # 32 samples, 8 per row
 
-    command(SCRIPT, '--visualize', '--vis_attrs=8,20', cwd=tmp_path)
+    run_command(SCRIPT, '--visualize', '--vis_attrs=8,20', cwd=tmp_path)
     assert (run / 'manipulated_sample_attr_8,20.png').exists()
 
 
-@pytest.mark.parametrize(
-    'launcher',
-    [
-        ('-m', 'torch.distributed.launch', '--nproc_per_node=2'),
-        ('-m', 'torch.distributed.run', '--nproc_per_node=2'),
-    ],
-)
-def test_two_processes(launcher, tmp_path, trained):
+@pytest.mark.slow
+@pytest.mark.parametrize('module', ['torch.distributed.launch', 'torch.distributed.run'])
+def test_two_processes(module, tmp_path):
     where = dict(cwd=tmp_path, CUDA_VISIBLE_DEVICES='')  # two processes need two GPUs or none
-    command(
-        *launcher,
-        SCRIPT,
-        '--train',
-        '--distributed',
-        '--dataset=digits',
-        *TINY,
-        '--batch_size=64',
-        **where,
-    )
+    words = ['--train', '--distributed', '--dataset=digits', *TINY, '--batch_size=64']
+    run_command('-m', module, '--nproc_per_node=2', SCRIPT, *words, **where)
     run = only((tmp_path / 'results').iterdir())
     assert glow.load_checkpoint(run / 'best.pt')['step'] == 1439 // 128
     with_two = json.loads((run / 'results.json').read_text())
-    command(SCRIPT, '--evaluate', '--batch_size=7', **where)
+
+    run_command(SCRIPT, '--evaluate', '--batch_size=7', **where)
     with_one = json.loads((run / 'results.json').read_text())
-    assert with_one == {
-        **with_two,
-        **{
-            key: pytest.approx(with_two[key], rel=1e-6)
-            for key in ('bits_per_dim', 'two_standard_errors')
-        },
-    }
+    expected = dict(with_two)
+    for key in ('bits_per_dim', 'two_standard_errors'):
+        expected[key] = pytest.approx(with_two[key], rel=1e-6)
+    assert with_one == expected
 
 
-def test_old_spelling_of_local_rank(trained, tmp_path):
+def test_old_spelling_of_local_rank(trained_glow):
     for word in ('--local_rank=0', '--local-rank=0', '--local_rank 0'):
-        glow.main([*word.split(), '--evaluate', f'--restore_file={trained}'])
+        glow.main([*word.split(), '--evaluate', f'--restore_file={trained_glow}'])
 
 
-def first_gradients(rank, world_size, folder):
-    """Gradients of the first step on this process's share of one joint batch, and the weights it started from"""
+def save_first_gradients(rank, world_size, folder):
+    """Save the initial weights and the gradients of the first step on this process's share of one
+    joint batch."""
     torch.manual_seed(1000 + rank)  # nothing may depend on it
     if world_size > 1:
         dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=world_size)
     data = load_images('digits')
-    config = glow.Config(**{**glow.DEFAULTS['digits'], 'dataset': 'digits', 'depth': 2, 'width': 8})
-    run = glow.Training(config, data, glow.Process(rank, world_size, torch.device('cpu')))
-    start = {key: value.clone() for key, value in run.model.state_dict().items()}
+    config = digits_config(depth=2, width=8)
+    run = glow.Training(config, data, glow.Process(rank, world_size, CPU))
+    weights = copy.deepcopy(run.model.state_dict())
+
     share = slice(rank * 32 // world_size, (rank + 1) * 32 // world_size)
+    x = torch.from_numpy(data.train.images[:32])
     u = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    run.objective(torch.from_numpy(data.train.images[:32])[share], u[share]).backward()
+    run.objective(x[share], u[share]).backward()
     gradients = {key: value.grad for key, value in run.model.named_parameters()}
-    torch.save((start, gradients), f'{folder}/{rank}_of_{world_size}.pt')
+    torch.save((weights, gradients), f'{folder}/{rank}_of_{world_size}.pt')
     if world_size > 1:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    first_gradients(0, 1, tmp_path)
-    torch.multiprocessing.spawn(first_gradients, (2, tmp_path), nprocs=2)
-    start, gradients = torch.load(tmp_path / '0_of_1.pt')
+    save_first_gradients(0, 1, tmp_path)
+    torch.multiprocessing.spawn(save_first_gradients, (2, tmp_path), nprocs=2)
+    weights, gradients = torch.load(tmp_path / '0_of_1.pt')
     for rank in (0, 1):
-        start_here, gradients_here = torch.load(tmp_path / f'{rank}_of_2.pt')
-        for key, value in start.items():
-            assert torch.equal(value, start_here[key]), key
+        weights_here, gradients_here = torch.load(tmp_path / f'{rank}_of_2.pt')
+        for key, value in weights.items():
+            assert torch.equal(value, weights_here[key]), key
         for key, value in gradients.items():
             torch.testing.assert_close(gradients_here[key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_resuming_is_as_if_it_had_never_stopped(tmp_path, monkeypatch):
+# ---------------------------------------------------------------------------- stopping and resuming
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)  # bit for bit on a CPU only
-    words = [
-        '--train',
-        '--dataset=digits',
-        '--n_epochs=4',
-        *TINY[:2],
-        '--batch_size=128',
-        f'--data_dir={tmp_path}',
-    ]
-    glow.main([*words, f'--output_dir={tmp_path}/whole'])
-    monkeypatch.setattr(glow, 'SAVE_STEPS', 7)
-    take_step = glow.Training.take_step
-
-    def dies_at_step_18(run):
-        if run.step == 18:
-            raise ZeroDivisionError
-        return take_step(run)
-
-    monkeypatch.setattr(glow.Training, 'take_step', dies_at_step_18)
-    with pytest.raises(ZeroDivisionError):
-        glow.main([*words, f'--output_dir={tmp_path}/stopped'])
-    monkeypatch.setattr(glow.Training, 'take_step', take_step)
+    glow.main(training_words(tmp_path / 'whole', '--n_epochs=2'))
+    train_until(glow, 14, training_words(tmp_path / 'stopped', '--n_epochs=2'))
     stopped = only(tmp_path.glob('stopped/*/checkpoint.pt'))
-    assert (
-        glow.load_checkpoint(stopped)['step'] == 14
-    )  # in the middle of the second epoch of 11 steps
+    assert glow.load_checkpoint(stopped)['step'] == 14  # within the second epoch of 11 steps
     glow.main(['--train', f'--restore_file={stopped}'])
-    whole, resumed = (
-        torch.load(only(tmp_path.glob(f'{run}/*/checkpoint.pt'))) for run in ('whole', 'stopped')
-    )
-    assert whole['step'] == resumed['step'] == 44
+
+    whole = torch.load(only(tmp_path.glob('whole/*/checkpoint.pt')))
+    resumed = torch.load(stopped)
+    assert whole['step'] == resumed['step'] == 22
     for name in ('model', 'average'):
         for key, value in whole[name].items():
             assert torch.equal(value, resumed[name][key]), key
+    resumed_state = resumed['optimizer']['state']
     for i, state in whole['optimizer']['state'].items():
         for key, value in state.items():
-            assert torch.equal(value, resumed['optimizer']['state'][i][key]), (i, key)
-    assert (
-        whole['validation_loss'] == resumed['validation_loss'] and whole['best'] == resumed['best']
-    )
+            assert torch.equal(value, resumed_state[i][key]), (i, key)
+    assert whole['validation_loss'] == resumed['validation_loss']
+    assert whole['best'] == resumed['best']
 
 
-def test_a_later_state_is_not_overwritten(trained, tmp_path, capsys):
-    """best.pt goes on only in a folder of its own, or where it is the last state, and leaves a best.pt there"""
-    saved = torch.load(trained)
+def test_a_later_state_is_not_overwritten(trained_glow, tmp_path, capsys):
+    """Training resumes from best.pt only in a folder of its own, or where it is the last state, and
+    a best.pt is left there."""
+    saved = torch.load(trained_glow)
     torch.save({**saved, 'step': saved['step'] + 7}, tmp_path / 'checkpoint.pt')
     torch.save({**saved, 'best': 0.0}, tmp_path / 'best.pt')
-    line = refused(capsys, '--train', f'--restore_file={tmp_path}/best.pt', '--n_epochs=2')
-    assert f'{tmp_path}/checkpoint.pt is at a later step' in line
+    words = ['--train', f'--restore_file={tmp_path}/best.pt', '--n_epochs=2']
+    assert f'{tmp_path}/checkpoint.pt is at a later step' in refused(glow, capsys, *words)
+
     (tmp_path / 'own').mkdir()
     (tmp_path / 'best.pt').rename(tmp_path / 'own' / 'start.pt')
     glow.main(['--train', f'--restore_file={tmp_path}/own/start.pt', '--n_epochs=2'])
@@ -240,76 +178,78 @@ def test_a_later_state_is_not_overwritten(trained, tmp_path, capsys):
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     folders = [make_new_folder(tmp_path / 'results' / 'run') for _ in range(3)]
-    assert [folder.name for folder in folders] == ['run', 'run-2', 'run-3'] and all(
-        folder.is_dir() for folder in folders
-    )
+    assert [folder.name for folder in folders] == ['run', 'run-2', 'run-3']
+    assert all(folder.is_dir() for folder in folders)
 
 
-def test_an_error_of_one_process_is_said_by_it_and_a_common_one_once(monkeypatch, capsys):
+def test_a_signal_at_the_last_validation_ends_the_program(tmp_path, monkeypatch, capsys):
+    validate = glow.Training.validate
+
+    def validate_and_signal(run, folder):
+        validate(run, folder)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(glow.Training, 'validate', validate_and_signal)
+    glow.main(training_words(tmp_path))
+    assert 'stopped after step 11 by SIGTERM; to go on' in capsys.readouterr().out
+    assert not list(tmp_path.rglob('results.json'))
+    glow.main(training_words(tmp_path, '--resume'))
+    assert only(tmp_path.rglob('results.json'))  # only the evaluation was left to do
+
+
+def test_an_error_common_to_all_is_printed_once_and_that_of_one_process_by_it(monkeypatch, capsys):
     monkeypatch.setenv('LOCAL_RANK', '1')
-    for error, said in (
-        (glow.UserError('no data'), ''),
-        (OSError('no space left'), 'glow.py: error: no space left\n'),
-    ):
+    common, own = UserError('no data'), OSError('no space left')
+    for error, printed in ((common, ''), (own, 'glow.py: error: no space left\n')):
 
-        def start(*_, error=error):
+        def fail(*args, error=error):
             raise error
 
-        monkeypatch.setattr(glow, 'start', start)
+        monkeypatch.setattr(glow, 'run_mode', fail)
         with pytest.raises(SystemExit, match='2'):
             glow.main(['--train'])
-        assert capsys.readouterr().err == said
+        assert capsys.readouterr().err == printed
 
 
-def test_more_processes_than_images(trained):
-    model, images = (
-        glow.restore_model(glow.load_checkpoint(trained), torch.device('cpu')),
-        load_images('digits').test.images,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, 'all_reduce', lambda sums: None)
-        mean, error = glow.bits_per_dim(
-            model, images[:1], 64, 10, glow.Process(3, 8, torch.device('cpu'))
-        )
+# ----------------------------------------------------------------------------------------- training
+
+
+def test_more_processes_than_images(trained_glow, monkeypatch):
+    model = glow.restore_model(glow.load_checkpoint(trained_glow), CPU)
+    images = load_images('digits').test.images
+    monkeypatch.setattr(dist, 'all_reduce', lambda sums: None)
+    fourth_of_eight = glow.Process(3, 8, CPU)
+    mean, error = glow.bits_per_dim(model, images[:1], 64, 10, fourth_of_eight)
     assert mean == error == 0  # this process's share of the sum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('precision', [(), ('--bf16',)])
 def test_training_learns_and_the_average_can_be_turned_off(precision, tmp_path):
-    glow.main(
-        [
-            '--train',
-            '--dataset=digits',
-            '--depth=2',
-            '--width=16',
-            '--n_epochs=6',
-            '--lr=0.01',
-            '--ema_decay=0',
-            f'--output_dir={tmp_path}',
-            f'--data_dir={tmp_path}',
-            *precision,
-        ]
-    )
+    words = ['--depth=2', '--width=16', '--n_epochs=6', '--batch_size=64', '--lr=0.01']
+    glow.main(training_words(tmp_path, *words, '--ema_decay=0', *precision))
     saved = glow.load_checkpoint(only(tmp_path.glob('*/best.pt')))
     for key, value in saved['model'].items():
         assert torch.equal(value, saved['average'][f'module.{key}']), key
-    assert saved['validation_loss'] < 3  # four bits a value is what guessing needs
+    assert saved['validation_loss'] < 3  # guessing needs four bits per value
 
 
+@pytest.mark.slow
 def test_compiled_steps_have_the_same_gradients(monkeypatch):
-    """Traced as for the compiler, and run by torch itself: compiling in earnest takes minutes"""
+    """Traced as for the compiler but executed by torch: real compilation takes minutes."""
     compile_module, data, gradients = torch.nn.Module.compile, load_images('digits'), []
-    monkeypatch.setattr(
-        torch.nn.Module, 'compile', lambda module: compile_module(module, backend='aot_eager')
-    )
-    for compiled in (False, True):
-        run = glow.Training(
-            glow.Config(**{**glow.DEFAULTS['digits'], 'width': 8, 'compile': compiled}), data, ALONE
-        )
-        assert compiled == any(
-            module._compiled_call_impl is not None for module in run.model.modules()
-        )
-        run.objective(*glow.training_batch(data, run.config, 0, ALONE)).backward()
+
+    def compile_without_code(module):
+        return compile_module(module, backend='aot_eager')
+
+    monkeypatch.setattr(torch.nn.Module, 'compile', compile_without_code)
+    for is_compiled in (False, True):
+        config = digits_config(depth=2, width=8, compile=is_compiled)
+        run = glow.Training(config, data, single_process(glow))
+        compiled = [module._compiled_call_impl is not None for module in run.model.modules()]
+        assert any(compiled) == is_compiled
+        batch = glow.training_batch(data, run.config, 0, single_process(glow))
+        run.objective(*batch).backward()
         gradients.append({name: p.grad for name, p in run.model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
@@ -317,180 +257,275 @@ def test_compiled_steps_have_the_same_gradients(monkeypatch):
 
 def test_compiling_without_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('CXX', 'no-such-compiler')
-    assert 'install g++' in refused(
-        capsys, '--train', '--dataset=digits', '--compile', f'--output_dir={tmp_path}'
-    )
+    words = ['--train', '--dataset=digits', '--compile', f'--output_dir={tmp_path}']
+    assert 'install g++' in refused(glow, capsys, *words)
 
 
 def test_learning_rate():
-    config = replace(glow.Config(), lr=1.0, lr_decay=0.25, n_epochs=10, n_epochs_warmup=0.5)
+    config = glow.Config(lr=1.0, lr_decay=0.25, n_epochs=10, n_epochs_warmup=0.5)
     rates = [glow.learning_rate(config, step, per_epoch=20) for step in range(200)]
-    assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1])
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert set(rates[10:150]) == {1.0}
-    assert rates[150:] == pytest.approx([i / 50 for i in range(50, 0, -1)])
+    assert rates[150:] == pytest.approx(np.arange(50, 0, -1) / 50)
 
 
-def test_every_image_of_an_epoch_is_seen_once(tmp_path):
+def test_every_image_of_an_epoch_is_seen_once():
     data = load_images('digits')
     config = glow.Config(dataset='digits', batch_size=10)
     n = glow.steps_per_epoch(1439, config.batch_size, world_size=2)
     assert n == 1439 // 20
-    numbered = replace(data, train=replace(data.train, images=np.arange(1439)[:, None, None, None]))
+    images = np.arange(1439)[:, None, None, None]
+    numbered = replace(data, train=replace(data.train, images=images))
     for epoch in (0, 1):
-        seen = [
-            glow.training_batch(
-                numbered, config, epoch * n + k, glow.Process(rank, 2, torch.device('cpu'))
-            )[0]
-            for k in range(n)
-            for rank in (0, 1)
-        ]
+        seen = []
+        for step in range(epoch * n, (epoch + 1) * n):
+            for rank in (0, 1):
+                process = glow.Process(rank, 2, CPU)
+                x, _ = glow.training_batch(numbered, config, step, process)
+                seen.append(x)
         assert len(torch.cat(seen).unique()) == n * 20
 
 
-def test_generate(trained, capsys):
-    glow.main(['--generate', f'--restore_file={trained}'])
-    picture = Image.open(trained.with_name('generated_samples_at_z_std_range.png'))
-    assert picture.height == 8 + 8 * 136 and picture.width > 8 + 4 * 136
-    glow.main(['--generate', f'--restore_file={trained}', '--z_std=0', '--n_samples=3'])
-    picture = np.asarray(Image.open(trained.with_name('generated_samples_at_z_std_0.png')))
-    cells = [picture[8:136, 8 + 136 * i : 136 * (i + 1)] for i in range(3)]
-    assert (cells[0] == cells[1]).all() and (
-        cells[0] == cells[2]
-    ).all()  # no noise is left at temperature 0
+def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
+    words = ['--lr=1e6', '--n_epochs_warmup=0', '--max_skips=3']
+    line = refused(glow, capsys, *training_words(tmp_path, *words))
+    assert 'at step 5, learning rate 1e+06' in line
+    assert 'not finite (4 steps skipped in a row); start again with a lower --lr' in line
+    checkpoint = only(tmp_path.rglob('*.pt'))
+    assert glow.load_checkpoint(checkpoint)['step'] == 0  # as good as new
+    assert str(checkpoint) in line
 
 
-def test_bf16_beyond_training_is_for_the_asking(trained):
-    results = trained.with_name('results.json')
-    figures = []
+def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(glow, 'bits_per_dim', lambda *args: (math.nan, math.nan))
+    line = refused(glow, capsys, *training_words(tmp_path))
+    assert 'diverged: at step 11' in line
+    assert 'not finite (0 steps skipped' in line and 'lower --lr' in line
+    assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
+
+
+def test_a_model_that_cannot_be_sampled_is_trained_all_the_same(tmp_path, monkeypatch, capsys):
+    singular = torch.zeros(2, 2)
+    monkeypatch.setattr(glow, 'sample_rows', lambda *args: torch.linalg.inv(singular))
+    glow.main(training_words(tmp_path))
+    assert 'no picture: linalg.inv' in capsys.readouterr().out
+    assert only(tmp_path.rglob('results.json'))
+
+
+def test_steps_without_finite_gradients_are_skipped(monkeypatch):
+    """A batch of NaNs changes nothing, the next one does, and Adam does not count it as a step."""
+    data = load_images('digits')
+    config = glow.Config(dataset='digits', image_size=8, n_levels=1, depth=1, width=8)
+    run = glow.Training(config, data, single_process(glow))
+    training_batch = glow.training_batch
+
+    def batch_with_nans_at_step_1(*args):
+        x, u = training_batch(*args)
+        return x, u * math.nan if run.step == 1 else u
+
+    monkeypatch.setattr(glow, 'training_batch', batch_with_nans_at_step_1)
+    states = []
+    for _ in range(3):
+        run.take_step()
+        weights, average = run.model.state_dict(), run.average.state_dict()
+        values = [*weights.values(), *average.values()]
+        states.append([value.clone() for value in values])
+    assert all(map(torch.equal, states[0], states[1]))
+    assert not all(map(torch.equal, states[1], states[2]))
+    assert run.step == 3 and run.n_skipped == 1 and run.skips_in_a_row == 0
+    assert next(iter(run.optimizer.state.values()))['step'] == 2
+
+
+# ------------------------------------------------------------------------ evaluating and generating
+
+
+def test_generate(trained_glow):
+    glow.main(['--generate', f'--restore_file={trained_glow}'])
+    picture = Image.open(trained_glow.with_name('generated_samples_at_z_std_range.png'))
+    assert picture.height == 8 + 8 * CELL and picture.width > 8 + 4 * CELL
+
+    glow.main(['--generate', f'--restore_file={trained_glow}', '--z_std=0', '--n_samples=3'])
+    file = trained_glow.with_name('generated_samples_at_z_std_0.png')
+    picture = np.asarray(Image.open(file))
+    first, second, third = (picture[8:CELL, 8 + CELL * i : CELL * (i + 1)] for i in range(3))
+    assert (first == second).all() and (first == third).all()  # temperature 0 leaves no noise
+
+
+def test_bf16_after_training_only_when_asked_for(trained_glow):
+    scores = []
     for words in ([], ['--bf16'], []):
-        glow.main(['--evaluate', f'--restore_file={trained}', *words])
-        figures.append(json.loads(results.read_text())['bits_per_dim'])
-    assert figures[0] == figures[2] != figures[1] == pytest.approx(figures[0], abs=0.02)
+        glow.main(['--evaluate', f'--restore_file={trained_glow}', *words])
+        result = json.loads(trained_glow.with_name('results.json').read_text())
+        scores.append(result['bits_per_dim'])
+    before, in_bf16, after = scores
+    assert before == after
+    assert in_bf16 != before
+    assert in_bf16 == pytest.approx(before, abs=0.02)
 
 
-def test_directions_are_kept_apart_by_precision(trained, tmp_path):
-    """Also of a model that was trained in bf16, which is used in float32 unless asked otherwise"""
-    saved = torch.load(trained)
-    torch.save({**saved, 'config': {**saved['config'], 'bf16': True}}, tmp_path / 'best.pt')
-    for words, n in (([], 1), (['--bf16'], 2), ([], 2)):
-        glow.main(['--visualize', f'--restore_file={tmp_path}/best.pt', '--vis_attrs=3', *words])
-        assert len(list(tmp_path.glob('attribute_directions_*.pt'))) == n
+def test_directions_are_kept_apart_by_precision(trained_glow, tmp_path):
+    """Also of a model that was trained in bf16, which is used in float32 unless asked otherwise."""
+    saved = torch.load(trained_glow)
+    saved['config']['bf16'] = True
+    torch.save(saved, tmp_path / 'best.pt')
+    words = ['--visualize', f'--restore_file={tmp_path}/best.pt', '--vis_attrs=3']
+    n_files = []
+    for precision in ([], ['--bf16'], []):
+        glow.main([*words, *precision])
+        n_files.append(len(list(tmp_path.glob('attribute_directions_*.pt'))))
+    assert n_files == [1, 2, 2]
 
 
-def test_samples_are_sorted_by_log_probability(trained):
-    model = glow.restore_model(glow.load_checkpoint(trained), torch.device('cpu'))
-    images = torch.from_numpy(glow.sample_rows(model, [0.7], 16, 0, 'cpu')[0])
+def test_samples_are_sorted_by_log_probability(trained_glow):
+    model = glow.restore_model(glow.load_checkpoint(trained_glow), CPU)
+    (samples,) = glow.sample_rows(model, [0.7], 16, 0, 'cpu')
+    images = torch.from_numpy(samples)
     with torch.no_grad():
         log_p = model.log_prob(images, torch.full(images.shape, 0.5))
     assert log_p[:4].mean() > log_p[-4:].mean()
 
 
-def test_visualize_leaves_the_image_unchanged_in_the_middle(trained):
-    glow.main(
-        [
-            '--visualize',
-            f'--restore_file={trained}',
-            '--vis_attrs',
-            '3',
-            '8',
-            '--vis_alphas',
-            '-1 0,1',
-        ]
-    )
-    picture = np.asarray(Image.open(trained.with_name('manipulated_sample_attr_3,8.png')))
-    height, width = picture.shape[:2]
-    left, top = width - 3 * 136, height - 2 * 136
-    image = load_images('digits').test.images[0, 0].repeat(16, 0).repeat(16, 1)
-    for row in (0, 1):
-        cells = [picture[top + 136 * row :, left + 136 * i :][:128, :128, 0] for i in range(3)]
-        assert (cells[1] == image).all()
-        assert (cells[0] != image).any() and (cells[2] != image).any()
-
-
-def test_visualize_every_attribute_and_a_photo(trained, tmp_path):
-    photo = tmp_path / 'my photo.tiff'
-    Image.new('CMYK', (31, 57), (10, 80, 30, 0)).save(photo)
-    glow.main(['--visualize', f'--restore_file={trained}', '--vis_attrs=3', f'--vis_img={photo}'])
-    assert trained.with_name('manipulated_img_my photo_attr_3.png').exists()
-    glow.main(['--visualize', f'--restore_file={trained}'])
-    picture = Image.open(trained.with_name('manipulated_sample_attr_all.png'))
-    assert picture.height == 34 + 10 * 136
-
-
-def test_attribute_directions_are_differences_of_means(trained):
-    saved = glow.load_checkpoint(trained)
-    model, data = glow.restore_model(saved, torch.device('cpu')), load_images('digits')
-    dz = glow.attribute_directions(model, data, trained, saved['config'], torch.device('cpu'))
-    z = glow.encode(model, data.train.images, torch.device('cpu')).double()
-    has = torch.from_numpy(data.train.attributes[:, 5])
-    torch.testing.assert_close(
-        dz[5].double(), 1.6 * (z[has].mean(0) - z[~has].mean(0)), rtol=1e-3, atol=1e-4
-    )
-
-
-def test_bits_per_dim_of_mnist_counts_784_values(trained):
-    model = glow.restore_model(glow.load_checkpoint(trained), torch.device('cpu'))
+def test_bits_per_dim_of_mnist_counts_784_values(trained_glow):
+    model = glow.restore_model(glow.load_checkpoint(trained_glow), CPU)
     images = load_images('digits').test.images
-    by_64, _ = glow.bits_per_dim(model, images, 64, 50, ALONE)
-    by_32, _ = glow.bits_per_dim(model, images, 32, 11, ALONE)
+    process = single_process(glow)
+    by_64, _ = glow.bits_per_dim(model, images, 64, 50, process)
+    by_32, _ = glow.bits_per_dim(model, images, 32, 11, process)
     assert by_32 == pytest.approx(2 * by_64, rel=1e-6)
 
 
+# --------------------------------------------------------------------------------------- attributes
+
+
+def test_visualize_leaves_the_image_unchanged_in_the_middle(trained_glow):
+    words = ['--vis_attrs', '3', '8', '--vis_alphas', '-1 0,1']
+    glow.main(['--visualize', f'--restore_file={trained_glow}', *words])
+    file = trained_glow.with_name('manipulated_sample_attr_3,8.png')
+    picture = np.asarray(Image.open(file))
+    height, width = picture.shape[:2]
+    left, top = width - 3 * CELL, height - 2 * CELL
+    image = np.kron(load_images('digits').test.images[0, 0], np.ones((16, 16), np.uint8))
+    for row in (0, 1):
+        shifted = picture[top + CELL * row :]
+        cells = [shifted[:128, left + CELL * i :][:, :128, 0] for i in range(3)]
+        assert (cells[1] == image).all()
+        assert (cells[0] != image).any()
+        assert (cells[2] != image).any()
+
+
+def test_visualize_every_attribute_and_a_photo(trained_glow, tmp_path):
+    photo = tmp_path / 'my photo.tiff'
+    Image.new('CMYK', (31, 57), (10, 80, 30, 0)).save(photo)
+    restore = f'--restore_file={trained_glow}'
+    glow.main(['--visualize', restore, '--vis_attrs=3', f'--vis_img={photo}'])
+    assert trained_glow.with_name('manipulated_img_my photo_attr_3.png').exists()
+
+    glow.main(['--visualize', restore])
+    picture = Image.open(trained_glow.with_name('manipulated_sample_attr_all.png'))
+    assert picture.height == 34 + 10 * CELL
+
+
+def test_attribute_directions_are_differences_of_means(trained_glow):
+    saved = glow.load_checkpoint(trained_glow)
+    model, data = glow.restore_model(saved, CPU), load_images('digits')
+    dz = glow.attribute_directions(model, data, trained_glow, saved['config'], CPU)
+
+    z = glow.encode(model, data.train.images, CPU).double()
+    has = torch.from_numpy(data.train.attributes[:, 5])
+    difference = z[has].mean(0) - z[~has].mean(0)
+    expected = 1.6 * difference
+    torch.testing.assert_close(dz[5].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_attributes_that_never_differ_cannot_be_visualized():
+    data = load_images('digits')
+    attributes = np.ones_like(data.train.attributes)
+    alike = replace(data, train=replace(data.train, attributes=attributes))
+    for texts in (None, ['3']):
+        with pytest.raises(UserError, match='the images of digits have no attributes that differ'):
+            alike.editable(texts, 100, 'digits')
+    assert data.editable(None, 100, 'digits') == list(range(10))
+
+
+def test_folder_without_attributes_cannot_be_visualized(tmp_path, capsys):
+    photos = tmp_path / 'photos'
+    write_folder(photos)
+    data, output = f'--data_dir={photos}', f'--output_dir={tmp_path}/out'
+    small = ['--image_size=16', '--n_levels=1', *TINY]
+    glow.main(['--train', '--dataset=folder', *small, data, output])
+    assert 'no attributes' in refused(glow, capsys, '--visualize', output)
+
+    write_table(photos, attribute_rows())
+    glow.main(['--visualize', data, output])
+    line = refused(glow, capsys, '--visualize', '--vis_attrs=Big', output)
+    assert 'the same in all training images' in line
+    assert only(tmp_path.glob('out/*/manipulated_sample_attr_all.png'))
+
+
+# --------------------------------------------------------------------------------------- the README
+
+
+@pytest.mark.slow
 def test_every_command_of_the_readme(tmp_path, monkeypatch):
-    """As written, on small data under the names used there; training is made small by options added at the end"""
+    """As written, on small data of the names there. Options at its end make a training small."""
     readme = SCRIPT.with_name('README.md').read_text()
-    commands = re.findall(
-        r'(?:python|torchrun)[^`\n|]*?glow\.py( --[^h][^`\n|#]*)', readme
-    )  # all but --help
-    assert {
-        word
-        for line in commands
-        for word in ('train', 'evaluate', 'generate', 'visualize')
-        if word in line
-    } == {'train', 'evaluate', 'generate', 'visualize'}
+    pattern = r'(?:python|torchrun)[^`\n|]*?glow\.py( --[^h][^`\n|#]*)'  # all except --help
+    commands = list(dict.fromkeys(re.findall(pattern, readme)))
+    for mode in ('train', 'evaluate', 'generate', 'visualize'):
+        assert any(mode in command for command in commands), mode
+
     monkeypatch.chdir(tmp_path)
     write_mnist(tmp_path / 'DATA')
     write_celeba(tmp_path / 'CELEBA')
     write_folder(tmp_path / 'DATA', size=70)
-    write_table(
-        tmp_path / 'DATA',
-        attribute_rows()[:1] + [(*row[:3], -row[2]) for row in attribute_rows()[1:]],
-    )
+    header, *rows = attribute_rows()
+    differing = [(image, split, odd, -odd) for image, split, odd, _ in rows]
+    write_table(tmp_path / 'DATA', [header, *differing])
     noise_image(300, 200).save('me.jpg')
+
     glow.main(['--train', '--image_size=16', *TINY])
     faces = only(tmp_path.glob('results/*/best.pt'))
     (tmp_path / 'results' / 'RUN').mkdir()
     for name in ('best.pt', 'checkpoint.pt'):
-        (tmp_path / 'results' / 'RUN' / name).write_bytes(faces.with_name(name).read_bytes())
-    for line in dict.fromkeys(commands):
-        words = shlex.split(line)
-        if '--restore_file' in line or '--resume' in line:
-            words = [word for word in words if not word.startswith('--n_epochs')]
-        elif '--train' in words:
-            words += [*TINY, '--batch_size=4', '--batch_size_init=8']
-            words += ['--image_size=16', '--batch_size=256'] * ('--dataset' not in line)
-        else:
-            words += [f'--restore_file={faces}']
-        glow.main(words)
+        content = faces.with_name(name).read_bytes()
+        (tmp_path / 'results' / 'RUN' / name).write_bytes(content)
+    for command in commands:
+        glow.main(make_small(shlex.split(command), faces))
 
 
-def test_the_readmes_python(trained, tmp_path, monkeypatch):
-    """As written, but for the checkpoint and the data; the 3 is itself at first, and all ends are the test digits"""
-    (code,) = re.findall(
-        r'```python\n(.*?)```', SCRIPT.with_name('README.md').read_text(), re.DOTALL
-    )
+def make_small(words, faces):
+    """Return a command's words with options at the end that make it quick.
+
+    ``faces`` is the checkpoint of a tiny model, for commands that name none.
+    """
+    if any(word.startswith(('--restore_file', '--resume')) for word in words):
+        return [word for word in words if not word.startswith('--n_epochs')]
+    if '--train' not in words:
+        return [*words, f'--restore_file={faces}']
+    words = [*words, *TINY, '--batch_size=4', '--batch_size_init=8']
+    if not any(word.startswith('--dataset') for word in words):
+        words += ['--image_size=16', '--batch_size=256']
+    return words
+
+
+def test_the_readmes_python(trained_glow, tmp_path, monkeypatch):
+    """As written, but for the checkpoint: the row of images begins and ends with the test images
+    that it is to begin and end with, in their bins."""
+    readme = SCRIPT.with_name('README.md').read_text()
+    (code,) = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(code.replace('results/RUN/best.pt', str(trained)), names := {})
-    images = names['data'].test.images
-    assert (names['rows'][0][0] // 16 == names['three'][0] // 16).all() and len(names['rows']) == 4
-    assert all(
-        (row[[0, -1]] // 16 == images[2 * k : 2 * k + 2] // 16).all()
-        for k, row in enumerate(names['rows'][1:])
-    )
-    assert Image.open('interpolations.png').width > 9 * 8
+    names = {}
+    exec(code.replace('results/RUN/best.pt', str(trained_glow)), names)
+
+    images, (row,) = names['images'], names['rows']
+    assert names['log_p'].shape == (2,)
+    assert len(row) == 9
+    ends = row[[0, -1]]
+    assert (ends // 16 == images // 16).all()  # digits have 4 bits
+    assert Image.open('interpolation.png').width > 9 * 8
 
 
-# ------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -526,7 +561,7 @@ def test_the_readmes_python(trained, tmp_path, monkeypatch):
 )
 def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert part in refused(capsys, *words)
+    assert part in refused(glow, capsys, *words)
     assert not list(tmp_path.rglob('*.p*'))  # neither checkpoint nor picture
 
 
@@ -543,207 +578,89 @@ def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
         (['--visualize', '--vis_img=no.jpg'], 'no.jpg'),
     ],
 )
-def test_bad_commands_for_a_checkpoint(words, part, trained, capsys):
-    before = {path: path.stat().st_mtime_ns for path in trained.parent.iterdir()}
-    assert part in refused(capsys, *words, f'--restore_file={trained}')
-    assert before == {path: path.stat().st_mtime_ns for path in trained.parent.iterdir()}
+def test_bad_commands_for_a_checkpoint(words, part, trained_glow, capsys):
+    folder = trained_glow.parent
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert part in refused(glow, capsys, *words, f'--restore_file={trained_glow}')
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 class Payload:
+    """A pickle of this makes the folder that the environment variable CANARY names."""
+
     def __reduce__(self):
-        return os.mkdir, (f'{os.environ["CANARY"]}',)
+        return os.mkdir, (os.environ['CANARY'],)
 
 
-def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
-    whole, file = trained.read_bytes(), tmp_path / 'bad.pt'
+def refusal_of(file, capsys):
+    """Return the line with which a checkpoint is refused."""
+    return refused(glow, capsys, '--generate', f'--restore_file={file}')
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'empty', 'text', 'pickle'])
+def test_files_that_are_no_checkpoints(kind, trained_glow, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('CANARY', str(tmp_path / 'canary'))
-    saved = torch.load(trained)
-    cases = {
+    file, whole = tmp_path / 'bad.pt', trained_glow.read_bytes()
+    contents = {
         'truncated': whole[: len(whole) // 2],
         'empty': b'',
         'text': b'hello',
         'pickle': pickle.dumps(Payload()),
     }
-    for name, content in cases.items():
-        file.write_bytes(content)
-        assert 'cannot be read as a checkpoint' in refused(
-            capsys, '--generate', f'--restore_file={file}'
-        ), name
-    torch.save({**saved, 'extra': Payload()}, file)
-    assert 'holds more than tensors' in refused(capsys, '--generate', f'--restore_file={file}')
-    assert not (tmp_path / 'canary').exists()
-    torch.save({**saved, 'script': 'bnaf.py'}, file)
-    assert 'not a checkpoint of glow.py' in refused(capsys, '--generate', f'--restore_file={file}')
-    torch.save({**saved, 'config': {**saved['config'], 'colour': 'red'}}, file)
-    assert 'another version' in refused(capsys, '--generate', f'--restore_file={file}')
-    for change in (
-        {'config': {**saved['config'], 'depth': 'x'}},
-        {'config': {**saved['config'], 'n_bits': 9}},
-        {'input_dims': [8]},
-        {'input_dims': [1, 8, 10**9]},
-        {'step': 'a'},
-        {'validation_loss': 'x'},
-        {'model': 3},
+    file.write_bytes(contents[kind])
+    assert 'cannot be read as a checkpoint' in refusal_of(file, capsys)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_checkpoints_of_something_else(trained_glow, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('CANARY', str(tmp_path / 'canary'))
+    file, saved = tmp_path / 'bad.pt', torch.load(trained_glow)
+    for change, part in (
+        ({'extra': Payload()}, 'holds more than tensors'),
+        ({'script': 'bnaf.py'}, 'not a checkpoint of glow.py'),
+        ({'config': {**saved['config'], 'colour': 'red'}}, 'another version'),
+        ({'config': {**saved['config'], 'depth': 'x'}}, 'another version'),
+        ({'config': {**saved['config'], 'n_bits': 9}}, 'another version'),
+        ({'input_dims': [8]}, 'another version'),
+        ({'input_dims': [1, 8, 10**9]}, 'another version'),
+        ({'step': 'a'}, 'another version'),
+        ({'validation_loss': 'x'}, 'another version'),
+        ({'model': 3}, 'another version'),
     ):
         torch.save({**saved, **change}, file)
-        assert 'another version' in refused(capsys, '--generate', f'--restore_file={file}'), change
-    nan = {**saved['model'], 'levels.0.1.0.b': saved['model']['levels.0.1.0.b'] * math.nan}
-    moments = {
-        i: {**state, 'exp_avg': state['exp_avg'].flatten()[:1].repeat(3)}
-        for i, state in saved['optimizer']['state'].items()
-    }
+        assert part in refusal_of(file, capsys), change
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_damaged_parts_of_a_checkpoint(trained_glow, tmp_path, capsys):
+    file, saved = tmp_path / 'bad.pt', torch.load(trained_glow)
+    config, optimizer, model = saved['config'], saved['optimizer'], saved['model']
+    nan = {**model, 'levels.0.1.0.b': model['levels.0.1.0.b'] * math.nan}
+    moments = {}
+    for i, state in optimizer['state'].items():
+        of_three = state['exp_avg'].flatten()[:1].repeat(3)
+        moments[i] = {**state, 'exp_avg': of_three}
     for change, part in (
-        ({'config': {**saved['config'], 'width': 7}}, 'size mismatch'),
+        ({'config': {**config, 'width': 7}}, 'another type or shape'),
         ({'model': {}}, 'more weights'),
-        ({'config': {**saved['config'], 'width': 2**14, 'depth': 2**7}}, 'damaged'),
+        ({'config': {**config, 'width': 2**14, 'depth': 2**7}}, 'damaged'),
         ({'optimizer': {}}, ''),
-        ({'optimizer': {**saved['optimizer'], 'state': moments}}, 'other shapes'),
+        ({'optimizer': {**optimizer, 'state': moments}}, 'other shapes'),
         ({'more': 1}, 'unknown'),
         ({'model': nan}, 'not finite'),
-        ({'config': {**saved['config'], 'data_dir': '\33[2J'}}, 'printable'),
+        ({'config': {**config, 'data_dir': '\33[2J'}}, 'printable'),
     ):
         torch.save({**saved, **change}, file)
-        line = refused(capsys, '--generate', f'--restore_file={file}')
+        line = refusal_of(file, capsys)
         assert 'damaged' in line and part in line and line.isprintable(), line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['bad.pt']
-
-
-def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
-    line = refused(
-        capsys,
-        '--train',
-        '--dataset=digits',
-        '--lr=1e6',
-        '--n_epochs_warmup=0',
-        '--max_skips=3',
-        *TINY,
-        f'--output_dir={tmp_path}',
-        f'--data_dir={tmp_path}',
-    )
-    assert (
-        'at step 5, learning rate 1e+06' in line
-        and 'not finite (4 steps skipped in a row); start again with a lower --lr' in line
-    )
-    assert (
-        glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
-    )  # named in the line, and as good as new
-    assert str(only(tmp_path.rglob('*.pt'))) in line
-
-
-def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(glow, 'bits_per_dim', lambda *args: (math.nan, math.nan))
-    line = refused(
-        capsys,
-        '--train',
-        '--dataset=digits',
-        *TINY,
-        f'--output_dir={tmp_path}',
-        f'--data_dir={tmp_path}',
-    )
-    assert (
-        'diverged: at step 11' in line
-        and 'not finite (0 steps skipped' in line
-        and 'lower --lr' in line
-    )
-    assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
-
-
-def test_a_model_that_cannot_be_sampled_is_trained_all_the_same(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(glow, 'sample_rows', lambda *args: torch.linalg.inv(torch.zeros(2, 2)))
-    glow.main(
-        ['--train', '--dataset=digits', *TINY, f'--output_dir={tmp_path}', f'--data_dir={tmp_path}']
-    )
-    assert 'no picture: linalg.inv' in capsys.readouterr().out and only(
-        tmp_path.rglob('results.json')
-    )
-
-
-def test_a_signal_at_the_last_validation_ends_the_program(tmp_path, monkeypatch, capsys):
-    validate = glow.Training.validate
-    monkeypatch.setattr(
-        glow.Training,
-        'validate',
-        lambda run, folder: (validate(run, folder), signal.raise_signal(signal.SIGTERM)),
-    )
-    words = [
-        '--train',
-        '--dataset=digits',
-        *TINY,
-        f'--output_dir={tmp_path}',
-        f'--data_dir={tmp_path}',
-    ]
-    glow.main(words)
-    assert 'stopped after step 11 by SIGTERM; to go on' in capsys.readouterr().out and not list(
-        tmp_path.rglob('results.json')
-    )
-    glow.main([*words, '--resume'])
-    assert only(tmp_path.rglob('results.json'))  # nothing was left but the evaluation
-
-
-def test_steps_without_finite_gradients_are_skipped(tmp_path, monkeypatch):
-    """A batch of NaNs changes nothing, the next one does; Adam's count of steps leaves it out"""
-    data = load_images('digits')
-    run = glow.Training(
-        glow.Config(dataset='digits', image_size=8, n_levels=1, depth=1, width=8), data, ALONE
-    )
-    batch = glow.training_batch
-    monkeypatch.setattr(
-        glow,
-        'training_batch',
-        lambda *args: (batch(*args)[0], batch(*args)[1] * (math.nan if run.step == 1 else 1)),
-    )
-    states = []
-    for _ in range(3):
-        run.take_step()
-        states.append(
-            {
-                key: value.clone()
-                for key, value in (
-                    *run.model.state_dict().items(),
-                    *run.average.state_dict().items(),
-                )
-            }
-        )
-    same = [
-        all(torch.equal(before[key], after[key]) for key in before)
-        for before, after in zip(states, states[1:])
-    ]
-    assert (
-        same == [True, False] and run.step == 3 and run.n_skipped == 1 and run.skips_in_a_row == 0
-    )
-    assert next(iter(run.optimizer.state.values()))['step'] == 2
-
-
-def test_attributes_that_never_differ_cannot_be_visualized():
-    data = load_images('digits')
-    alike = replace(data, train=replace(data.train, attributes=np.ones_like(data.train.attributes)))
-    for texts in (None, ['3']):
-        with pytest.raises(UserError, match='the images of digits have no attributes that differ'):
-            alike.editable(texts, 100, 'digits')
-    assert data.editable(None, 100, 'digits') == list(range(10))
-
-
-def test_folder_without_attributes_cannot_be_visualized(tmp_path, capsys):
-    photos = tmp_path / 'photos'
-    write_folder(photos)
-    options = [f'--data_dir={photos}', f'--output_dir={tmp_path}/out']
-    glow.main(['--train', '--dataset=folder', '--image_size=16', '--n_levels=1', *TINY, *options])
-    assert 'no attributes' in refused(capsys, '--visualize', *options[1:])
-    write_table(photos, attribute_rows())
-    glow.main(['--visualize', *options[1:]])
-    assert 'the same in all training images' in refused(
-        capsys, '--visualize', '--vis_attrs=Big', *options[1:]
-    )
-    assert only(tmp_path.glob('out/*/manipulated_sample_attr_all.png'))
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_out_of_gpu_memory(tmp_path, capsys):
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:
-        line = refused(
-            capsys, '--train', '--dataset=digits', '--width=4096', f'--output_dir={tmp_path}'
-        )
-        assert 'lower --batch_size' in line
+        words = ['--train', '--dataset=digits', '--width=4096', f'--output_dir={tmp_path}']
+        assert 'lower --batch_size' in refused(glow, capsys, *words)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,31 @@
+"""Fixtures that several test modules use; functions are in helpers.py."""
+
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: tiny models gain nothing from more
+
+import pytest
+from helpers import only, people_table
+
+import bnaf
+import glow
+
+
+@pytest.fixture(scope='session')
+def trained_glow(tmp_path_factory):
+    """The best.pt of a tiny Glow of scikit-learn's digits."""
+    folder = tmp_path_factory.mktemp('digits')
+    words = ['--dataset=digits', '--depth=1', '--width=8', '--n_epochs=1', '--batch_size=128']
+    glow.main(['--train', *words, f'--output_dir={folder}', f'--data_dir={folder}'])
+    return only(folder.glob('glow_digits_*/best.pt'))
+
+
+@pytest.fixture(scope='session')
+def trained_bnaf(tmp_path_factory):
+    """The best.pt of a small BNAF of people.csv, which lies beside the folder of its run."""
+    folder = tmp_path_factory.mktemp('people')
+    people_table().to_csv(folder / 'people.csv', index=False)
+    words = ['--n_flows=1', '--hidden_dim=8', '--n_epochs=40', '--batch_size=20']
+    words += ['--ema_decay=0.95', f'--output_dir={folder}']
+    bnaf.main(['--train', f'--dataset={folder}/people.csv', *words])
+    return only(folder.glob('bnaf_people_*/best.pt'))

@@ -1,0 +1,117 @@
+"""Functions that several test modules use; fixtures are in conftest.py."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+CPU = torch.device('cpu')
+
+
+def only(paths: Iterable) -> Any:
+    """Return the one element there is, or fail."""
+    (path,) = paths
+    return path
+
+
+def run_command(
+    *words: str | Path, cwd: Path, exit_code: int = 0, **variables: str
+) -> tuple[str, str]:
+    """Run python with these words, as a user would, and return its output and its errors.
+
+    ``variables`` are added to the environment. Any other exit code than ``exit_code`` fails.
+    """
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == exit_code, done.stderr
+    return done.stdout, done.stderr
+
+
+def refused(script: ModuleType, capsys: pytest.CaptureFixture, *words: str | Path) -> str:
+    """Run a script in this process and return the one line with which it refuses the words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(word) for word in words])
+    assert stop.value.code == 2
+
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f'{script.NAME}.py: error: '), lines
+    assert not any('Traceback' in line for line in lines), lines
+    assert len(lines) == 1 or 'step/s' in lines[0], lines  # a progress bar may stand above it
+    return lines[-1]
+
+
+def single_process(script: ModuleType) -> Any:
+    """Return a script's ``Process`` for a training on one process, on the CPU."""
+    return script.Process(rank=0, world_size=1, device=CPU)
+
+
+def train_until(script: ModuleType, step: int, words: list[str]) -> None:
+    """Start a training that dies when ``step`` steps are done and saved."""
+
+    def die(run: Any) -> Any:
+        if run.step == step:
+            raise ZeroDivisionError
+        return take_step(run)
+
+    take_step = script.Training.take_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, 'SAVE_SECONDS', 0)
+        patch.setattr(script.Training, 'take_step', die)
+        with pytest.raises(ZeroDivisionError):
+            script.main(words)
+
+
+def people_table(n: int = 400) -> pd.DataFrame:
+    """Return n rows of three columns: height and weight, which are related, and age."""
+    rng = np.random.default_rng(0)
+    height = 170 + 10 * rng.normal(size=n)
+    weight = 70 + 0.6 * (height - 170) + 5 * rng.normal(size=n)
+    age = 40 + 12 * rng.normal(size=n)
+    return pd.DataFrame({'height': height, 'weight': weight, 'age': age})
+
+
+def perturbed(module: torch.nn.Module, size: float, seed: int = 0) -> torch.nn.Module:
+    """Return the module in float64, its parameters moved away from their initial values.
+
+    Convolutions that start at zero would hide mistakes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += size * noise
+    return module
+
+
+def jacobian(function: Callable, x: torch.Tensor) -> torch.Tensor:
+    """Return the Jacobian (D, D) of a layer's ``forward`` or ``inverse`` at one element x."""
+
+    def flat_output(x: torch.Tensor) -> torch.Tensor:
+        return function(x[None])[0].flatten()
+
+    return torch.autograd.functional.jacobian(flat_output, x).reshape(-1, x.numel())
+
+
+def log_det(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the absolute determinant."""
+    return torch.linalg.slogdet(matrix)[1]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    """Fail unless two tensors are equal within an absolute tolerance."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
