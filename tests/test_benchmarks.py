@@ -148,6 +148,7 @@ def test_only_takes_what_is_measured(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_share_of_the_input(tmp_path, capsys):
     images = speed.random_celeba(tmp_path, n=210)
     assert images.train.images.shape == (10, 3, 64, 64)

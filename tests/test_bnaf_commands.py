@@ -137,6 +137,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 # ----------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dataset', ['rings', 'my.npy'])
 def test_a_resumed_training_equals_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)  # bit for bit on a CPU only
@@ -162,6 +163,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(dataset, tmp_path, monke
         assert whole[name] == resumed[name], name
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best(tmp_path):
     """With a learning rate that after a while only makes the model worse."""
     write_rows(tmp_path / 'my.npy', 100)

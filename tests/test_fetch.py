@@ -271,6 +271,7 @@ def test_a_proxy_of_the_environment(server, tmp_path, monkeypatch):
     assert server.requests == [(url, None)]
 
 
+@pytest.mark.slow
 @needs_fork
 def test_killed_while_downloading(server, tmp_path):
     """After SIGKILL in the middle of a download, the next one continues what has arrived."""
