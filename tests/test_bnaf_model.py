@@ -2,7 +2,6 @@
 parameters."""
 
 import copy
-import inspect
 import math
 
 import numpy as np
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnaf
-import glow
 from datasets.tabular import TableData, load_table
 
 FLOWS = {
@@ -391,27 +389,3 @@ def test_temperature_of_samples():
     warm = model.sample(500, 1.0, generator)
     assert (cold - cold[0]).abs().max() < 1e-8
     assert warm.std(0).min() > 0.5
-
-
-# ---------------------------------------------------------------------------------- the two scripts
-
-
-@pytest.mark.parametrize(
-    'name',
-    [
-        'Sequence',
-        'log_normal',
-        'Process',
-        'setup',
-        'wrap_ddp',
-        'load_checkpoint',
-        'restore_model',
-        'update',
-        'train',
-        'parse_args',
-        'main',
-    ],
-)
-def test_what_both_scripts_have_is_the_same_text(name):
-    of_glow, of_bnaf = (inspect.getsource(getattr(script, name)) for script in (glow, bnaf))
-    assert of_glow == of_bnaf
