@@ -41,7 +41,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from common.batches import batch_indices, seeded_generator, steps_per_epoch
-from common.checkpoints import CheckpointFormat, tensor_bytes
+from common.checkpoints import CheckpointFormat
 from common.errors import UserError, exit_on_user_error
 from common.files import digest, write_json
 from common.logs import TrainingLog, progress_bar
@@ -57,6 +57,7 @@ from common.runs import (
     require_agreement,
     stop_if_diverged,
 )
+from common.tensors import tensor_bytes
 from datasets.plots import draw_density, draw_pairs, save_figure
 from datasets.tabular import (
     SUFFIXES,
@@ -109,35 +110,35 @@ class Config(Options):
         'model', 'gated', ', '.join(RESIDUALS) + '; none on the last flow', choices=RESIDUALS
     )
     checkpoint_grads: bool = option(
-        'optimisation', False, 'less memory, slower: the backward pass recomputes activations'
+        'optimization', False, 'less memory, slower: the backward pass recomputes activations'
     )
     n_epochs: int = option(
-        'optimisation', 1000, 'epochs, at most; of 100 steps where each draws new rows', low=1
+        'optimization', 1000, 'epochs, at most; of 100 steps where each draws new rows', low=1
     )
     n_epochs_warmup: float = option(
-        'optimisation', 0.0, 'epochs over which the learning rate rises linearly from 0'
+        'optimization', 0.0, 'epochs over which the learning rate rises linearly from 0'
     )
-    batch_size: int = option('optimisation', 200, 'rows per process', low=1, high=2**20)
-    lr: float = option('optimisation', 1e-2, "Adam's learning rate", high=1e6)
+    batch_size: int = option('optimization', 200, 'rows per process', low=1, high=2**20)
+    lr: float = option('optimization', 1e-2, "Adam's learning rate", high=1e6)
     lr_patience: int = option(
-        'optimisation', 20, 'epochs without a better validation score before the rate is halved'
+        'optimization', 20, 'epochs without a better validation score before the rate is halved'
     )
-    min_lr: float = option('optimisation', 5e-4, 'lower bound of the rate when it is halved')
+    min_lr: float = option('optimization', 5e-4, 'lower bound of the rate when it is halved')
     annealing: float = option(
-        'optimisation', 0.5, 'first fraction of training over which an energy is turned on', high=1
+        'optimization', 0.5, 'first fraction of training over which an energy is turned on', high=1
     )
     early_stop: int = option(
-        'optimisation', 100, 'epochs without a better validation score that end training', low=1
+        'optimization', 100, 'epochs without a better validation score that end training', low=1
     )
-    grad_norm_clip: float = option('optimisation', 0.1, 'gradients are clipped at this norm')
+    grad_norm_clip: float = option('optimization', 0.1, 'gradients are clipped at this norm')
     ema_decay: float = option(
-        'optimisation',
+        'optimization',
         0.998,
         'Polyak average of the weights, which all but training uses; 0 turns it off',
         high=1,
     )
     seed: int = option(
-        'optimisation', 0, 'of initialization, splits, shuffling, noise, samples', high=2**63 - 1
+        'optimization', 0, 'of initialization, splits, shuffling, noise, samples', high=2**63 - 1
     )
 
 
@@ -708,9 +709,8 @@ def setup() -> Iterator[Process]:
         store, _, _ = next(dist.rendezvous('env://'))
         store = getattr(store, 'underlying_store', store)  # torch 2.4 wraps it for each start
     if world_size > 1:
-        # torchrun's store outlives the processes: those it starts anew must not find in it the
-        # addresses of the dead. (Each node counts its own restarts, so several have no common
-        # count.)
+        # torchrun's store outlives the processes. A prefix for each start keeps new ones from
+        # finding the addresses of dead ones. (Several nodes have no common count of starts.)
         prefix = f'start {n_restarts if n_nodes == 1 else 0}'
         dist.init_process_group(
             'nccl' if device.type == 'cuda' else 'gloo',
@@ -723,7 +723,7 @@ def setup() -> Iterator[Process]:
     try:
         yield Process(rank, world_size, device, store)
     finally:
-        # where a process is lost, its error is reported first
+        # after an error of torch another process may be lost, and the teardown would wait for it
         if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):
             time.sleep(0.1)  # torch 2.4 hangs below while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
@@ -747,7 +747,7 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-PLATEAU = {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}  # what changes of it
+PLATEAU = {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}  # changes in training
 CHECKPOINT = CheckpointFormat(
     script=f'{NAME}.py',
     number=1,
@@ -800,14 +800,14 @@ def restore_model(saved: dict[str, Any], device: torch.device) -> nn.Module:
 
 
 def training_batch(data: TableData, config: Config, step: int, process: Process) -> np.ndarray:
-    """Return this process's rows of a step: their indices or, where they are drawn, themselves.
+    """Return the indices of this process's rows at a step or, if they are sampled, the rows.
 
     They are a function of (seed, step, rank), so that a resumed run goes on exactly as an
     unbroken one.
     """
-    if data.draw:
+    if data.sampler:
         rng = np.random.default_rng((config.seed, step, process.rank))
-        return data.draw(rng, config.batch_size)
+        return data.sampler(rng, config.batch_size)
     return batch_indices(
         len(data.train),
         config.batch_size,
@@ -857,7 +857,7 @@ class Training:
         saved: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.data, self.process = config, data, process
-        self.score = 'loss' if data.energy is None else 'kl'
+        self.score_name = 'loss' if data.energy is None else 'kl'
         self.input_dims = [len(data.columns)]
         self.units = table_units(data)
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
@@ -879,13 +879,13 @@ class Training:
 
         self.steps_per_epoch = EPOCH_STEPS
         self.rows = None
-        if not data.draw:
+        if not data.sampler:
             n_rows, world_size = len(data.train), process.world_size
             self.steps_per_epoch = steps_per_epoch(n_rows, config.batch_size, world_size)
             self.rows = torch.from_numpy(np.array(data.train)).to(process.device)
         self.validate_every = self.steps_per_epoch
         self.n_steps = config.n_epochs * self.steps_per_epoch
-        # as planned at first, however long training goes on
+        # kept by the checkpoint, so that more epochs later do not stretch the annealing
         self.n_annealing = config.annealing * self.n_steps
 
         if saved is not None:
@@ -912,16 +912,15 @@ class Training:
             self.optimizer.param_groups[0]['lr'] = self.config.lr * fraction
 
         batch = training_batch(self.data, self.config, self.step, self.process)
-        x = torch.from_numpy(batch).to(self.process.device)
-        if self.rows is not None:
-            x = self.rows[x]
+        batch = torch.from_numpy(batch).to(self.process.device)
+        x = batch if self.rows is None else self.rows[batch]
 
         # an energy is turned on gradually, so that the flow does not collapse onto one of its modes
         beta = min(1.0, 0.01 + self.step / max(1.0, self.n_annealing))
         return update(self, self.objective(x, beta))
 
     def validate(self, folder: Path) -> None:
-        """Score the averaged weights on the validation split. The learning rate follows from it."""
+        """Score the averaged weights on the validation split, and adjust the learning rate."""
         objective = Objective(self.average.module, self.data)
         loss = row_losses(objective, self.data.validation, self.process).mean().item()
         if math.isfinite(loss):
@@ -970,14 +969,14 @@ def train(
         run = Training(config, data, process, saved)
         log = TrainingLog(run, folder, UNIT, ITEMS)
         last, best = folder / LAST, folder / BEST
-        if not last.exists():
-            save_checkpoint(run, log, last)
-            if process.rank == 0:
-                load_checkpoint(last)  # what cannot be read back is found out now
         if not best.exists():
-            run.best = math.inf
+            run.best = math.inf  # a best score is worth nothing without its weights
 
         with log:
+            if not last.exists():
+                save_checkpoint(run, log, last)
+                if process.rank == 0:
+                    load_checkpoint(last)  # fail now, not at the end, if it cannot be read back
             take_steps(run, log, folder, request.max_skips, signals)
         # a collective call: when it returns, rank 0 has written its files
         was_stopped = process.any(signals) or run.step < run.last_step
@@ -998,17 +997,17 @@ def take_steps(
         loss, norm = run.take_step()
         log.log_step(loss, norm, LOG_STEPS)
 
-        is_due = run.step % run.validate_every == 0 or run.step == run.last_step
-        if is_due:
+        validates = run.step % run.validate_every == 0 or run.step == run.last_step
+        if validates:
             run.validate(folder)
             log.log_validation()
-        stop_if_diverged(run, is_due, max_skips, last)
+        stop_if_diverged(run, validates, max_skips, last)
 
-        if is_due and run.validation_loss < run.best:
+        if validates and run.validation_loss < run.best:
             run.best = run.validation_loss
             save_checkpoint(run, log, best)
-        # after best.pt, as what the last checkpoint includes is never done again
-        if is_due or time.monotonic() >= saved_at + SAVE_SECONDS:
+        # best.pt comes first: a run resumed from this checkpoint does not validate again
+        if validates or time.monotonic() >= saved_at + SAVE_SECONDS:
             save_checkpoint(run, log, last)
             saved_at = time.monotonic()
 
@@ -1051,12 +1050,14 @@ def evaluate(
     error = 2 * losses.std(correction=0).item() / math.sqrt(len(rows))
     name = str(input_file) if input_file else f'{Path(config.dataset).name} test'
     if data.energy is None:
-        items, results = 'rows', {'log_likelihood_nats': -mean}
+        items = 'rows'
+        results = {'log_likelihood_nats': -mean}
         summary = f'{-mean:.4f} ± {error:.4f} nats'
     else:
         weights = (-losses).softmax(0)
         effective = 1 / (weights.square().sum().item() * len(rows))
-        items, results = 'samples', {'kl_nats': mean, 'effective_sample_size': effective}
+        items = 'samples'
+        results = {'kl_nats': mean, 'effective_sample_size': effective}
         summary = f'KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {effective:.1%}'
     print(f'{name}: {summary} ({len(rows):,} {items}, two standard errors)')
 
@@ -1091,8 +1092,8 @@ def sample_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ``n`` rows (n, D) in the data's own units, and log p of each.
 
-    They are computed in float64, where the inverse is exact to 1e-10. Prints the speed and the
-    error of a round trip.
+    The model is converted to float64, where the inverse is exact to 1e-10 unless
+    ``--inverse_tol`` says otherwise. Prints the speed and the error of a round trip.
     """
     from_noise, to_noise = directions(model.double(), data)
     like = next(model.parameters())
@@ -1107,7 +1108,7 @@ def sample_rows(
     again, _ = from_noise(to_noise(head)[0])
     error = (again - head).abs().max().item()
     lost = f'{n_lost:,} more draws lay beyond what the flow reaches; ' if n_lost else ''
-    print(f'{n:,} samples, {speed:,.0f} a second; {lost}round trip within {error:.0e}')
+    print(f'{n:,} samples, {speed:,.0f} per second; {lost}round trip within {error:.0e}')
 
     log_p = log_p.cpu().numpy() - np.log(data.std).sum()
     return data.to_own_units(x.cpu().numpy()), log_p
@@ -1144,15 +1145,15 @@ def visualize(
 ) -> None:
     """Save a picture of what was learned.
 
-    Of two variables it shows the target, the learned density and samples side by side; of more,
-    samples over data in pairs of columns.
+    With two variables it shows the target, the learned density and samples, side by side. With
+    more it shows each pair of columns: data below the diagonal, samples above it.
     """
     if vis_dims and len(data.columns) == 2:
         raise UserError(
             '--vis_dims is for more than two columns: the density of two is drawn whole'
         )
-    alone = Process(0, 1, process.device)
-    loss = row_losses(Objective(model, data), data.test, alone).mean().item()
+    single = Process(rank=0, world_size=1, device=process.device)
+    loss = row_losses(Objective(model, data), data.test, single).mean().item()
     title = f'{Path(config.dataset).stem}: {format_loss(data, loss)}'
 
     if len(data.columns) == 2:
@@ -1174,30 +1175,31 @@ def visualize(
 def check(model: BNAF, data: TableData, config: Config) -> None:
     """Print the largest error of inverse(forward(x)) on the test split.
 
-    It is in standardised units and computed in float64: of the whole model, and of the flow with
+    It is in standardised units and computed in float64: of the whole model, and of the layer with
     the largest error of its own. Rows that the inverse does not reach are counted.
     """
     model = model.double()
     device = next(model.parameters()).device
     errors = [0.0] * len(model)
-    n_lost, worst = 0, 0.0
+    n_lost, largest = 0, 0.0
     for start in progress_bar(range(0, len(data.test), ROWS_AT_ONCE), 'inverting test rows'):
         rows = np.array(data.test[start : start + ROWS_AT_ONCE])
         x = z = torch.from_numpy(rows).double().to(device)
         for k, flow in enumerate(model):
-            y, (z, _) = z, flow(z)
+            y = z
+            z, _ = flow(y)
             error = (flow.inverse(z)[0] - y).abs().nan_to_num(0.0)
             errors[k] = max(errors[k], error.max().item())
         error_of_row = (model.inverse(z)[0] - x).abs().amax(1)
         n_lost += int(error_of_row.isnan().sum())
-        worst = max(worst, error_of_row.nan_to_num(0.0).max().item())
+        largest = max(largest, error_of_row.nan_to_num(0.0).max().item())
 
     k = int(np.argmax(errors))
     n_rows = len(data.test)
     lost = f'; the other {n_lost:,} lie beyond what the inverse reaches' if n_lost else ''
     print(
         f'{Path(config.dataset).name} test: {n_rows - n_lost:,} of {n_rows:,} rows come back '
-        f'within {worst:.2g}{lost}; worst layer: {k} ({type(model[k]).__name__}), {errors[k]:.2g}'
+        f'within {largest:.2g}{lost}; worst layer: {k} ({type(model[k]).__name__}), {errors[k]:.2g}'
     )
 
 
@@ -1205,7 +1207,7 @@ def check(model: BNAF, data: TableData, config: Config) -> None:
 
 COMMAND_LINE = CommandLine(
     script=f'{NAME}.py',
-    description=__doc__.partition('Notation')[0],
+    description=(__doc__ or '').partition('Notation')[0],
     modes=MODES,
     mode_options=MODE_OPTIONS,
     config_class=Config,
@@ -1222,13 +1224,13 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any], Request]:
 def run_mode(mode: str, options: dict[str, Any], request: Request, process: Process) -> None:
     """Build or restore what a mode needs, and run it."""
     for name in ('dataset', 'test_file'):
-        # a table of the user's own is found from wherever the model is used
+        # an absolute path, so that the checkpoint works from any folder
         if Path(options.get(name, '')).suffix in SUFFIXES:
             options[name] = str(Path(options[name]).resolve())
     saved = load_selected_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
     config = resolve_config(Config, options, DEFAULTS, saved, MODE_OPTIONS[mode])
-    no_split = mode == 'generate' or bool(request.input)
-    data = load_run_table(config, saved, no_split=no_split)
+    needs_rows = mode != 'generate' and not request.input
+    data = load_run_table(config, saved, needs_rows=needs_rows)
 
     if mode == 'train':
         if process.rank == 0:
@@ -1260,11 +1262,11 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_user_error(NAME):
         mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            given = {**options, **vars(request)}
+            settings = {**options, **vars(request)}
             for path in ('data_dir', 'output_dir', 'restore_file'):
-                given.pop(path, None)  # may differ from machine to machine
-            same = {f'--{name}': value for name, value in given.items()}
-            require_agreement(process, mode=mode, **same)
+                settings.pop(path, None)  # may differ from machine to machine
+            named = {f'--{name}': value for name, value in settings.items()}
+            require_agreement(process, mode=mode, **named)
             run_mode(mode, options, request, process)
 
 

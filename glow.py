@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common.batches import batch_indices, seeded_generator, steps_per_epoch
-from common.checkpoints import CheckpointFormat, tensor_bytes, tensor_cache
+from common.checkpoints import CheckpointFormat
 from common.errors import UserError, exit_on_user_error, warn_on_error
 from common.files import digest, write_json
 from common.logs import TrainingLog, progress_bar
@@ -53,6 +53,7 @@ from common.runs import (
     require_agreement,
     stop_if_diverged,
 )
+from common.tensors import tensor_bytes, tensor_cache
 from datasets import (
     IMAGE_DATASETS,
     ImageData,
@@ -98,33 +99,33 @@ class Config(Options):
         'model', False, 'learn the matrices of the 1x1 convolutions, not their PLU factors'
     )
     checkpoint_grads: bool = option(
-        'optimisation', False, 'less memory, slower: the backward pass recomputes activations'
+        'optimization', False, 'less memory, slower: the backward pass recomputes activations'
     )
     bf16: bool = option(
-        'optimisation', False, 'networks in bfloat16; latents and densities stay float32'
+        'optimization', False, 'networks in bfloat16; latents and densities stay float32'
     )
     compile: bool = option(
-        'optimisation', False, 'compile the step of flow: half a minute at the start, then faster'
+        'optimization', False, 'compile the step of flow: half a minute at the start, then faster'
     )
-    n_epochs: int = option('optimisation', 100, 'epochs', low=1)
+    n_epochs: int = option('optimization', 100, 'epochs', low=1)
     n_epochs_warmup: float = option(
-        'optimisation', 2.0, 'epochs over which the learning rate rises linearly from 0'
+        'optimization', 2.0, 'epochs over which the learning rate rises linearly from 0'
     )
-    batch_size: int = option('optimisation', 16, 'images per process', low=1, high=2**20)
-    batch_size_init: int = option('optimisation', 256, 'images that initialize the actnorms', low=1)
-    lr: float = option('optimisation', 1e-3, "Adam's learning rate", high=1e6)
+    batch_size: int = option('optimization', 16, 'images per process', low=1, high=2**20)
+    batch_size_init: int = option('optimization', 256, 'images that initialize the actnorms', low=1)
+    lr: float = option('optimization', 1e-3, "Adam's learning rate", high=1e6)
     lr_decay: float = option(
-        'optimisation', 0.0, 'last fraction of training over which the rate falls to 0', high=1
+        'optimization', 0.0, 'last fraction of training over which the rate falls to 0', high=1
     )
-    grad_norm_clip: float = option('optimisation', 50.0, 'gradients are clipped at this norm')
+    grad_norm_clip: float = option('optimization', 50.0, 'gradients are clipped at this norm')
     ema_decay: float = option(
-        'optimisation',
+        'optimization',
         0.999,
         'Polyak average of the weights, which all but training uses; 0 turns it off',
         high=1,
     )
     seed: int = option(
-        'optimisation', 0, 'of initialization, shuffling, noise and samples', high=2**63 - 1
+        'optimization', 0, 'of initialization, shuffling, noise and samples', high=2**63 - 1
     )
 
     def __post_init__(self) -> None:
@@ -145,7 +146,7 @@ class Request(RunRequest):
         'output',
         None,
         'temperature of samples (default: several); '
-        'with --visualize, a factor of the latents that the splits give off (default: 1)',
+        'with --visualize, a factor of the latents factored out by the splits (default: 1)',
         high=100,
     )
     n_samples: int = option('output', None, 'samples with --z_std (default: 32)', low=1, high=10**6)
@@ -554,7 +555,7 @@ class Glow(nn.Module):
         checkpoint_grads: recompute activations in the backward pass.
         plu: learn the PLU factors of the 1x1 convolutions.
 
-    z has the shape (B, C H W): the halves that the splits give off, finest first, and the rest.
+    z has the shape (B, C H W): the halves factored out by the splits, finest first, and the rest.
     """
 
     def __init__(
@@ -625,7 +626,7 @@ class Glow(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Glow, x: Tensor, u: Tensor | None = None) -> None:
-    """Initialize every actnorm that has not been yet from uint8 images (sec. 3.1)."""
+    """Initialize, from uint8 images, every actnorm that is not initialized yet (sec. 3.1)."""
 
     def initialize_layer(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         layer.initialize(inputs[0])
@@ -734,9 +735,8 @@ def setup() -> Iterator[Process]:
         store, _, _ = next(dist.rendezvous('env://'))
         store = getattr(store, 'underlying_store', store)  # torch 2.4 wraps it for each start
     if world_size > 1:
-        # torchrun's store outlives the processes: those it starts anew must not find in it the
-        # addresses of the dead. (Each node counts its own restarts, so several have no common
-        # count.)
+        # torchrun's store outlives the processes. A prefix for each start keeps new ones from
+        # finding the addresses of dead ones. (Several nodes have no common count of starts.)
         prefix = f'start {n_restarts if n_nodes == 1 else 0}'
         dist.init_process_group(
             'nccl' if device.type == 'cuda' else 'gloo',
@@ -749,7 +749,7 @@ def setup() -> Iterator[Process]:
     try:
         yield Process(rank, world_size, device, store)
     finally:
-        # where a process is lost, its error is reported first
+        # after an error of torch another process may be lost, and the teardown would wait for it
         if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):
             time.sleep(0.1)  # torch 2.4 hangs below while Gloo's thread still frees its last tensor
             dist.destroy_process_group()
@@ -871,7 +871,7 @@ def bits_per_dim(
 
 
 @torch.no_grad()
-def sample_rows(
+def sample_grid(
     model: Glow,
     temperatures: Iterable[float],
     n_columns: int,
@@ -904,10 +904,10 @@ def sample_rows(
 
 
 def learning_rate(config: Config, step: int, per_epoch: int) -> float:
-    """Return the learning rate of a step, of ``per_epoch`` steps per epoch.
+    """Return the learning rate of a step.
 
-    It rises linearly from 0, stays constant, and falls linearly to 0 over the last ``lr_decay``
-    of the training.
+    It rises linearly over ``n_epochs_warmup`` epochs of ``per_epoch`` steps, stays constant, and
+    falls linearly to 0 over the last fraction ``lr_decay`` of the steps.
     """
     n_steps = config.n_epochs * per_epoch
     warmup = (step + 1) / max(1, config.n_epochs_warmup * per_epoch)
@@ -920,7 +920,7 @@ def learning_rate(config: Config, step: int, per_epoch: int) -> float:
 class Training:
     """A training: the weights, their average, the optimizer, and where it stands."""
 
-    score = 'bits_per_dim'
+    score_name = 'bits_per_dim'
 
     def __init__(
         self,
@@ -989,7 +989,7 @@ class Training:
             tqdm.write(f'step {self.step}: validation {self.validation_loss:.4f} bits/dim')
             with warn_on_error('picture'):
                 temperatures = (0.0, 0.25, 0.7, 1.0)
-                rows = sample_rows(
+                rows = sample_grid(
                     self.average.module, temperatures, 8, self.config.seed, self.process.device
                 )
                 labels = [f'T = {temperature:g}' for temperature in temperatures]
@@ -1035,14 +1035,14 @@ def train(
         run = Training(config, data, process, saved)
         log = TrainingLog(run, folder, UNIT, ITEMS)
         last, best = folder / LAST, folder / BEST
-        if not last.exists():
-            save_checkpoint(run, log, last)
-            if process.rank == 0:
-                load_checkpoint(last)  # what cannot be read back is found out now
         if not best.exists():
-            run.best = math.inf
+            run.best = math.inf  # a best score is worth nothing without its weights
 
         with log:
+            if not last.exists():
+                save_checkpoint(run, log, last)
+                if process.rank == 0:
+                    load_checkpoint(last)  # fail now, not at the end, if it cannot be read back
             take_steps(run, log, folder, request.max_skips, signals)
         # a collective call: when it returns, rank 0 has written its files
         was_stopped = process.any(signals) or run.step < run.last_step
@@ -1063,17 +1063,17 @@ def take_steps(
         loss, norm = run.take_step()
         log.log_step(loss, norm, LOG_STEPS)
 
-        is_due = run.step % run.validate_every == 0 or run.step == run.last_step
-        if is_due:
+        validates = run.step % run.validate_every == 0 or run.step == run.last_step
+        if validates:
             run.validate(folder)
             log.log_validation()
-        stop_if_diverged(run, is_due, max_skips, last)
+        stop_if_diverged(run, validates, max_skips, last)
 
-        if is_due and run.validation_loss < run.best:
+        if validates and run.validation_loss < run.best:
             run.best = run.validation_loss
             save_checkpoint(run, log, best)
-        # after best.pt, as what the last checkpoint includes is never done again
-        if is_due or time.monotonic() >= saved_at + SAVE_SECONDS:
+        # best.pt comes first: a run resumed from this checkpoint does not validate again
+        if validates or time.monotonic() >= saved_at + SAVE_SECONDS:
             save_checkpoint(run, log, last)
             saved_at = time.monotonic()
 
@@ -1122,10 +1122,11 @@ def generate(
     if z_std is None:
         name = 'range'
         labels = [f'T = {temperature:g}' for temperature in TEMPERATURES]
-        rows = sample_rows(model, TEMPERATURES, 4, config.seed, device)
+        rows = sample_grid(model, TEMPERATURES, 4, config.seed, device)
     else:
-        name, labels = f'{z_std:g}', []
-        samples = sample_rows(model, [z_std], n_samples or 32, config.seed, device)[0]
+        name = f'{z_std:g}'
+        labels = []
+        samples = sample_grid(model, [z_std], n_samples or 32, config.seed, device)[0]
         rows = [samples[i : i + 8] for i in range(0, len(samples), 8)]
     save_grid(path.with_name(f'generated_samples_at_z_std_{name}.png'), rows, labels)
 
@@ -1134,7 +1135,7 @@ def generate(
 def encode(model: Glow, images: np.ndarray, device: torch.device) -> Tensor:
     """Return the latents (N, D) of uint8 images (N, C, H, W).
 
-    They are those of the middles of the images' bins, so that decoding returns the same bins.
+    Each value is placed in the middle of its bin, so that decoding returns the same bins.
     """
     x = torch.tensor(images, device=device)
     middles = torch.full(x.shape, 0.5, device=device)
@@ -1154,9 +1155,10 @@ def attribute_directions(
 ) -> Tensor:
     """Return the direction of each attribute in the space of latents, of shape (A, D) (sec. 6).
 
-    It is ``DZ_SCALE`` times the mean latent of the training images that have the attribute, minus
-    that of those that do not; NaN where one of the two has no images. The directions are kept in
-    a file beside the checkpoint, whose name identifies what they were computed from.
+    It is ``DZ_SCALE`` times a difference: the mean latent of the images that have the attribute,
+    minus that of those that do not, over the first ``DZ_IMAGES`` training images. It is NaN where
+    one of the two groups is empty. The directions are cached beside the checkpoint, in a file
+    whose name identifies what they were computed from.
     """
     images = data.train.images[:DZ_IMAGES]
     attributes = torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
@@ -1165,16 +1167,17 @@ def attribute_directions(
     def compute() -> Tensor:
         share_with = attributes / attributes.sum(0)
         share_without = (1 - attributes) / (1 - attributes).sum(0)
-        weights = (share_with - share_without).T  # of a difference of two means
+        coefficients = (share_with - share_without).T
         total = 0
         for i in progress_bar(range(0, len(images), batch_size), 'encoding training images'):
             z = encode(model, images[i : i + batch_size], device).double().cpu()
-            total = total + weights[:, i : i + batch_size] @ z
+            # a difference of two means, batch by batch
+            total = total + coefficients[:, i : i + batch_size] @ z
         return DZ_SCALE * total.float()
 
     is_bf16 = torch.is_autocast_enabled(device.type)
-    weights_of_model = map(tensor_bytes, model.state_dict().values())
-    key = digest([data.fingerprint, DZ_IMAGES, DZ_SCALE, is_bf16], weights_of_model)
+    model_weights = map(tensor_bytes, model.state_dict().values())
+    key = digest([data.fingerprint, DZ_IMAGES, DZ_SCALE, is_bf16], model_weights)
     shape = attributes.shape[1], math.prod(images.shape[1:])
     return tensor_cache(path.with_name(f'attribute_directions_{key}.pt'), shape, compute)
 
@@ -1189,8 +1192,8 @@ def visualize(
 ) -> None:
     """Save a grid of edits z + alpha * dz of an image: a row per attribute, a column per alpha.
 
-    ``--z_std`` multiplies the latents that the splits give off, as the original author's code
-    does by 0.6.
+    ``--z_std`` multiplies the latents factored out by the splits. The code that these options
+    come from does so by 0.6.
     """
     names = data.attribute_names
     source = f'{config.dataset} in {config.data_dir}'
@@ -1243,10 +1246,10 @@ def check(model: Glow, data: ImageData, config: Config, device: torch.device) ->
         for i in progress_bar(range(0, len(data.test.images), batch_size), 'decoding test images'):
             encode(model, data.test.images[i : i + batch_size], device)
 
-    bins = errors.pop('') * 2**config.n_bits
+    bins = errors.pop('') * 2**config.n_bits  # '' is the name of the whole model
     worst = max(errors, key=lambda name: errors[name])
     kind = type(model.get_submodule(worst)).__name__
-    verdict = '' if bins < 0.5 else ', which is NOT to the same bin'
+    verdict = '' if bins < 0.5 else ' (NOT the same images)'
     print(
         f'{config.dataset} test: all {len(data.test.images)} images come back within {bins:.2g} '
         f'bins{verdict}; worst layer: {worst} ({kind}), {errors[worst]:.2g}'
@@ -1257,7 +1260,7 @@ def check(model: Glow, data: ImageData, config: Config, device: torch.device) ->
 
 COMMAND_LINE = CommandLine(
     script=f'{NAME}.py',
-    description=__doc__.partition('Notation')[0],
+    description=(__doc__ or '').partition('Notation')[0],
     modes=MODES,
     mode_options=MODE_OPTIONS,
     config_class=Config,
@@ -1317,11 +1320,11 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_user_error(NAME):
         mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup() as process:
-            given = {**options, **vars(request)}
+            settings = {**options, **vars(request)}
             for path in ('data_dir', 'output_dir', 'restore_file'):
-                given.pop(path, None)  # may differ from machine to machine
-            same = {f'--{name}': value for name, value in given.items()}
-            require_agreement(process, mode=mode, **same)
+                settings.pop(path, None)  # may differ from machine to machine
+            named = {f'--{name}': value for name, value in settings.items()}
+            require_agreement(process, mode=mode, **named)
             run_mode(mode, options, request, process)
 
 

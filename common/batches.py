@@ -32,8 +32,8 @@ def batch_indices(
 ) -> np.ndarray:
     """Return which rows a process takes at a step, of shape ``(batch_size,)``.
 
-    Each epoch shuffles the rows anew, and no row comes twice in it. The rows that are left over
-    at its end, too few for a step, are skipped.
+    Each epoch shuffles the rows anew and takes each at most once. The rows left at its end, too
+    few for a step, are skipped. If there are fewer rows than one step takes, rows repeat.
     """
     epoch, step_in_epoch = divmod(step, steps_per_epoch(n_rows, batch_size, world_size))
     first = (step_in_epoch * world_size + rank) * batch_size

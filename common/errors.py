@@ -1,5 +1,6 @@
-"""Errors that the user can mend. They are raised anywhere and reported in one line."""
+"""Errors that the user can fix. They are raised anywhere and reported in one line."""
 
+import argparse
 import contextlib
 import difflib
 import os
@@ -7,13 +8,14 @@ import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
 
 class UserError(Exception):
-    """An error that the user can mend. Its text is one line: what was wrong and what to do."""
+    """An error that the user can fix. Its text is one line: what was wrong and what to do."""
 
     def __str__(self) -> str:
         """Return the text with unprintable characters escaped.
@@ -22,6 +24,14 @@ class UserError(Exception):
         """
         text = super().__str__()
         return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class UserErrorParser(argparse.ArgumentParser):
+    """A parser of command lines that raises ``UserError`` instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ``UserError``, with a pointer to ``--help``."""
+        raise UserError(f'{message} (see {self.prog} --help)')
 
 
 @contextlib.contextmanager
@@ -47,7 +57,7 @@ def exit_on_user_error(script: str) -> Iterator[None]:
         if not is_lost_connection(error):
             raise
         process = f'process {os.environ.get("RANK", 0)} on {socket.gethostname()}'
-        message = f'{process} stops, having lost another one or found none: {one_line(error)}'
+        message = f'{process} lost, or never reached, another process: {one_line(error)}'
         is_common = False
 
     if not is_common or int(os.environ.get('LOCAL_RANK', 0)) == 0:

@@ -44,19 +44,19 @@ def digest(values: Any, arrays: Iterable[Any] = ()) -> str:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, other: str, wait: bool = True) -> Iterator[None]:
+def file_lock(path: Path, holder: str, wait: bool = True) -> Iterator[None]:
     """Hold a lock file. The system frees it when its holder dies.
 
-    ``other`` says what the other holder does, such as ``'another process trains in ...'``. It is
-    printed while this process waits or, with ``wait=False``, raised as ``UserError``.
+    ``holder`` describes the process that may have the lock, such as ``'another process trains in
+    ...'``. It is printed while this process waits or, with ``wait=False``, raised as ``UserError``.
     """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         if not wait:
-            raise UserError(f'{other}: wait until it is done, or stop it') from error
-        print(f'{other}: waiting until it is done', file=sys.stderr)
+            raise UserError(f'{holder}: wait until it is done, or stop it') from error
+        print(f'{holder}: waiting until it is done', file=sys.stderr)
         lock.acquire()
 
     try:
@@ -122,8 +122,8 @@ def make_new_folder(path: Path) -> Path:
     raise AssertionError('counting never ends')
 
 
-def is_writable(folder: Path) -> bool:
-    """Return whether files can be made in a folder, which is made if it does not exist."""
+def make_writable(folder: Path) -> bool:
+    """Make a folder if necessary, and return whether files can be created in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -35,7 +35,7 @@ class Training(Protocol):
     input_dims: list[int]
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    score: str
+    score_name: str
     step: int
     n_steps: int
     n_skipped: int

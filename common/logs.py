@@ -1,5 +1,6 @@
 """Progress bar and TensorBoard scalars of rank 0."""
 
+import contextlib
 import math
 import os
 import sys
@@ -14,11 +15,12 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from .errors import UserError
 from .files import report_full_disk
 from .interfaces import Training
 
 FLUSH_SECONDS = 30
-FEW_AVERAGING_TIMES = 3
+MIN_EMA_TIME_CONSTANTS = 3  # with fewer, the average keeps over 5% of the first weights
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
@@ -38,7 +40,7 @@ class ScalarWriter:
     def __init__(self, folder: Path | None, first_step: int) -> None:
         self.folder = folder
         self.writer = EventsWriter(str(folder / 'events'), f'.{os.getpid()}') if folder else None
-        self.flushed = time.time()
+        self.last_flush = time.time()
         self.write(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, **content: Any) -> None:
@@ -48,22 +50,29 @@ class ScalarWriter:
                 self.writer.write_event(Event(wall_time=time.time(), **content))
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
-        """Write the scalars of a step. They are on the disk within half a minute."""
+        """Write the scalars of a step. Flush if the last flush was some time ago."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self.write(step=step, summary=Summary(value=values))
-        if time.time() > self.flushed + FLUSH_SECONDS:
+        if time.time() > self.last_flush + FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Put all scalars on the disk. A checkpoint flushes first: its steps are not repeated."""
+        """Flush to the disk. A checkpoint does it first, as its steps are not logged again."""
         if self.writer:
             with report_full_disk(f'the events of {self.folder}'):
                 self.writer.flush()
-        self.flushed = time.time()
+        self.last_flush = time.time()
+
+    def close(self) -> None:
+        """Flush and close the file. Nothing can be written afterwards."""
+        if self.writer:
+            with report_full_disk(f'the events of {self.folder}'):
+                self.writer.close()
+        self.writer = None
 
 
 class TrainingLog(ScalarWriter):
-    """Progress bar and TensorBoard scalars of rank 0. As a context, it shows the bar.
+    """Progress bar and TensorBoard scalars of rank 0. Use it as a context manager.
 
     Arguments:
         run: the training.
@@ -82,10 +91,10 @@ class TrainingLog(ScalarWriter):
         if self.writer:
             n_parameters = sum(p.numel() for p in run.model.parameters())
             print(f'{n_parameters:,} parameters, step {run.step:,} of at most {run.n_steps:,}')
-            if run.n_steps * (1 - run.config.ema_decay) < FEW_AVERAGING_TIMES:
+            if run.n_steps * (1 - run.config.ema_decay) < MIN_EMA_TIME_CONSTANTS:
                 print(
                     'note: after so few steps the averaged weights, which are scored, '
-                    'are mostly the first: lower --ema_decay'
+                    'lag behind: lower --ema_decay'
                 )
         self.bar = progress_bar(
             total=run.n_steps, initial=run.step, disable=not self.writer, unit='step'
@@ -100,6 +109,9 @@ class TrainingLog(ScalarWriter):
         traceback: TracebackType | None,
     ) -> None:
         self.bar.close()
+        # the error that ended the training is the one to report
+        with contextlib.suppress(UserError) if error else contextlib.nullcontext():
+            self.close()
 
     def restart_clock(self) -> None:
         """Measure the speed from here on."""
@@ -126,7 +138,7 @@ class TrainingLog(ScalarWriter):
             f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s', refresh=False
         )
         scalars = {
-            f'{run.score}/train': loss.item(),
+            f'{run.score_name}/train': loss.item(),
             'gradient_norm': norm.item(),
             'lr': run.optimizer.param_groups[0]['lr'],
             f'{self.items}_per_s': speed,
@@ -137,5 +149,5 @@ class TrainingLog(ScalarWriter):
 
     def log_validation(self) -> None:
         """Write the validation score. The time that it took does not count as training."""
-        self.add(self.run.step, {f'{self.run.score}/validation': self.run.validation_loss})
+        self.add(self.run.step, {f'{self.run.score_name}/validation': self.run.validation_loss})
         self.restart_clock()

@@ -15,13 +15,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from .errors import UserError
+from .errors import UserError, UserErrorParser
 
 GROUPS = {
     'data': 'data',
-    'model': 'model (a checkpoint knows its own)',
-    'optimisation': 'optimisation',
-    'run': 'runs and processes (torchrun or torch.distributed.launch start them)',
+    'model': 'model (with a checkpoint, its own values apply)',
+    'optimization': 'optimization',
+    'run': 'runs and processes (torchrun or torch.distributed.launch starts several)',
     'output': 'output',
 }
 OPTIONS_OF_EVERY_MODE = ('output_dir', 'restore_file', 'distributed')
@@ -96,7 +96,7 @@ class RunRequest(Options):
 
     output_dir: str = option('run', 'results', 'a run gets a folder of its own in it')
     restore_file: str = option(
-        'run', '', 'a checkpoint (default: of the newest run; to train, none)'
+        'run', '', 'checkpoint to load (default: that of the newest run; with --train, none)'
     )
     resume: bool = option(
         'run', False, 'go on with the newest run in output_dir if there is one, else start one'
@@ -107,7 +107,9 @@ class RunRequest(Options):
         'steps in a row that may be skipped because gradients are not finite, before training ends',
     )
     detect_anomaly: bool = option(
-        'run', False, 'slow: name the operation that gave the first gradient that is not finite'
+        'run',
+        False,
+        'slow: stop at the first NaN in a backward pass and name the operation it came from',
     )
     distributed: bool = option('run', False, 'accepted without effect: the launcher decides')
 
@@ -129,7 +131,7 @@ class CommandLine:
         description: the text on top of ``--help``.
         modes: each mode, and what it does in the words of ``--help``. One must be given.
         mode_options: the options that each mode takes, beside ``OPTIONS_OF_EVERY_MODE``. All
-            others are the checkpoint's own. Training without one takes the whole config.
+            others are the checkpoint's own. Training without a checkpoint takes the whole config.
         config_class: the dataclass of the options that a checkpoint keeps.
         request_class: the dataclass of the options of one call.
         defaults: the defaults that a data set changes.
@@ -169,10 +171,10 @@ class CommandLine:
         takers = [f'--{other}' for other, names in self.mode_options.items() if name in names]
         raise UserError(f'--{name} goes with {" or ".join(takers)}, not with --{mode}')
 
-    def build_parser(self) -> 'Parser':
+    def build_parser(self) -> UserErrorParser:
         """Build the parser. Options that were not given are None in its result."""
-        parser = Parser(
-            self.script,
+        parser = UserErrorParser(
+            f'python {self.script}',
             description=self.description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -212,14 +214,6 @@ class CommandLine:
         return '\n'.join(lines)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises ``UserError`` instead of printing its usage."""
-
-    def error(self, message: str) -> Any:
-        """Raise ``UserError``, with a pointer to ``--help``."""
-        raise UserError(f'{message} (see python {self.prog} --help)')
-
-
 def defaults_table(defaults: Defaults) -> str:
     """Return the lines of ``--help`` that say which defaults a data set changes."""
     datasets_of: dict[str, list[str]] = {}
@@ -227,7 +221,7 @@ def defaults_table(defaults: Defaults) -> str:
         text = ' '.join(f'{key}={value:.3g}' for key, value in values.items())
         datasets_of.setdefault(text, []).append(name)
 
-    lines = ['In brackets: defaults. Data sets have their own of some of them:']
+    lines = ['Defaults are in brackets. These data sets change some of them:']
     for text, names in datasets_of.items():
         if text:
             line = f'{", ".join(names)}: {text}'
@@ -279,7 +273,7 @@ def resolve_config(
 
     Given ``options`` come first, then those of the checkpoint ``saved`` or, without one, the
     defaults of the data set, then those of ``config_class``. Raises ``UserError`` where an option
-    contradicts the checkpoint and is none of those that ``may_change``.
+    contradicts the checkpoint and is not in ``may_change``.
     """
     if saved is None:
         defaults_of_class = {f.name: f.default for f in fields(config_class)}
@@ -288,10 +282,10 @@ def resolve_config(
 
     config: OptionsT = saved['config']
     for name in options.keys() - may_change:
-        own = getattr(config, name)
-        if options[name] != own:
+        saved_value = getattr(config, name)
+        if options[name] != saved_value:
             raise UserError(
                 f'--{name}={options[name]} contradicts the checkpoint {saved["path"]}, '
-                f'which has {name}={own}'
+                f'which has {name}={saved_value}'
             )
     return replace(config, **options)

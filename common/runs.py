@@ -41,7 +41,7 @@ def require_agreement(process: Process, **values: Any) -> None:
     names = sorted(set().union(*of_each_process))
     different = []
     for name in names:
-        if len({repr(own.get(name)) for own in of_each_process}) > 1:
+        if len({repr(values.get(name)) for values in of_each_process}) > 1:
             different.append(name)
     if different:
         raise UserError(f'the processes start from different {" and ".join(different)}')
@@ -68,7 +68,9 @@ def load_selected_checkpoint(
     path = select_checkpoint(script, request, mode, restarted_from)
     saved = load(path) if path else None
 
-    position = saved and [saved[name] for name in ('step', 'validation_loss', 'best')]
+    position = None
+    if saved:
+        position = [saved['step'], saved['validation_loss'], saved['best']]
     require_agreement(process, checkpoint=position)
     if saved and process.rank == 0:
         score = 'not validated yet'
@@ -113,10 +115,12 @@ def select_checkpoint(
 
 def require_newest(saved: dict[str, Any] | None, load: LoadCheckpoint) -> None:
     """Refuse to train on from a checkpoint that is older than the newest one in its folder."""
-    newest = saved['path'].with_name(LAST) if saved else None
-    if saved and newest and newest.exists() and load(newest)['step'] > saved['step']:
+    if saved is None:
+        return
+    newest = saved['path'].with_name(LAST)
+    if newest.exists() and load(newest)['step'] > saved['step']:
         raise UserError(
-            f'{newest} is at a later step than {saved["path"]} was and would be overwritten: go on '
+            f'{newest} is at a later step than {saved["path"]}, and would be overwritten: go on '
             f'from it, or copy {saved["path"].name} to a folder of its own'
         )
 
@@ -153,9 +157,10 @@ def open_run_folder(
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path, is_new: bool) -> Iterator[Path]:
-    """Hold a folder against other trainings. A new one gets a free name like the one given.
+    """Lock the folder of a run against other trainings.
 
-    Temporary files that a killed process has left in it are removed.
+    With ``is_new`` it is made first, under the next free name. Temporary files that a killed
+    process has left in it are removed.
     """
     if is_new:
         folder = make_new_folder(folder)

@@ -1,6 +1,6 @@
 """List, fetch, prepare and show the data sets.
 
-python -m datasets list                           all data sets, and what is in --data_dir of each
+python -m datasets list                           all data sets, and whether each is in --data_dir
 python -m datasets fetch mnist                    download, verify and unpack into --data_dir
 python -m datasets fetch power --raw              from the UCI repository, not the MAF authors
 python -m datasets fetch celeba --from FILE ...   from files that you have downloaded
@@ -13,13 +13,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common.errors import UserError
+from common.errors import UserError, UserErrorParser
 
 from .fetch import SOURCES, data_set_status, fetch_data_set
 from .images import IMAGE_DATASETS, ImageData, load_images
@@ -27,18 +26,11 @@ from .plots import draw_images, draw_panels, draw_table
 from .tabular import SUFFIXES, TableData, load_table, read_numbers
 from .toy import ENERGIES
 
-N_DRAWN = 10_000  # rows that are drawn from a two-dimensional density to show it
-COUNTED_AT_ONCE = 2**26  # bytes of an array, which may not fit into memory as a whole
+N_SHOWN_SAMPLES = 10_000  # of a two-dimensional density
+BLOCK_BYTES = 2**26  # read at once of an array, which may not fit into memory as a whole
 
 
 # --------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    """Raise ``UserError`` for wrong arguments, where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f'{message} (see python -m datasets --help)')
 
 
 def parse_image_size(text: str) -> int:
@@ -51,25 +43,25 @@ def parse_image_size(text: str) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises ``UserError`` where it is wrong."""
-    parser = Parser(
+    parser = UserErrorParser(
         prog='python -m datasets',
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(dest='verb', required=True, parser_class=Parser)
+    verbs = parser.add_subparsers(dest='verb', required=True, parser_class=UserErrorParser)
 
     def add_verb(verb: str, description: str) -> argparse.ArgumentParser:
         return verbs.add_parser(verb, help=description, allow_abbrev=False)
 
-    name = 'as python -m datasets list shows it'
-    name_or_table = f'{name}, or a table of your own ({" ".join(SUFFIXES)})'
+    name_help = 'as python -m datasets list shows it'
+    name_or_table = f'{name_help}, or a table of your own ({" ".join(SUFFIXES)})'
 
-    listing = add_verb('list', 'list all data sets, and what is there of each')
+    listing = add_verb('list', 'list all data sets, and whether each is in --data_dir')
     add_data_dir(listing)
 
     fetching = add_verb('fetch', 'download, verify and unpack a data set')
-    fetching.add_argument('name', metavar='NAME', help=name)
+    fetching.add_argument('name', metavar='NAME', help=name_help)
     add_data_dir(fetching)
     add_fetch_options(fetching)
 
@@ -78,7 +70,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_data_dir(preparing)
     add_image_size(preparing)
 
-    showing = add_verb('show', 'draw a data set, and count')
+    showing = add_verb(
+        'show', 'draw a data set; print its size, range, missing values and duplicates'
+    )
     showing.add_argument('name', metavar='NAME', help=name_or_table)
     add_data_dir(showing)
     add_image_size(showing)
@@ -230,7 +224,8 @@ def show(name: str, data_dir: Path, image_size: int | None, output: Path | None)
         arrays, figure = draw_user_table(name)
     elif name in ENERGIES:
         require_no_image_size(name, image_size)
-        arrays, figure = {}, draw_energy(name)
+        arrays = {}
+        figure = draw_energy(name)
     else:
         data = load_data_set(name, data_dir, image_size)
         arrays, figure = draw_data_set(name, data)
@@ -254,8 +249,8 @@ def draw_data_set(name: str, data: ImageData | TableData) -> tuple[dict[str, np.
     if isinstance(data, ImageData):
         attributes = data.train.attributes
         return arrays, draw_images(arrays['train'], attributes, data.attribute_names, name)
-    if data.draw:
-        rows = data.draw(np.random.default_rng(0), N_DRAWN)
+    if data.sampler:
+        rows = data.sampler(np.random.default_rng(0), N_SHOWN_SAMPLES)
         return {'drawn': rows}, draw_table(rows, data.columns, name)
     return arrays, draw_table(arrays['train'], data.columns, name)
 
@@ -276,7 +271,7 @@ def describe_values(values: np.ndarray) -> str:
     low, high = np.inf, -np.inf
     n_missing = 0
     hashes: set[int] = set()
-    for block in np.array_split(flat, max(1, flat.nbytes // COUNTED_AT_ONCE)):
+    for block in np.array_split(flat, max(1, flat.nbytes // BLOCK_BYTES)):
         finite = block[np.isfinite(block)]
         n_missing += block.size - finite.size
         if finite.size:

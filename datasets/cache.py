@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError, one_line
-from common.files import digest, file_lock, is_writable, write_atomically
+from common.files import digest, file_lock, make_writable, write_atomically
 
 Shape = tuple[int, ...]
 CreateArray = Callable[[Shape, npt.DTypeLike], np.memmap]
@@ -61,7 +61,7 @@ def memmap_cache(
         if array is not None:
             return array
 
-    folder = next((folder for folder in folders if is_writable(folder)), None)
+    folder = next((folder for folder in folders if make_writable(folder)), None)
     if folder is None:
         raise UserError(f'neither {folders[0]} nor {folders[1]} can be written to')
     path = folder / file_name

@@ -592,7 +592,7 @@ def read_cifar_batch(path: Path) -> np.ndarray:
         batch = read_pickle(path)
         pixels = array_of(batch['data'])
         labels = np.array(batch['labels'])
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, MemoryError) as error:
         # Where the pickle holds no dict, or labels that are no list, the lookup or the array fails.
         raise UserError(
             f'{path} cannot be read as a batch of cifar10: {one_line(error)}; fetch it again'

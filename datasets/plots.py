@@ -55,13 +55,15 @@ def draw_density(
         title: the title of the density's panel.
     """
     n_cells = 300
-    if data.draw is not None:
-        rows = data.draw(np.random.default_rng(0), N_TOY_SAMPLES)
-        extent, n_bins, target_title = TOY_EXTENT, 200, 'target'
+    if data.sampler is not None:
+        rows = data.sampler(np.random.default_rng(0), N_TOY_SAMPLES)
+        extent, n_bins = TOY_EXTENT, 200
+        target_title = 'target'
     else:
-        assert data.test is not None, 'a table that is drawn has rows'
+        assert data.test is not None, 'a table without a sampler has rows'
         rows = data.to_own_units(data.test)
-        extent, n_bins, target_title = bounding_box(rows), 40, 'test data'
+        extent, n_bins = bounding_box(rows), 40
+        target_title = 'test data'
 
     points = cell_centres(extent, n_cells)
     if data.energy is None:

@@ -10,6 +10,7 @@ import csv
 import difflib
 import gzip
 import io
+import lzma
 import math
 import re
 import tarfile
@@ -33,6 +34,7 @@ from common.errors import UserError, index_of_name, one_line, truncate
 from common.files import digest, file_signature, first_existing, write_atomically
 
 from .cache import CreateArray, map_npy, memmap_cache
+from .images import DAMAGED_IMAGE_ERRORS
 from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, Energy, Sampler, log_normaliser
 
@@ -65,6 +67,7 @@ DAMAGED_FILE_ERRORS = (
     csv.Error,
     EOFError,
     zlib.error,
+    lzma.LZMAError,
     tarfile.TarError,
     zipfile.BadZipFile,
     SyntaxError,
@@ -136,8 +139,8 @@ class TableData:
     mean: np.ndarray
     std: np.ndarray
 
-    # ``draw(rng, n)`` returns n new training rows, (n, D) float32; None where ``train`` is given.
-    draw: Sampler | None = None
+    # ``sampler(rng, n)`` returns n new training rows, (n, D) float32. None with ``train``.
+    sampler: Sampler | None = None
 
     # The energy U(x) of a density exp(-U) / Z, in nats, for points (..., D); ``log_z`` is the
     # logarithm of Z. A model of it is trained on the energy itself: the rows are Gaussian noise.
@@ -224,7 +227,7 @@ def load_table(
 
 
 def load_run_table(
-    config: TableOptions, saved: dict[str, Any] | None, no_split: bool = False
+    config: TableOptions, saved: dict[str, Any] | None, needs_rows: bool = True
 ) -> TableData:
     """Load the table that a run is about.
 
@@ -232,8 +235,8 @@ def load_run_table(
         config: the options of the run.
         saved: the checkpoint of the run, or None for a new one. The table is split as it was then,
             and has to have the same units.
-        no_split: whether the units of a saved run are enough. The table is then not read, unless it
-            is a two-dimensional problem, and the result has no rows.
+        needs_rows: whether rows are needed. If not, the table of a saved run is not read, unless
+            it is a two-dimensional problem, and the result has units only.
 
     Raises ``UserError`` where the table is not the one that the model was trained on.
     """
@@ -241,7 +244,7 @@ def load_run_table(
     if saved:
         saved_units = table_from_units(saved['units'], saved['input_dims'][0], saved['path'])
         is_toy_problem = config.dataset in SAMPLERS or config.dataset in ENERGIES
-        if no_split and not is_toy_problem:
+        if not needs_rows and not is_toy_problem:
             return saved_units
 
     seed = saved['config'].seed if saved else config.seed
@@ -259,19 +262,19 @@ def load_toy_problem(name: str) -> TableData:
     The rows of an energy are standard Gaussian noise.
     """
     energy = ENERGIES.get(name)
-    sampler = SAMPLERS.get(name, draw_gaussian_noise)
+    sample = SAMPLERS.get(name, draw_gaussian_noise)
 
-    def draw(rng: Generator, n: int) -> np.ndarray:
-        return sampler(rng, n).astype(np.float32)
+    def sampler(rng: Generator, n: int) -> np.ndarray:
+        return sample(rng, n).astype(np.float32)
 
     return TableData(
         train=None,
-        validation=draw(np.random.default_rng((10**9, 0)), N_VALIDATION),
-        test=draw(np.random.default_rng((10**9, 1)), N_TEST),
+        validation=sampler(np.random.default_rng((10**9, 0)), N_VALIDATION),
+        test=sampler(np.random.default_rng((10**9, 1)), N_TEST),
         columns=('x1', 'x2'),
         mean=np.zeros(2),
         std=np.ones(2),
-        draw=draw,
+        sampler=sampler,
         energy=energy,
         log_z=log_normaliser(energy) if energy else 0.0,
         test_index=np.arange(N_TEST),
@@ -1135,13 +1138,18 @@ def read_grey_images(path: Path, part: str) -> list[np.ndarray]:
 
 
 def read_grey_image(file: IO[bytes]) -> np.ndarray:
-    """Decode an image as grey levels (H, W) uint8; raise ``ValueError`` where it is too large."""
-    with Image.open(file, formats=('JPEG', 'PNG')) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f'it has an image of {image.width}x{image.height}, which no Berkeley image is'
-            )
-        return np.asarray(image.convert('L'))
+    """Decode an image as grey levels (H, W) uint8.
+
+    Raises ``ValueError`` where it is damaged or larger than any Berkeley image.
+    """
+    try:
+        with Image.open(file, formats=('JPEG', 'PNG')) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f'{image.width}x{image.height}'
+                raise ValueError(f'it has an image of {size}, which no Berkeley image is')
+            return np.asarray(image.convert('L'))
+    except DAMAGED_IMAGE_ERRORS as error:
+        raise ValueError(one_line(error)) from error
 
 
 def draw_patches(images: list[np.ndarray], n: int, rng: Generator) -> np.ndarray:

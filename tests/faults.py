@@ -569,7 +569,7 @@ def check_lost_process(
         seconds.append(round(job.wait_for_end_of(other), 2))
 
         require(job.wait() != 0, 'the exit code is 0')
-        line = f'process 0 on {socket.gethostname()} stops, having lost another one'
+        line = f'process 0 on {socket.gethostname()} lost, or never reached, another process'
         n_lines = job.errors().count(line)
         require(n_lines == 1, f'{case}: no line of the other process: {job.errors()}')
     return {'seconds until the others had stopped': sorted(seconds)}

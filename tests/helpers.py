@@ -16,10 +16,10 @@ import torch
 CPU = torch.device('cpu')
 
 
-def only(paths: Iterable) -> Any:
+def only(elements: Iterable) -> Any:
     """Return the one element there is, or fail."""
-    (path,) = paths
-    return path
+    (element,) = elements
+    return element
 
 
 def run_command(
@@ -40,8 +40,8 @@ def run_command(
     return done.stdout, done.stderr
 
 
-def refused(script: ModuleType, capsys: pytest.CaptureFixture, *words: str | Path) -> str:
-    """Run a script in this process and return the one line with which it refuses the words."""
+def refusal_line(script: ModuleType, capsys: pytest.CaptureFixture, *words: str | Path) -> str:
+    """Run a script in this process; return the one line with which it refuses the command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         script.main([str(word) for word in words])
@@ -85,9 +85,9 @@ def people_table(n: int = 400) -> pd.DataFrame:
 
 
 def perturbed(module: torch.nn.Module, size: float, seed: int = 0) -> torch.nn.Module:
-    """Return the module in float64, its parameters moved away from their initial values.
+    """Convert a module to float64 and add noise to its parameters, in place; return it.
 
-    Convolutions that start at zero would hide mistakes.
+    At initial values, such as weights of zero, mistakes would not show.
     """
     generator = torch.Generator().manual_seed(seed)
     module = module.double()

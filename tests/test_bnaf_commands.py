@@ -18,7 +18,7 @@ from helpers import (
     CPU,
     only,
     people_table,
-    refused,
+    refusal_line,
     run_command,
     single_process,
     train_until,
@@ -198,7 +198,7 @@ def test_an_energy_stays_on_when_a_training_is_resumed(tmp_path):
 
 def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
     words = ['--train', '--lr=1e6', '--n_epochs_warmup=0', '--n_epochs=1']
-    line = refused(bnaf, capsys, *words, f'--output_dir={tmp_path}')
+    line = refusal_line(bnaf, capsys, *words, f'--output_dir={tmp_path}')
     assert 'diverged' in line and 'lower --lr' in line
     saved = bnaf.load_checkpoint(only(tmp_path.rglob('*.pt')))
     assert saved['step'] == 0  # as good as a new model
@@ -267,7 +267,7 @@ def test_temperature_and_no_file_of_the_users_is_overwritten(trained_bnaf, tmp_p
 
     content = file.read_bytes()
     for words in (['--generate', f'--output={file}'], ['--evaluate', f'--scores={file}']):
-        assert 'is there already' in refused(bnaf, capsys, *words, restore)
+        assert 'is there already' in refusal_line(bnaf, capsys, *words, restore)
     assert file.read_bytes() == content
 
 
@@ -299,12 +299,12 @@ def test_columns_are_matched_by_name(trained_bnaf, tmp_path, capsys):
 
     other = drawn[['age', 'weight']].assign(length=170.0)
     other.to_csv(tmp_path / 'other.csv', index=False)
-    line = refused(bnaf, capsys, '--evaluate', restore, f'--input={tmp_path}/other.csv')
+    line = refusal_line(bnaf, capsys, '--evaluate', restore, f'--input={tmp_path}/other.csv')
     assert 'has columns age, weight, length, and the model was trained on' in line
     assert 'height, weight, age' in line
 
     drawn.assign(age=1e60).to_csv(tmp_path / 'large.csv', index=False)
-    line = refused(bnaf, capsys, '--evaluate', restore, f'--input={tmp_path}/large.csv')
+    line = refusal_line(bnaf, capsys, '--evaluate', restore, f'--input={tmp_path}/large.csv')
     assert '1e+60' in line
 
 
@@ -345,9 +345,9 @@ def test_a_model_can_be_used_without_its_table(trained_bnaf, tmp_path, capsys):
     try:
         table.unlink()
         bnaf.main(['--generate', restore, f'--output={tmp_path}/a.csv'])
-        assert 'no such table' in refused(bnaf, capsys, '--evaluate', restore)
+        assert 'no such table' in refusal_line(bnaf, capsys, '--evaluate', restore)
         people_table(300).to_csv(table, index=False)
-        assert 'not what it was' in refused(bnaf, capsys, '--evaluate', restore)
+        assert 'not what it was' in refusal_line(bnaf, capsys, '--evaluate', restore)
     finally:
         table.write_text(content)
 
@@ -415,7 +415,7 @@ def write_readme_data(folder):
 )
 def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert part in refused(bnaf, capsys, *words)
+    assert part in refusal_line(bnaf, capsys, *words)
     assert not list(tmp_path.rglob('*.p*'))  # neither checkpoint nor picture
 
 
@@ -432,23 +432,23 @@ def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
 def test_bad_commands_for_a_checkpoint(words, part, trained_bnaf, capsys):
     folder = trained_bnaf.parent
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert part in refused(bnaf, capsys, *words, f'--restore_file={trained_bnaf}')
+    assert part in refusal_line(bnaf, capsys, *words, f'--restore_file={trained_bnaf}')
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def test_tables_that_do_not_fit_the_model(trained_bnaf, tmp_path, capsys):
     evaluate = ['--evaluate', f'--restore_file={trained_bnaf}']
     people_table().iloc[:, :2].to_csv(tmp_path / 'two.csv', index=False)
-    line = refused(bnaf, capsys, *evaluate, f'--input={tmp_path}/two.csv')
+    line = refusal_line(bnaf, capsys, *evaluate, f'--input={tmp_path}/two.csv')
     assert 'has 2 columns, and the model was trained on 3: height, weight, age' in line
 
     table = people_table()
     table.loc[4, 'age'] = np.nan
     table.to_csv(tmp_path / 'hole.csv', index=False)
-    line = refused(bnaf, capsys, *evaluate, f'--input={tmp_path}/hole.csv')
+    line = refusal_line(bnaf, capsys, *evaluate, f'--input={tmp_path}/hole.csv')
     assert '1 missing or infinite values, the first in column age, row 4' in line
 
 
 def test_a_checkpoint_of_glow_is_refused(trained_glow, capsys):
-    line = refused(bnaf, capsys, '--generate', f'--restore_file={trained_glow}')
+    line = refusal_line(bnaf, capsys, '--generate', f'--restore_file={trained_glow}')
     assert 'is not a checkpoint of bnaf.py' in line

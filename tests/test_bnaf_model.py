@@ -365,7 +365,7 @@ def test_samples_of_a_fitted_gaussian_are_gaussian():
         run.take_step()
 
     samples, _ = bnaf.sample_rows(run.average.module, data, 2000, 1.0, 0)
-    new = data.draw(np.random.default_rng(10**6), 2000)
+    new = data.sampler(np.random.default_rng(10**6), 2000)
     directions = np.array([[1, 0], [0, 1], [1, 1], [1, -1]])
     for a, b in zip(directions @ samples.T, directions @ new.T):
         assert ks_2samp(a, b).pvalue > 1e-3

@@ -1,24 +1,27 @@
 """What someone who extends a script meets: other optimizers, layers, fields, older checkpoints."""
 
+import gc
 import json
 import math
 import time
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, only, refused, single_process
+from helpers import CPU, only, refusal_line, single_process
 from torch import nn
 
 import bnaf
 import glow
 from common import logs
-from common.checkpoints import CheckpointFormat, load_tensors, save_tensors
+from common.checkpoints import CheckpointFormat
 from common.errors import UserError
 from common.options import option
 from common.runs import launcher
+from common.tensors import load_tensors, save_tensors
 from datasets import load_images
 from datasets.tabular import load_table
 
@@ -81,8 +84,8 @@ def test_a_checkpoint_of_another_optimizer_is_refused_with_the_reason(tmp_path, 
 # --------------------------------------------------------------------------- other layers and types
 
 
-class Counter(nn.Module):
-    """A layer that does nothing but to hold a buffer."""
+class BufferLayer(nn.Module):
+    """An identity layer with a buffer."""
 
     def __init__(self, buffer):
         super().__init__()
@@ -94,8 +97,8 @@ class Counter(nn.Module):
     inverse = forward
 
 
-class Looking(Counter):
-    """A layer that looks at its values when it is built."""
+class BufferReader(BufferLayer):
+    """A layer that reads its buffer when it is built."""
 
     def __init__(self, buffer):
         super().__init__(buffer)
@@ -103,9 +106,9 @@ class Looking(Counter):
 
 
 LAYERS = {
-    'item': lambda: Looking(torch.ones(3)),
+    'item': lambda: BufferReader(torch.ones(3)),
     **{
-        str(dtype).removeprefix('torch.'): lambda dtype=dtype: Counter(torch.ones(3).to(dtype))
+        str(dtype).removeprefix('torch.'): lambda dtype=dtype: BufferLayer(torch.ones(3).to(dtype))
         for dtype in (
             torch.float64,
             torch.bfloat16,
@@ -135,6 +138,16 @@ def test_buffers_of_any_type_train_save_and_resume(name, tmp_path, monkeypatch):
     glow.main(['--train', f'--restore_file={run}/checkpoint.pt', '--n_epochs=2'])
 
 
+def test_priors_and_couplings_are_no_actnorms():
+    """Layers with an ``initialize`` are set from data; these are not."""
+    prior = glow.LearnedPrior(4)
+    assert not isinstance(prior, glow.Actnorm) and not hasattr(prior, 'initialize')
+    for coupling in (glow.AffineCoupling(4, 8), glow.Split(4)):
+        assert isinstance(coupling, glow.Coupling) and isinstance(coupling.net, nn.Module)
+    assert not isinstance(glow.Split(4), glow.AffineCoupling)
+    assert np.isfinite(prior.log_s.detach().numpy()).all()
+
+
 def test_what_cannot_be_read_back_is_found_out_before_the_first_step(tmp_path, monkeypatch, capsys):
     def build(config, input_dims, build_model=glow.build_model):
         model = build_model(config, input_dims)
@@ -147,7 +160,7 @@ def test_what_cannot_be_read_back_is_found_out_before_the_first_step(tmp_path, m
     extend(monkeypatch, glow, build_model=build)
     monkeypatch.setattr(glow.Training, 'take_step', fail)
     words = ['--train', *TINY_GLOW, f'--output_dir={tmp_path}']
-    assert 'its weights are not finite: far' in refused(glow, capsys, *words)
+    assert 'its weights are not finite: far' in refusal_line(glow, capsys, *words)
 
 
 def test_a_bug_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch):
@@ -177,7 +190,7 @@ def score(script, path):
 
 @pytest.mark.parametrize('script', SCRIPTS.values(), ids=SCRIPTS)
 def test_the_stored_checkpoint_loads_and_scores_the_same(script):
-    """If it cannot be so any more, raise the number of the format and store another one."""
+    """If this has to change, raise the number of the format and store a new file."""
     expected = json.loads((STORED / 'scores.json').read_text())[script.NAME]
     path = STORED / f'{script.NAME}.pt'
     assert load_tensors(path)['format'] == script.CHECKPOINT.number
@@ -240,24 +253,24 @@ def test_every_part_of_the_format_is_described():
     ],
 )
 def test_options_that_a_mode_ignores_are_refused(script, words, part, capsys):
-    assert part in refused(script, capsys, *words.split())
+    assert part in refusal_line(script, capsys, *words.split())
 
 
 def test_options_of_the_checkpoint_that_a_mode_ignores_are_refused(trained_bnaf, capsys):
-    line = refused(bnaf, capsys, '--evaluate', f'--restore_file={trained_bnaf}', '--seed=5')
+    line = refusal_line(bnaf, capsys, '--evaluate', f'--restore_file={trained_bnaf}', '--seed=5')
     assert '--seed=5 contradicts the checkpoint' in line
 
 
 def test_another_seed_of_samples_does_not_split_the_table_anew(trained_bnaf, monkeypatch):
-    splits = []
+    calls = []
 
     def watched(*args):
-        splits.append(args)
+        calls.append(args)
 
     monkeypatch.setattr(bnaf, 'visualize', watched)
     for words in ([], ['--seed=5']):
         bnaf.main(['--visualize', f'--restore_file={trained_bnaf}', *words])
-    (_, data, _, config, *_), (_, other_data, _, other_config, *_) = splits
+    (_, data, _, config, *_), (_, other_data, _, other_config, *_) = calls
     assert config.seed == 0 and other_config.seed == 5
     assert np.array_equal(data.test, other_data.test)
 
@@ -303,9 +316,9 @@ def test_the_speed_that_is_logged_is_that_since_the_last_log(tmp_path, monkeypat
     run = glow.Training(config, data, single_process(glow))
     clock = [0.0]
     monkeypatch.setattr(logs.time, 'perf_counter', lambda: clock[0])
-    speeds = []
+    logged = []
     monkeypatch.setattr(
-        logs.ScalarWriter, 'add', lambda self, step, scalars: speeds.append(scalars)
+        logs.ScalarWriter, 'add', lambda self, step, scalars: logged.append(scalars)
     )
     with logs.TrainingLog(run, tmp_path, 'bits/dim', 'images') as log:
         for seconds in (1, 1, 4, 4):
@@ -318,7 +331,7 @@ def test_the_speed_that_is_logged_is_that_since_the_last_log(tmp_path, monkeypat
             clock[0] += 2
             run.step += 1
             log.log_step(torch.tensor(1.0), torch.tensor(1.0), every=2)
-    measured = [scalars['images_per_s'] for scalars in speeds if 'images_per_s' in scalars]
+    measured = [scalars['images_per_s'] for scalars in logged if 'images_per_s' in scalars]
     assert measured == pytest.approx([10, 2.5, 5])
 
 
@@ -329,7 +342,8 @@ def test_the_curve_of_an_energy_is_one_of_kl(dataset, label, tmp_path):
     run = train(bnaf, tmp_path, f'--dataset={dataset}')
     tags = {tag for tag, _ in logged_scalars(run)}
     assert {f'{label}/train', f'{label}/validation'} <= tags
-    assert not any(tag.startswith(('loss', 'kl')) for tag in tags if not tag.startswith(label))
+    (other_label,) = {'loss', 'kl'} - {label}
+    assert not any(tag.startswith(other_label) for tag in tags)
 
 
 def test_checking_leaves_no_hooks(trained_glow):
@@ -339,8 +353,17 @@ def test_checking_leaves_no_hooks(trained_glow):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_training_closes_its_files(tmp_path):
+    gc.collect()  # of what earlier tests have left
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        train(glow, tmp_path)
+        gc.collect()
+    assert not [str(warning.message) for warning in caught if 'unclosed' in str(warning.message)]
+
+
 def test_checkpoints_are_saved_by_time(tmp_path, monkeypatch):
-    steps, clock = [], [0.0]
+    saves, clock = [], [0.0]
     take_step, save = glow.Training.take_step, glow.save_checkpoint
 
     def minute_of_work(run):
@@ -348,15 +371,15 @@ def test_checkpoints_are_saved_by_time(tmp_path, monkeypatch):
         return take_step(run)
 
     def watched(run, log, path):
-        steps.append((run.step, path.name))
+        saves.append((run.step, path.name))
         save(run, log, path)
 
     monkeypatch.setattr(glow.Training, 'take_step', minute_of_work)
     monkeypatch.setattr(glow, 'save_checkpoint', watched)
     monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
     train(glow, tmp_path, '--n_epochs=5')
-    last = [step for step, name in steps if name == 'checkpoint.pt']
-    assert last == [0, 10, 20, 25]
+    saved_steps = [step for step, name in saves if name == 'checkpoint.pt']
+    assert saved_steps == [0, 10, 20, 25]
 
 
 # ------------------------------------------------------------------------------------- the launcher
@@ -380,13 +403,3 @@ def test_the_line_to_go_on_names_the_launcher(environment, expected, monkeypatch
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launcher() == expected
-
-
-def test_masks_and_priors_are_no_actnorms():
-    """What is not set from data must not claim to be."""
-    prior = glow.LearnedPrior(4)
-    assert not isinstance(prior, glow.Actnorm) and not hasattr(prior, 'initialize')
-    for coupling in (glow.AffineCoupling(4, 8), glow.Split(4)):
-        assert isinstance(coupling, glow.Coupling) and isinstance(coupling.net, nn.Module)
-    assert not isinstance(glow.Split(4), glow.AffineCoupling)
-    assert np.isfinite(prior.log_s.detach().numpy()).all()

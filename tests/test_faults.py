@@ -190,7 +190,7 @@ def test_scalars_are_on_the_disk_within_a_minute(tmp_path):
     scalars = ScalarWriter(tmp_path, 1)
     scalars.add(1, {'loss': 1.0})
     assert not faults.logged_scalars(tmp_path)
-    scalars.flushed -= 60
+    scalars.last_flush -= 60
     scalars.add(2, {'loss': 2.0})
     assert len(faults.logged_scalars(tmp_path)) == 2
 
@@ -268,7 +268,7 @@ def test_a_picture_that_fails_does_not_end_a_training(tmp_path, monkeypatch, cap
     def fail(*args):
         raise UserError('samples are not finite')
 
-    monkeypatch.setattr(glow, 'sample_rows', fail)
+    monkeypatch.setattr(glow, 'sample_grid', fail)
     words = ['--n_epochs=1', '--batch_size=256', f'--output_dir={tmp_path}']
     glow.main(['--train', *faults.DIGITS, *words])
     assert 'no picture: samples are not finite' in capsys.readouterr().out

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import CPU, only, refused, run_command, single_process, train_until
+from helpers import CPU, only, refusal_line, run_command, single_process, train_until
 from PIL import Image
 from tiny_data import (
     attribute_rows,
@@ -168,7 +168,7 @@ def test_a_later_state_is_not_overwritten(trained_glow, tmp_path, capsys):
     torch.save({**saved, 'step': saved['step'] + 7}, tmp_path / 'checkpoint.pt')
     torch.save({**saved, 'best': 0.0}, tmp_path / 'best.pt')
     words = ['--train', f'--restore_file={tmp_path}/best.pt', '--n_epochs=2']
-    assert f'{tmp_path}/checkpoint.pt is at a later step' in refused(glow, capsys, *words)
+    assert f'{tmp_path}/checkpoint.pt is at a later step' in refusal_line(glow, capsys, *words)
 
     (tmp_path / 'own').mkdir()
     (tmp_path / 'best.pt').rename(tmp_path / 'own' / 'start.pt')
@@ -258,7 +258,7 @@ def test_compiled_steps_have_the_same_gradients(monkeypatch):
 def test_compiling_without_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     words = ['--train', '--dataset=digits', '--compile', f'--output_dir={tmp_path}']
-    assert 'install g++' in refused(glow, capsys, *words)
+    assert 'install g++' in refusal_line(glow, capsys, *words)
 
 
 def test_learning_rate():
@@ -288,7 +288,7 @@ def test_every_image_of_an_epoch_is_seen_once():
 
 def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
     words = ['--lr=1e6', '--n_epochs_warmup=0', '--max_skips=3']
-    line = refused(glow, capsys, *training_words(tmp_path, *words))
+    line = refusal_line(glow, capsys, *training_words(tmp_path, *words))
     assert 'at step 5, learning rate 1e+06' in line
     assert 'not finite (4 steps skipped in a row); start again with a lower --lr' in line
     checkpoint = only(tmp_path.rglob('*.pt'))
@@ -298,7 +298,7 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
 
 def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(glow, 'bits_per_dim', lambda *args: (math.nan, math.nan))
-    line = refused(glow, capsys, *training_words(tmp_path))
+    line = refusal_line(glow, capsys, *training_words(tmp_path))
     assert 'diverged: at step 11' in line
     assert 'not finite (0 steps skipped' in line and 'lower --lr' in line
     assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
@@ -306,7 +306,7 @@ def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypat
 
 def test_a_model_that_cannot_be_sampled_is_trained_all_the_same(tmp_path, monkeypatch, capsys):
     singular = torch.zeros(2, 2)
-    monkeypatch.setattr(glow, 'sample_rows', lambda *args: torch.linalg.inv(singular))
+    monkeypatch.setattr(glow, 'sample_grid', lambda *args: torch.linalg.inv(singular))
     glow.main(training_words(tmp_path))
     assert 'no picture: linalg.inv' in capsys.readouterr().out
     assert only(tmp_path.rglob('results.json'))
@@ -378,7 +378,7 @@ def test_directions_are_kept_apart_by_precision(trained_glow, tmp_path):
 
 def test_samples_are_sorted_by_log_probability(trained_glow):
     model = glow.restore_model(glow.load_checkpoint(trained_glow), CPU)
-    (samples,) = glow.sample_rows(model, [0.7], 16, 0, 'cpu')
+    (samples,) = glow.sample_grid(model, [0.7], 16, 0, 'cpu')
     images = torch.from_numpy(samples)
     with torch.no_grad():
         log_p = model.log_prob(images, torch.full(images.shape, 0.5))
@@ -453,11 +453,11 @@ def test_folder_without_attributes_cannot_be_visualized(tmp_path, capsys):
     data, output = f'--data_dir={photos}', f'--output_dir={tmp_path}/out'
     small = ['--image_size=16', '--n_levels=1', *TINY]
     glow.main(['--train', '--dataset=folder', *small, data, output])
-    assert 'no attributes' in refused(glow, capsys, '--visualize', output)
+    assert 'no attributes' in refusal_line(glow, capsys, '--visualize', output)
 
     write_table(photos, attribute_rows())
     glow.main(['--visualize', data, output])
-    line = refused(glow, capsys, '--visualize', '--vis_attrs=Big', output)
+    line = refusal_line(glow, capsys, '--visualize', '--vis_attrs=Big', output)
     assert 'the same in all training images' in line
     assert only(tmp_path.glob('out/*/manipulated_sample_attr_all.png'))
 
@@ -550,7 +550,7 @@ def test_the_readmes_python(trained_glow, tmp_path, monkeypatch):
         (['--generate', '--restore_file=nowhere.pt'], 'nowhere.pt: no such checkpoint'),
         (
             ['--generate', '--restore_file=.'],
-            '.: no such checkpoint, but a folder: give its best.pt',
+            '. is a folder, not a checkpoint: give its best.pt',
         ),
         (['--train', '--resume', '--max_skips=-1'], 'outside'),
         (['--visualize', '--vis_alphas', ''], '--vis_alphas is empty'),
@@ -561,7 +561,7 @@ def test_the_readmes_python(trained_glow, tmp_path, monkeypatch):
 )
 def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert part in refused(glow, capsys, *words)
+    assert part in refusal_line(glow, capsys, *words)
     assert not list(tmp_path.rglob('*.p*'))  # neither checkpoint nor picture
 
 
@@ -581,7 +581,7 @@ def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
 def test_bad_commands_for_a_checkpoint(words, part, trained_glow, capsys):
     folder = trained_glow.parent
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert part in refused(glow, capsys, *words, f'--restore_file={trained_glow}')
+    assert part in refusal_line(glow, capsys, *words, f'--restore_file={trained_glow}')
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
@@ -594,7 +594,7 @@ class Payload:
 
 def refusal_of(file, capsys):
     """Return the line with which a checkpoint is refused."""
-    return refused(glow, capsys, '--generate', f'--restore_file={file}')
+    return refusal_line(glow, capsys, '--generate', f'--restore_file={file}')
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'empty', 'text', 'pickle'])
@@ -661,6 +661,6 @@ def test_out_of_gpu_memory(tmp_path, capsys):
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:
         words = ['--train', '--dataset=digits', '--width=4096', f'--output_dir={tmp_path}']
-        assert 'lower --batch_size' in refused(glow, capsys, *words)
+        assert 'lower --batch_size' in refusal_line(glow, capsys, *words)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -650,12 +650,12 @@ def test_a_damaged_cache_is_made_again(folder):
 
 
 def test_data_that_cannot_be_written_to_is_cached_elsewhere(folder, tmp_path, monkeypatch):
-    original = cache.is_writable
+    original = cache.make_writable
 
-    def is_writable(path):
+    def make_writable(path):
         return path != folder / '.cache' and original(path)
 
-    monkeypatch.setattr(cache, 'is_writable', is_writable)
+    monkeypatch.setattr(cache, 'make_writable', make_writable)
     load_images('folder', folder, 16)
     assert not (folder / '.cache').exists()
     assert len(list((tmp_path / 'data' / '.cache').glob('folder_16_*.npy'))) == 1
