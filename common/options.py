@@ -3,8 +3,9 @@
 A script has two such dataclasses: a config, which a checkpoint keeps, and a request, which holds
 for one call of the program. The command line and ``--help`` are made from their fields.
 
-To add an option, add a field to ``Config`` or ``Request`` of a script, and its name to
-``MODE_OPTIONS`` there, under the modes that take it.
+To add an option, add a field to ``Config`` or ``Request`` of a script, or to ``RunRequest`` here
+for both scripts. Enter its name in ``MODE_OPTIONS`` of the script: that of a request under the
+modes that take it, that of a config under those in which it may differ from the checkpoint.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Image data sets: faces (drawn), digits (scikit-learn's), mnist, cifar10, celeba, image folders.
 
 All come as uint8 arrays (N, C, H, W) with boolean attributes (N, A), in three splits. Images that
-must be drawn or decoded are prepared once and stored in an array on disk, which is memory-mapped
-from then on.
+must be drawn, or decoded and cropped, are prepared once and stored in an array on disk, which is
+memory-mapped from then on. A photo of the user's own is cropped alike.
 """
 
 import csv
@@ -238,7 +238,7 @@ def require_size(name: str, image_size: int | None, size: int) -> None:
 
 
 def load_photo(path: str | Path, name: str, image_size: int) -> np.ndarray:
-    """Decode a user's photo in the way of a data set; return (C, image_size, image_size) bytes."""
+    """Decode a user's photo, cropped and resized as a data set is; return (C, size, size) bytes."""
     if name == 'mnist':
         return pad_digits(decode_photo(path, 28, mode='L'))
     if name == 'digits':
@@ -851,7 +851,7 @@ def load_decoded(
     """Return the images of all files (N, 3, size, size), and a digest of their source.
 
     They are memory-mapped from the cache of ``data_dir``, and decoded first if necessary; for
-    ``crop``, see ``decode``.
+    ``crop``, see ``decode_photo``.
     """
     signatures = [file_signature(path) for path in files]
     source = [name, CACHE_VERSION, size, crop, signatures]
