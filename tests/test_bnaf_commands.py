@@ -355,7 +355,8 @@ def test_a_model_can_be_used_without_its_table(trained_bnaf, tmp_path, capsys):
 @pytest.mark.slow
 def test_every_command_of_the_readme(tmp_path, monkeypatch):
     """As written, on small data of the names there. Options at its end make a training small."""
-    readme = SCRIPT.with_name('README.md').read_text()
+    pages = [SCRIPT.with_name(name).read_text() for name in ('README.md', 'RESULTS.md')]
+    readme = '\n'.join(pages)
     pattern = r'(?:python|torchrun)[^`\n|]*?bnaf\.py( --[^h][^`\n|#]*)'  # all except --help
     commands = list(dict.fromkeys(re.findall(pattern, readme)))
     for mode in ('train', 'evaluate', 'generate', 'visualize'):
