@@ -1,9 +1,11 @@
 """Functions that several test modules use; fixtures are in conftest.py."""
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 
 CPU = torch.device('cpu')
 
@@ -57,6 +60,20 @@ def refusal_line(script: ModuleType, capsys: pytest.CaptureFixture, *words: str 
 def single_process(script: ModuleType) -> Any:
     """Return a script's ``Process`` for a training on one process, on the CPU."""
     return script.Process(rank=0, world_size=1, device=CPU)
+
+
+@contextlib.contextmanager
+def joined_group(rank: int, world_size: int, folder: Path) -> Iterator[None]:
+    """Join a group of processes that meet in a file of a folder; leave it when all are done."""
+    if world_size == 1:
+        yield
+        return
+    meeting = f'file://{folder}/meet'
+    dist.init_process_group('gloo', meeting, rank=rank, world_size=world_size)
+    yield
+    dist.barrier()
+    time.sleep(0.5)  # Gloo's threads still free what they have sent
+    dist.destroy_process_group()
 
 
 def train_until(script: ModuleType, step: int, words: list[str]) -> None:

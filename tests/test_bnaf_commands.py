@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import tiny_tables
 import torch
-import torch.distributed as dist
 from helpers import (
     CPU,
+    joined_group,
     only,
     people_table,
     refusal_line,
@@ -107,10 +107,15 @@ def test_two_processes(tmp_path):
 
 
 def save_first_gradients(rank, world_size, folder):
-    """Save the gradients of the first step on this process's share of one joint batch."""
+    """Save what ``first_gradients`` returns on one process of a group."""
     torch.manual_seed(1000 + rank)  # nothing may depend on it
-    if world_size > 1:
-        dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=world_size)
+    with joined_group(rank, world_size, folder):
+        gradients = first_gradients(rank, world_size)
+    torch.save(gradients, f'{folder}/{rank}_of_{world_size}.pt')
+
+
+def first_gradients(rank, world_size):
+    """Return the gradients of the first step on this process's share of one joint batch."""
     config = bnaf.Config(**{**bnaf.TOY, 'hidden_dim': 8})
     process = bnaf.Process(rank, world_size, CPU)
     run = bnaf.Training(config, tabular.load_table('moons'), process)
@@ -118,10 +123,7 @@ def save_first_gradients(rank, world_size, folder):
     x = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
     share = slice(rank * 32 // world_size, (rank + 1) * 32 // world_size)
     run.objective(x[share]).backward()
-    gradients = {key: value.grad for key, value in run.model.named_parameters()}
-    torch.save(gradients, f'{folder}/{rank}_of_{world_size}.pt')
-    if world_size > 1:
-        dist.destroy_process_group()
+    return {key: value.grad for key, value in run.model.named_parameters()}
 
 
 @pytest.mark.slow

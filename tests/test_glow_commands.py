@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import CPU, only, refusal_line, run_command, single_process, train_until
+from helpers import (
+    CPU,
+    joined_group,
+    only,
+    refusal_line,
+    run_command,
+    single_process,
+    train_until,
+)
 from PIL import Image
 from tiny_data import (
     attribute_rows,
@@ -103,11 +111,16 @@ def test_old_spelling_of_local_rank(trained_glow):
 
 
 def save_first_gradients(rank, world_size, folder):
-    """Save the initial weights and the gradients of the first step on this process's share of one
-    joint batch."""
+    """Save what ``first_gradients`` returns on one process of a group."""
     torch.manual_seed(1000 + rank)  # nothing may depend on it
-    if world_size > 1:
-        dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=world_size)
+    with joined_group(rank, world_size, folder):
+        weights_and_gradients = first_gradients(rank, world_size)
+    torch.save(weights_and_gradients, f'{folder}/{rank}_of_{world_size}.pt')
+
+
+def first_gradients(rank, world_size):
+    """Return the initial weights, and the gradients of the first step on this process's share of
+    one joint batch."""
     data = load_images('digits')
     config = digits_config(depth=2, width=8)
     run = glow.Training(config, data, glow.Process(rank, world_size, CPU))
@@ -118,9 +131,7 @@ def save_first_gradients(rank, world_size, folder):
     u = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     run.objective(x[share], u[share]).backward()
     gradients = {key: value.grad for key, value in run.model.named_parameters()}
-    torch.save((weights, gradients), f'{folder}/{rank}_of_{world_size}.pt')
-    if world_size > 1:
-        dist.destroy_process_group()
+    return weights, gradients
 
 
 @pytest.mark.slow
