@@ -427,7 +427,7 @@ def test_bad_commands(words, part, tmp_path, monkeypatch, capsys):
     [
         (['--evaluate', '--hidden_dim=7'], '--hidden_dim=7 contradicts'),
         (['--evaluate', '--dataset=u1'], 'contradicts'),
-        (['--evaluate', '--seed=5'], 'contradicts'),  # it would split the rows anew
+        (['--evaluate', '--seed=5'], '--seed=5 contradicts the checkpoint'),
         (['--visualize', '--vis_dims=3'], 'out of range: there are 0 to 2'),
         (['--visualize', '--vis_dims=wait'], 'the nearest are weight'),
     ],

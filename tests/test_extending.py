@@ -256,11 +256,6 @@ def test_options_that_a_mode_ignores_are_refused(script, words, part, capsys):
     assert part in refusal_line(script, capsys, *words.split())
 
 
-def test_options_of_the_checkpoint_that_a_mode_ignores_are_refused(trained_bnaf, capsys):
-    line = refusal_line(bnaf, capsys, '--evaluate', f'--restore_file={trained_bnaf}', '--seed=5')
-    assert '--seed=5 contradicts the checkpoint' in line
-
-
 def test_another_seed_of_samples_does_not_split_the_table_anew(trained_bnaf, monkeypatch):
     calls = []
 

@@ -89,13 +89,6 @@ def test_numbers(harness):
 # ------------------------------------------------------------------------------- the harness itself
 
 
-def test_the_page_shows_what_was_measured():
-    folder = Path(faults.__file__).parent
-    figures = json.loads((folder / 'faults.json').read_text())
-    text = f'<!-- what faults.py wrote -->\n\n{faults.markdown(figures)}\n<!-- until here -->'
-    assert text in (folder / 'README.md').read_text()
-
-
 def test_a_broken_promise_is_shown(harness, tmp_path, monkeypatch):
     def check(harness):
         """This holds."""
