@@ -747,14 +747,21 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 # ------------------------------------------------------------------------------------- checkpoints
 
+
+def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint of format 1 as that of format 2."""
+    return {**saved, 'fingerprint': ''}  # not known
+
+
 PLATEAU = {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}  # changes in training
 CHECKPOINT = CheckpointFormat(
     script=f'{NAME}.py',
-    number=1,
+    number=2,
     config_class=Config,
     n_dims=1,  # of a row: (D,)
     fields={
         'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
+        'fingerprint': str,
         'step': int,
         'n_skipped': int,
         'skips_in_a_row': int,
@@ -771,6 +778,7 @@ CHECKPOINT = CheckpointFormat(
     },
     build_model=build_model,
     build_optimizer=build_optimizer,
+    upgrades={1: upgrade_from_1},
 )
 
 
@@ -860,6 +868,7 @@ class Training:
         self.score_name = 'loss' if data.energy is None else 'kl'
         self.input_dims = [len(data.columns)]
         self.units = table_units(data)
+        self.fingerprint = data.fingerprint
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
         self.best, self.best_step, self.validation_loss = math.inf, 0, math.nan
 

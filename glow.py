@@ -773,12 +773,19 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 # ------------------------------------------------------------------------------------- checkpoints
 
+
+def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint of format 1 as that of format 2."""
+    return {**saved, 'fingerprint': ''}  # not known
+
+
 CHECKPOINT = CheckpointFormat(
     script=f'{NAME}.py',
-    number=1,
+    number=2,
     config_class=Config,
     n_dims=3,  # of an image: (C, H, W)
     fields={
+        'fingerprint': str,
         'step': int,
         'n_skipped': int,
         'skips_in_a_row': int,
@@ -792,6 +799,7 @@ CHECKPOINT = CheckpointFormat(
     },
     build_model=build_model,
     build_optimizer=build_optimizer,
+    upgrades={1: upgrade_from_1},
 )
 
 
@@ -931,6 +939,7 @@ class Training:
     ) -> None:
         self.config, self.data, self.process = config, data, process
         self.input_dims = list(data.train.images.shape[1:])
+        self.fingerprint = data.fingerprint
         self.model = build_model(config, self.input_dims).to(process.device)
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
         self.best, self.validation_loss = math.inf, math.nan

@@ -42,6 +42,8 @@ class CheckpointFormat:
         build_model: makes the model of a config and of input dimensions.
         build_optimizer: makes the optimizer of a config and of parameters.
         defaults: values of fields that older checkpoints of the same number do not have.
+        upgrades: for each older number that can be read, a function that returns the content of
+            such a checkpoint as that of the next number.
     """
 
     script: str
@@ -53,6 +55,7 @@ class CheckpointFormat:
     build_model: Callable[[Any, list[int]], nn.Module]
     build_optimizer: Callable[[Any, Iterable[nn.Parameter]], Optimizer]
     defaults: dict[str, Any] = field(default_factory=dict)
+    upgrades: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
 
     def save(self, run: Training, path: Path) -> None:
         """Save everything needed to resume a training or to use its model."""
@@ -91,7 +94,7 @@ class CheckpointFormat:
         self.require_format(path, saved.get('format', 0))
 
         try:
-            saved = {**self.defaults, **saved}
+            saved = {**self.defaults, **self.upgrade(saved)}
             self.require_schema(saved)
             saved['config'] = self.parse_config(saved['config'])
             self.require_state(saved)
@@ -106,7 +109,7 @@ class CheckpointFormat:
         """Raise ``UserError`` where a checkpoint has another format than the script reads."""
         if type(number) is not int:
             raise UserError(f'{path} is damaged: its format is no number')
-        if number == self.number:
+        if number == self.number or number in self.upgrades:
             return
         advice = 'update the code'
         if number < self.number:
@@ -115,6 +118,18 @@ class CheckpointFormat:
             f'{path} is a checkpoint of another version of {self.script}, or damaged: it has '
             f'format {number}, and this version reads format {self.number}: {advice}'
         )
+
+    def upgrade(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of a checkpoint of an older number as that of the present one.
+
+        Raises ``ValueError`` where it has not the entries of its number.
+        """
+        for number in range(saved['format'], self.number):
+            try:
+                saved = self.upgrades[number](saved)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f'it lacks entries of format {number}') from error
+        return {**saved, 'format': self.number}
 
     def require_schema(self, saved: dict[str, Any]) -> None:
         """Raise ``ValueError`` where an entry is missing, unknown or of the wrong type."""
