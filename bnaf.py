@@ -37,10 +37,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from common.batches import batch_indices, seeded_generator, steps_per_epoch
+from common.averages import moving_average
+from common.batches import Stream, batch_indices, seed_sequence, seeded_generator
 from common.checkpoints import CheckpointFormat
 from common.errors import UserError, exit_on_user_error
 from common.files import digest, write_json
@@ -74,9 +76,9 @@ from datasets.toy import ENERGIES, SAMPLERS
 # ------------------------------------------------------------------------------------------ config
 
 NAME = 'bnaf'
-UNIT, ITEMS = 'nats', 'rows'
+ITEMS = 'rows'
 RESIDUALS = ('none', 'normal', 'gated')
-EPOCH_STEPS = 100  # of data that is drawn anew at each step
+EPOCH_BATCHES = 100  # of data that is drawn anew at each step
 SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
 LOG_STEPS = 20
 ROWS_AT_ONCE = 10_000  # outside training
@@ -113,7 +115,7 @@ class Config(Options):
         'optimization', False, 'less memory, slower: the backward pass recomputes activations'
     )
     n_epochs: int = option(
-        'optimization', 1000, 'epochs, at most; of 100 steps where each draws new rows', low=1
+        'optimization', 1000, 'epochs, at most; of 100 batches where each is drawn anew', low=1
     )
     n_epochs_warmup: float = option(
         'optimization', 0.0, 'epochs over which the learning rate rises linearly from 0'
@@ -750,7 +752,17 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a checkpoint of format 1 as that of format 2."""
-    return {**saved, 'fingerprint': ''}  # not known
+    saved = dict(saved)
+    world_size, best_step = saved['world_size'], saved.pop('best_step')
+    n_per_step = saved['config'].get('batch_size', Config.batch_size) * world_size
+    return {
+        **saved,
+        'fingerprint': '',  # not known
+        'first_world_size': world_size,
+        'n_seen': saved['step'] * n_per_step,
+        'n_seen_at_best': best_step * n_per_step,
+        'n_annealing': saved['n_annealing'] * n_per_step,
+    }
 
 
 PLATEAU = {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}  # changes in training
@@ -762,13 +774,15 @@ CHECKPOINT = CheckpointFormat(
     fields={
         'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
         'fingerprint': str,
+        'first_world_size': int,
         'step': int,
+        'n_seen': int,
         'n_skipped': int,
         'skips_in_a_row': int,
         'n_annealing': float,
         'validation_loss': float,
         'best': float,
-        'best_step': int,
+        'n_seen_at_best': int,
     },
     parts={
         'model': dict,
@@ -807,23 +821,16 @@ def restore_model(saved: dict[str, Any], device: torch.device) -> nn.Module:
 # -------------------------------------------------------------------------------------------- data
 
 
-def training_batch(data: TableData, config: Config, step: int, process: Process) -> np.ndarray:
-    """Return the indices of this process's rows at a step or, if they are sampled, the rows.
+def training_batch(data: TableData, config: Config, n_seen: int, process: Process) -> np.ndarray:
+    """Return the indices of this process's next rows or, if they are sampled, the rows.
 
-    They are a function of (seed, step, rank), so that a resumed run goes on exactly as an
-    unbroken one.
+    They are a function of the seed, the number of rows seen before, and the rank.
     """
+    rank = process.rank
     if data.sampler:
-        rng = np.random.default_rng((config.seed, step, process.rank))
-        return data.sampler(rng, config.batch_size)
-    return batch_indices(
-        len(data.train),
-        config.batch_size,
-        config.seed,
-        step,
-        process.rank,
-        process.world_size,
-    )
+        seed = seed_sequence(Stream.TRAINING, config.seed, n_seen, rank)
+        return data.sampler(np.random.default_rng(seed), config.batch_size)
+    return batch_indices(len(data.train), config.batch_size, config.seed, n_seen, rank)
 
 
 @torch.no_grad()
@@ -865,16 +872,18 @@ class Training:
         saved: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.data, self.process = config, data, process
-        self.score_name = 'loss' if data.energy is None else 'kl'
+        self.score_name, self.score_sign = 'log_likelihood', -1
+        if data.energy:
+            self.score_name, self.score_sign = 'kl', 1
         self.input_dims = [len(data.columns)]
         self.units = table_units(data)
         self.fingerprint = data.fingerprint
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
-        self.best, self.best_step, self.validation_loss = math.inf, 0, math.nan
+        self.best, self.n_seen_at_best, self.validation_loss = math.inf, 0, math.nan
+        self.n_seen, self.first_world_size = 0, process.world_size
 
         self.model = build_model(config, self.input_dims).to(process.device)
-        average = get_ema_multi_avg_fn(config.ema_decay)
-        self.average = AveragedModel(self.model, multi_avg_fn=average)
+        self.average = AveragedModel(self.model)
         self.optimizer = build_optimizer(config, self.model.parameters())
         self.scheduler = Plateau(
             self.optimizer,
@@ -886,19 +895,21 @@ class Training:
             threshold_mode='abs',
         )
 
-        self.steps_per_epoch = EPOCH_STEPS
         self.rows = None
+        self.n_per_step = config.batch_size * process.world_size
+        self.n_per_epoch = config.batch_size * EPOCH_BATCHES
         if not data.sampler:
-            n_rows, world_size = len(data.train), process.world_size
-            self.steps_per_epoch = steps_per_epoch(n_rows, config.batch_size, world_size)
             self.rows = torch.from_numpy(np.array(data.train)).to(process.device)
-        self.validate_every = self.steps_per_epoch
-        self.n_steps = config.n_epochs * self.steps_per_epoch
+            self.n_per_epoch = len(data.train)
+        self.n_per_validation = self.n_per_epoch
         # kept by the checkpoint, so that more epochs later do not stretch the annealing
-        self.n_annealing = config.annealing * self.n_steps
+        self.n_annealing = float(config.annealing * config.n_epochs * self.n_per_epoch)
 
         if saved is not None:
             CHECKPOINT.restore(self, saved)
+        self.average.multi_avg_fn = moving_average(
+            config.ema_decay, process.world_size / self.first_world_size
+        )
         self.objective = wrap_ddp(
             Objective(self.model, data),
             process,
@@ -908,24 +919,24 @@ class Training:
         )
 
     @property
-    def last_step(self) -> int:
-        """The step after which training ends, unless the score improves before."""
-        patience = self.config.early_stop * self.steps_per_epoch
-        return min(self.n_steps, self.best_step + patience)
+    def n_to_see(self) -> int:
+        """The number of rows after which training ends, unless the score improves before."""
+        patience = self.config.early_stop * self.n_per_epoch
+        return min(self.config.n_epochs * self.n_per_epoch, self.n_seen_at_best + patience)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
         """Take one step. Returns its loss and its gradient norm."""
-        n_warmup = self.config.n_epochs_warmup * self.steps_per_epoch
-        if self.step < n_warmup:
-            fraction = min(1.0, (self.step + 1) / n_warmup)
+        n_in_warmup = self.config.n_epochs_warmup * self.n_per_epoch
+        if self.n_seen < n_in_warmup:
+            fraction = min(1.0, (self.n_seen + self.n_per_step) / n_in_warmup)
             self.optimizer.param_groups[0]['lr'] = self.config.lr * fraction
 
-        batch = training_batch(self.data, self.config, self.step, self.process)
+        batch = training_batch(self.data, self.config, self.n_seen, self.process)
         batch = torch.from_numpy(batch).to(self.process.device)
         x = batch if self.rows is None else self.rows[batch]
 
         # an energy is turned on gradually, so that the flow does not collapse onto one of its modes
-        beta = min(1.0, 0.01 + self.step / max(1.0, self.n_annealing))
+        beta = min(1.0, 0.01 + self.n_seen / max(1.0, self.n_annealing))
         return update(self, self.objective(x, beta))
 
     def validate(self, folder: Path) -> None:
@@ -936,7 +947,14 @@ class Training:
             self.scheduler.step(loss)
         self.validation_loss = loss
         if loss < self.best:
-            self.best_step = self.step
+            self.n_seen_at_best = self.n_seen
+
+        n_most = self.config.n_epochs * self.n_per_epoch
+        if self.process.rank == 0 and self.n_to_see <= self.n_seen < n_most:
+            tqdm.write(
+                f'step {self.step}: training ends early, as {self.config.early_stop} epochs have '
+                'not brought a better validation score'
+            )
 
 
 def update(run: Training, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -955,6 +973,7 @@ def update(run: Training, loss: Tensor) -> tuple[Tensor, Tensor]:
         run.skips_in_a_row += 1
         run.n_skipped += 1
     run.step += 1
+    run.n_seen += run.n_per_step
     return loss.detach(), norm
 
 
@@ -976,7 +995,7 @@ def train(
         catch_stop_signals() as signals,
     ):
         run = Training(config, data, process, saved)
-        log = TrainingLog(run, folder, UNIT, ITEMS)
+        log = TrainingLog(run, folder, ITEMS, format_score)
         last, best = folder / LAST, folder / BEST
         if not best.exists():
             run.best = math.inf  # a best score is worth nothing without its weights
@@ -988,7 +1007,7 @@ def train(
                     load_checkpoint(last)  # fail now, not at the end, if it cannot be read back
             take_steps(run, log, folder, request.max_skips, signals)
         # a collective call: when it returns, rank 0 has written its files
-        was_stopped = process.any(signals) or run.step < run.last_step
+        was_stopped = process.any(signals) or run.n_seen < run.n_to_see
         if was_stopped:
             save_checkpoint(run, log, last)
             print_how_to_go_on(run, NAME, signals, last)
@@ -1002,11 +1021,12 @@ def take_steps(
     """Train, validate and save until the last step, or until a signal comes to any process."""
     last, best = folder / LAST, folder / BEST
     saved_at = time.monotonic()
-    while run.step < run.last_step and not run.process.any(signals):
+    while run.n_seen < run.n_to_see and not run.process.any(signals):
         loss, norm = run.take_step()
         log.log_step(loss, norm, LOG_STEPS)
 
-        validates = run.step % run.validate_every == 0 or run.step == run.last_step
+        n_into_epochs = run.n_seen % run.n_per_validation
+        validates = n_into_epochs < run.n_per_step or run.n_seen >= run.n_to_see
         if validates:
             run.validate(folder)
             log.log_validation()
@@ -1021,11 +1041,11 @@ def take_steps(
             saved_at = time.monotonic()
 
 
-def format_loss(data: TableData, loss: float) -> str:
+def format_score(config: Config, loss: float) -> str:
     """Return a loss as text: a log-likelihood or, for an energy, a KL divergence."""
-    if data.energy is None:
-        return f'{-loss:.3f} nats'
-    return f'KL {loss:.4f} nats'
+    if config.dataset in ENERGIES:
+        return f'KL {loss:.4f} nats'
+    return f'{-loss:.3f} nats'
 
 
 # ------------------------------------------------------------------------------------------- modes
@@ -1106,7 +1126,7 @@ def sample_rows(
     """
     from_noise, to_noise = directions(model.double(), data)
     like = next(model.parameters())
-    generator = seeded_generator('cpu', seed)
+    generator = seeded_generator('cpu', Stream.SAMPLES, seed)
     start = time.perf_counter()
     x, log_p, n_lost = sample_with_log_prob(
         from_noise, n, len(data.columns), like, z_std, generator
@@ -1163,7 +1183,7 @@ def visualize(
         )
     single = Process(rank=0, world_size=1, device=process.device)
     loss = row_losses(Objective(model, data), data.test, single).mean().item()
-    title = f'{Path(config.dataset).stem}: {format_loss(data, loss)}'
+    title = f'{Path(config.dataset).stem}: {format_score(config, loss)}'
 
     if len(data.columns) == 2:
         samples, _ = sample_rows(model, data, 50_000, 1.0, config.seed)
@@ -1236,7 +1256,9 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         # an absolute path, so that the checkpoint works from any folder
         if Path(options.get(name, '')).suffix in SUFFIXES:
             options[name] = str(Path(options[name]).resolve())
-    saved = load_selected_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
+    saved = load_selected_checkpoint(
+        NAME, mode, request, process, load_checkpoint, format_score, options.get('dataset')
+    )
     config = resolve_config(Config, options, DEFAULTS, saved, MODE_OPTIONS[mode])
     needs_rows = mode != 'generate' and not request.input
     data = load_run_table(config, saved, needs_rows=needs_rows)
@@ -1262,8 +1284,8 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
     elif process.rank == 0:
         check(model, data, config)
     if process.rank == 0 and mode == 'train':
-        loss = format_loss(data, saved['validation_loss'])
-        print(f'the model is {path}: step {saved["step"]}, validation {loss}')
+        score = format_score(config, saved['validation_loss'])
+        print(f'the model is {path}: step {saved["step"]}, validation {score}')
 
 
 def main(argv: list[str] | None = None) -> None:

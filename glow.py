@@ -32,11 +32,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common.batches import batch_indices, seeded_generator, steps_per_epoch
+from common.averages import moving_average
+from common.batches import Stream, batch_indices, seeded_generator
 from common.checkpoints import CheckpointFormat
 from common.errors import UserError, exit_on_user_error, warn_on_error
 from common.files import digest, write_json
@@ -66,7 +67,7 @@ from datasets import (
 # ------------------------------------------------------------------------------------------ config
 
 NAME = 'glow'
-UNIT, ITEMS = 'bits/dim', 'images'
+ITEMS = 'images'
 VALIDATE_STEPS = 500  # validation comes at the end of an epoch, at least so many steps apart
 SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
 LOG_STEPS = 20
@@ -776,7 +777,14 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a checkpoint of format 1 as that of format 2."""
-    return {**saved, 'fingerprint': ''}  # not known
+    world_size = saved['world_size']
+    n_per_step = saved['config'].get('batch_size', Config.batch_size) * world_size
+    return {
+        **saved,
+        'fingerprint': '',  # not known
+        'first_world_size': world_size,
+        'n_seen': saved['step'] * n_per_step,
+    }
 
 
 CHECKPOINT = CheckpointFormat(
@@ -786,7 +794,9 @@ CHECKPOINT = CheckpointFormat(
     n_dims=3,  # of an image: (C, H, W)
     fields={
         'fingerprint': str,
+        'first_world_size': int,
         'step': int,
+        'n_seen': int,
         'n_skipped': int,
         'skips_in_a_row': int,
         'validation_loss': float,
@@ -829,21 +839,16 @@ def restore_model(saved: dict[str, Any], device: torch.device) -> nn.Module:
 
 
 def training_batch(
-    data: ImageData, config: Config, step: int, process: Process
+    data: ImageData, config: Config, n_seen: int, process: Process
 ) -> tuple[Tensor, Tensor]:
-    """Return this process's uint8 images and dequantization noise of a step.
+    """Return this process's uint8 images and dequantization noise of the next step.
 
-    Both are functions of (seed, step, rank).
+    Both are functions of the seed, the number of images seen before, and the rank.
     """
-    indices = batch_indices(
-        len(data.train.images),
-        config.batch_size,
-        config.seed,
-        step,
-        process.rank,
-        process.world_size,
-    )
-    generator = seeded_generator(process.device, config.seed, step, process.rank)
+    rank = process.rank
+    n_images = len(data.train.images)
+    indices = batch_indices(n_images, config.batch_size, config.seed, n_seen, rank)
+    generator = seeded_generator(process.device, Stream.TRAINING, config.seed, n_seen, rank)
     x = torch.from_numpy(data.train.images[indices]).to(process.device)
     if data.max_shift:
         x = shift_randomly(x, data.max_shift, generator)
@@ -866,7 +871,7 @@ def bits_per_dim(
         x = torch.from_numpy(images[indices]).to(process.device)
         noise = []
         for i in indices:
-            generator = seeded_generator('cpu', int(i))
+            generator = seeded_generator('cpu', Stream.EVALUATION, int(i))
             noise.append(torch.rand(x.shape[1:], generator=generator))
         u = torch.stack(noise).to(process.device)
         log_p = model.log_prob(x, u).double()
@@ -893,7 +898,7 @@ def sample_grid(
     """
     rows = []
     for row, z_std in enumerate(temperatures):
-        generator = seeded_generator('cpu', seed, row)
+        generator = seeded_generator('cpu', Stream.SAMPLES, seed, row)
         z = z_std * torch.randn(n_columns, math.prod(model.input_dims), generator=generator)
         z = z.to(device)
         parts = [model.inverse(part) for part in z.split(64)]
@@ -911,24 +916,25 @@ def sample_grid(
 # ---------------------------------------------------------------------------------------- training
 
 
-def learning_rate(config: Config, step: int, per_epoch: int) -> float:
-    """Return the learning rate of a step.
+def learning_rate(config: Config, n_seen: int, n_per_step: int, n_per_epoch: int) -> float:
+    """Return the learning rate of the next step, from the number of images seen before it.
 
-    It rises linearly over ``n_epochs_warmup`` epochs of ``per_epoch`` steps, stays constant, and
-    falls linearly to 0 over the last fraction ``lr_decay`` of the steps.
+    It rises linearly over ``n_epochs_warmup`` epochs, stays constant, and falls linearly to 0 over
+    the last fraction ``lr_decay`` of the training.
     """
-    n_steps = config.n_epochs * per_epoch
-    warmup = (step + 1) / max(1, config.n_epochs_warmup * per_epoch)
+    n_in_training = config.n_epochs * n_per_epoch
+    n_in_warmup = config.n_epochs_warmup * n_per_epoch
+    warmup = (n_seen + n_per_step) / max(1, n_in_warmup)
     fall = 1.0
     if config.lr_decay:
-        fall = (n_steps - step) / (config.lr_decay * n_steps)
+        fall = (n_in_training - n_seen) / (config.lr_decay * n_in_training)
     return config.lr * min(1.0, warmup, fall)
 
 
 class Training:
     """A training: the weights, their average, the optimizer, and where it stands."""
 
-    score_name = 'bits_per_dim'
+    score_name, score_sign = 'bits_per_dim', 1
 
     def __init__(
         self,
@@ -943,20 +949,25 @@ class Training:
         self.model = build_model(config, self.input_dims).to(process.device)
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
         self.best, self.validation_loss = math.inf, math.nan
-
-        n_images = len(data.train.images)
-        self.steps_per_epoch = steps_per_epoch(n_images, config.batch_size, process.world_size)
-        epochs_per_validation = math.ceil(VALIDATE_STEPS / self.steps_per_epoch)
-        self.validate_every = self.steps_per_epoch * epochs_per_validation
-        self.n_steps = self.last_step = config.n_epochs * self.steps_per_epoch
+        self.n_seen, self.first_world_size = 0, process.world_size
 
         if saved is None:
             self.initialize_actnorms()
-        average = get_ema_multi_avg_fn(config.ema_decay)
-        self.average = AveragedModel(self.model, multi_avg_fn=average)
+        self.average = AveragedModel(self.model)
         self.optimizer = build_optimizer(config, self.model.parameters())
         if saved is not None:
             CHECKPOINT.restore(self, saved)
+
+        n_per_first_step = config.batch_size * self.first_world_size
+        self.n_per_step = config.batch_size * process.world_size
+        self.n_per_epoch = len(data.train.images)
+        self.n_to_see = config.n_epochs * self.n_per_epoch
+        self.n_per_validation = self.n_per_epoch * math.ceil(
+            VALIDATE_STEPS * n_per_first_step / self.n_per_epoch
+        )
+        self.average.multi_avg_fn = moving_average(
+            config.ema_decay, self.n_per_step / n_per_first_step
+        )
 
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
@@ -973,16 +984,17 @@ class Training:
         """Initialize the actnorms from the same images and noise on every process."""
         images, config = self.data.train.images, self.config
         n = min(len(images), config.batch_size_init)
-        x = images[batch_indices(len(images), n, config.seed, step=0)]
-        u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
+        x = images[batch_indices(len(images), n, config.seed)]
+        generator = seeded_generator('cpu', Stream.INITIALIZATION, config.seed)
+        u = torch.rand(x.shape, generator=generator)
         device = self.process.device
         initialize(self.model, torch.from_numpy(x).to(device), u.to(device))
 
     def take_step(self) -> tuple[Tensor, Tensor]:
         """Take one step. Returns its bits/dim and its gradient norm."""
-        lr = learning_rate(self.config, self.step, self.steps_per_epoch)
+        lr = learning_rate(self.config, self.n_seen, self.n_per_step, self.n_per_epoch)
         self.optimizer.param_groups[0]['lr'] = lr
-        x, u = training_batch(self.data, self.config, self.step, self.process)
+        x, u = training_batch(self.data, self.config, self.n_seen, self.process)
         return update(self, self.objective(x, u))
 
     def validate(self, folder: Path) -> None:
@@ -995,7 +1007,8 @@ class Training:
             self.process,
         )
         if self.process.rank == 0:
-            tqdm.write(f'step {self.step}: validation {self.validation_loss:.4f} bits/dim')
+            score = format_score(self.config, self.validation_loss)
+            tqdm.write(f'step {self.step}: validation {score}')
             with warn_on_error('picture'):
                 temperatures = (0.0, 0.25, 0.7, 1.0)
                 rows = sample_grid(
@@ -1021,6 +1034,7 @@ def update(run: Training, loss: Tensor) -> tuple[Tensor, Tensor]:
         run.skips_in_a_row += 1
         run.n_skipped += 1
     run.step += 1
+    run.n_seen += run.n_per_step
     return loss.detach(), norm
 
 
@@ -1042,7 +1056,7 @@ def train(
         catch_stop_signals() as signals,
     ):
         run = Training(config, data, process, saved)
-        log = TrainingLog(run, folder, UNIT, ITEMS)
+        log = TrainingLog(run, folder, ITEMS, format_score)
         last, best = folder / LAST, folder / BEST
         if not best.exists():
             run.best = math.inf  # a best score is worth nothing without its weights
@@ -1054,7 +1068,7 @@ def train(
                     load_checkpoint(last)  # fail now, not at the end, if it cannot be read back
             take_steps(run, log, folder, request.max_skips, signals)
         # a collective call: when it returns, rank 0 has written its files
-        was_stopped = process.any(signals) or run.step < run.last_step
+        was_stopped = process.any(signals) or run.n_seen < run.n_to_see
         if was_stopped:
             save_checkpoint(run, log, last)
             print_how_to_go_on(run, NAME, signals, last)
@@ -1068,11 +1082,12 @@ def take_steps(
     """Train, validate and save until the last step, or until a signal comes to any process."""
     last, best = folder / LAST, folder / BEST
     saved_at = time.monotonic()
-    while run.step < run.last_step and not run.process.any(signals):
+    while run.n_seen < run.n_to_see and not run.process.any(signals):
         loss, norm = run.take_step()
         log.log_step(loss, norm, LOG_STEPS)
 
-        validates = run.step % run.validate_every == 0 or run.step == run.last_step
+        n_into_epochs = run.n_seen % run.n_per_validation
+        validates = n_into_epochs < run.n_per_step or run.n_seen >= run.n_to_see
         if validates:
             run.validate(folder)
             log.log_validation()
@@ -1085,6 +1100,11 @@ def take_steps(
         if validates or time.monotonic() >= saved_at + SAVE_SECONDS:
             save_checkpoint(run, log, last)
             saved_at = time.monotonic()
+
+
+def format_score(config: Config, loss: float) -> str:
+    """Return a loss as text: bits/dim."""
+    return f'{loss:.4f} bits/dim'
 
 
 # ------------------------------------------------------------------------------------------- modes
@@ -1294,7 +1314,9 @@ def require_compiler() -> None:
 
 def run_mode(mode: str, options: dict[str, Any], request: Request, process: Process) -> None:
     """Build or restore what a mode needs, and run it."""
-    saved = load_selected_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
+    saved = load_selected_checkpoint(
+        NAME, mode, request, process, load_checkpoint, format_score, options.get('dataset')
+    )
     config = resolve_config(Config, options, DEFAULTS, saved, MODE_OPTIONS[mode])
     if mode == 'train' and config.compile:
         require_compiler()

@@ -25,7 +25,8 @@ from common.errors import UserError
 # The tag of an objective: its name on the axis, and the sign with which it is drawn.
 OBJECTIVES = {
     'bits_per_dim': ('bits/dim', 1),
-    'loss': ('log-likelihood in nats', -1),
+    'log_likelihood': ('log-likelihood in nats', 1),
+    'loss': ('log-likelihood in nats', -1),  # of older runs
     'kl': ('KL divergence in nats', 1),
 }
 N_MEDIANS = 60  # of training, which is noisy: one for each of so many equal parts of a run

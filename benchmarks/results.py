@@ -123,7 +123,7 @@ def summarize(run: Run, name: str, machine: str) -> dict:
         'steps': int(steps),
         'minutes': minutes,
         'machine': machine,
-        'command': training_command(run.script, run.config, run.saved.get('world_size', 1)),
+        'command': training_command(run.script, run.config, run.saved['first_world_size']),
     }
 
 

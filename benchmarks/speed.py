@@ -486,9 +486,7 @@ def measure_command(
     between_steps = np.mean(starts[1:] - ends[:-1])
     validation_and_save = clock.saves[-1] - ends[-1]
 
-    cycle = clock.run.steps_per_epoch
-    if script == 'glow':  # validates after whole epochs of at least so many steps
-        cycle *= math.ceil(module.VALIDATE_STEPS / cycle)
+    cycle = clock.run.n_per_validation / clock.run.n_per_step
     outside = cycle * between_steps + validation_and_save
     seconds = cycle * step_seconds + outside
     overhead, target = float(outside / seconds), OVERHEAD[device.type]
@@ -518,7 +516,7 @@ def timed_training(
 
     def timed_step(run):
         if n_steps:
-            run.last_step = n_steps
+            run.n_to_see = n_steps * run.n_per_step
         start = time.perf_counter()
         result = take_step(run)
         synchronize(device)

@@ -1,41 +1,63 @@
-"""The order in which rows are drawn.
+"""The order in which rows are drawn, and other random numbers.
 
-Everything is a function of seed, step and process alone. A resumed run therefore goes on exactly
-as an unbroken one, and no state of a random generator has to be saved.
+Everything is a function of the seed, of how many rows were seen before, and of the process. A
+resumed run therefore goes on exactly as an unbroken one, and no state of a random generator has to
+be saved.
 """
 
+from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 
-def seeded_generator(device: torch.device | str, *key: int) -> torch.Generator:
-    """Return a random generator that depends on ``key`` alone."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+class Stream(IntEnum):
+    """What random numbers are for. Numbers for different purposes never come from one stream."""
+
+    EVALUATION = 0
+    ORDER = 1
+    INITIALIZATION = 2
+    TRAINING = 3
+    SAMPLES = 4
+
+
+def seed_sequence(stream: Stream, *key: int) -> np.random.SeedSequence:
+    """Return a seed that depends on the stream and on ``key`` alone.
+
+    NumPy pads a key with zeros: without the stream, the keys (s,) and (s, 0) would be the same.
+    ``EVALUATION`` adds nothing to its keys, which leaves published scores as they are.
+    """
+    return np.random.SeedSequence(key, spawn_key=(stream,) if stream else ())
+
+
+def seeded_generator(device: torch.device | str, stream: Stream, *key: int) -> torch.Generator:
+    """Return a random generator of torch that depends on the stream and on ``key`` alone."""
+    seed = seed_sequence(stream, *key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
 
 
-def steps_per_epoch(n_rows: int, batch_size: int, world_size: int = 1) -> int:
-    """Return how many whole steps of ``batch_size`` rows per process there are; at least one."""
-    return max(1, n_rows // (batch_size * world_size))
-
-
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     """Return the shuffled indices of all rows for one epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(n_rows)
+    rng = np.random.default_rng(seed_sequence(Stream.ORDER, seed, epoch))
+    return rng.permutation(n_rows)
 
 
 def batch_indices(
-    n_rows: int, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1
+    n_rows: int, batch_size: int, seed: int, n_seen: int = 0, rank: int = 0
 ) -> np.ndarray:
     """Return which rows a process takes at a step, of shape ``(batch_size,)``.
 
-    Each epoch shuffles the rows anew and takes each at most once. The rows left at its end, too
-    few for a step, are skipped. If there are fewer rows than one step takes, rows repeat.
+    The epochs follow each other without a gap. Each of them shuffles the rows anew and takes each
+    row once; a batch may hold the end of one and the beginning of the next. Of all the rows to
+    come, ``n_seen`` have been taken at earlier steps, and ``rank`` batches belong to the processes
+    before this one. The number of processes may therefore change at any step.
     """
-    epoch, step_in_epoch = divmod(step, steps_per_epoch(n_rows, batch_size, world_size))
-    first = (step_in_epoch * world_size + rank) * batch_size
-    places = np.arange(first, first + batch_size) % n_rows
-    return epoch_order(n_rows, seed, epoch)[places]
+    first = n_seen + rank * batch_size
+    epochs, places = np.divmod(np.arange(first, first + batch_size), n_rows)
+
+    parts = []
+    for epoch in range(epochs[0], epochs[-1] + 1):
+        parts.append(epoch_order(n_rows, seed, epoch)[places[epochs == epoch]])
+    return np.concatenate(parts)

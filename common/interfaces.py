@@ -36,8 +36,11 @@ class Training(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     score_name: str
+    score_sign: int  # times a loss, it is the score
     step: int
-    n_steps: int
+    n_seen: int
+    n_per_step: int
+    n_per_epoch: int
     n_skipped: int
     skips_in_a_row: int
     best: float

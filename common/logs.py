@@ -5,6 +5,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +22,6 @@ from .files import report_full_disk
 from .interfaces import Training
 
 FLUSH_SECONDS = 30
-MIN_EMA_TIME_CONSTANTS = 3  # with fewer, the average keeps over 5% of the first weights
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
@@ -77,27 +78,31 @@ class TrainingLog(ScalarWriter):
     Arguments:
         run: the training.
         folder: the folder of the run.
-        unit: the unit of its loss, such as ``'bits/dim'``.
         items: what a batch consists of, such as ``'images'``.
+        format_score: returns a loss as the text of a score, given the config and the loss.
     """
 
-    def __init__(self, run: Training, folder: Path, unit: str, items: str) -> None:
+    def __init__(
+        self,
+        run: Training,
+        folder: Path,
+        items: str,
+        format_score: Callable[[Any, float], str],
+    ) -> None:
         super().__init__(folder if run.process.rank == 0 else None, run.step + 1)
-        self.run, self.unit, self.items = run, unit, items
+        self.run, self.items = run, items
+        self.format_score = partial(format_score, run.config)
         self.restart_clock()
 
     def __enter__(self) -> 'TrainingLog':
         run = self.run
+        n_most = run.config.n_epochs * run.n_per_epoch
+        n_steps = run.step + math.ceil((n_most - run.n_seen) / run.n_per_step)
         if self.writer:
             n_parameters = sum(p.numel() for p in run.model.parameters())
-            print(f'{n_parameters:,} parameters, step {run.step:,} of at most {run.n_steps:,}')
-            if run.n_steps * (1 - run.config.ema_decay) < MIN_EMA_TIME_CONSTANTS:
-                print(
-                    'note: after so few steps the averaged weights, which are scored, '
-                    'lag behind: lower --ema_decay'
-                )
+            print(f'{n_parameters:,} parameters, step {run.step:,} of at most {n_steps:,}')
         self.bar = progress_bar(
-            total=run.n_steps, initial=run.step, disable=not self.writer, unit='step'
+            total=n_steps, initial=run.step, disable=not self.writer, unit='step'
         )
         self.restart_clock()
         return self
@@ -119,8 +124,7 @@ class TrainingLog(ScalarWriter):
 
     def items_per_second(self) -> float:
         """Return the speed, over all processes, since the clock was last restarted."""
-        run = self.run
-        n_items = (run.step - self.clock_step) * run.config.batch_size * run.process.world_size
+        n_items = (self.run.step - self.clock_step) * self.run.n_per_step
         return n_items / (time.perf_counter() - self.clock_time)
 
     def log_step(self, loss: torch.Tensor, norm: torch.Tensor, every: int) -> None:
@@ -133,12 +137,11 @@ class TrainingLog(ScalarWriter):
         speed = self.items_per_second()
         validation = ''
         if run.best < math.inf:
-            validation = f' (validation: {run.validation_loss:.3f})'
-        self.bar.set_postfix_str(
-            f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s', refresh=False
-        )
+            validation = f' (validation: {self.format_score(run.validation_loss)})'
+        score = self.format_score(loss.item())
+        self.bar.set_postfix_str(f'{score}{validation}, {speed:.0f} {self.items}/s', refresh=False)
         scalars = {
-            f'{run.score_name}/train': loss.item(),
+            f'{run.score_name}/train': run.score_sign * loss.item(),
             'gradient_norm': norm.item(),
             'lr': run.optimizer.param_groups[0]['lr'],
             f'{self.items}_per_s': speed,
@@ -149,5 +152,7 @@ class TrainingLog(ScalarWriter):
 
     def log_validation(self) -> None:
         """Write the validation score. The time that it took does not count as training."""
-        self.add(self.run.step, {f'{self.run.score_name}/validation': self.run.validation_loss})
+        run = self.run
+        score = run.score_sign * run.validation_loss
+        self.add(run.step, {f'{run.score_name}/validation': score})
         self.restart_clock()

@@ -3,9 +3,10 @@
 import contextlib
 import math
 import os
+import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,9 @@ from .interfaces import LoadCheckpoint, Process, Training
 from .options import Options, RunRequest
 
 LAST, BEST = 'checkpoint.pt', 'best.pt'
+# The folder of a run is called SCRIPT_DATASET_TIME, with -2, -3 ... where there is one already
+TIME = '%Y-%m-%d_%H-%M-%S'
+TIME_AND_NUMBER = r'\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(-\d+)?'
 
 
 def local_device(local_rank: int, n_processes: int) -> torch.device:
@@ -52,20 +56,22 @@ def require_agreement(process: Process, **values: Any) -> None:
 
 def load_selected_checkpoint(
     script: str,
-    unit: str,
     mode: str,
     request: RunRequest,
     process: Process,
     load: LoadCheckpoint,
+    format_score: Callable[[Any, float], str],
+    dataset: str | None,
 ) -> dict[str, Any] | None:
     """Load the checkpoint that ``select_checkpoint`` chooses, and print which one it is.
 
-    Returns None where a training starts from nothing.
+    ``format_score`` returns a loss as the text of a score, given the config and the loss. Returns
+    None where a training starts from nothing.
     """
     restarted_from = None
     if process.store and process.store.check([script]):
         restarted_from = Path(process.store.get(script).decode())
-    path = select_checkpoint(script, request, mode, restarted_from)
+    path = select_checkpoint(script, request, mode, restarted_from, dataset)
     saved = load(path) if path else None
 
     position = None
@@ -75,42 +81,63 @@ def load_selected_checkpoint(
     if saved and process.rank == 0:
         score = 'not validated yet'
         if saved['best'] < math.inf:
-            score = f'validation loss {saved["validation_loss"]:.4f} {unit}'
+            score = f'validation {format_score(saved["config"], saved["validation_loss"])}'
         print(f'restored {path}: step {saved["step"]}, {score}')
         if mode == 'train' and saved['world_size'] != process.world_size:
             print(
                 f'note: {saved["world_size"]} processes before, {process.world_size} now: the '
-                'batch of a step and the number of steps in an epoch change with them'
+                'batch of a step changes with them, what the training sees in all does not'
             )
     return saved
 
 
 def select_checkpoint(
-    script: str, request: RunRequest, mode: str, restarted_from: Path | None = None
+    script: str,
+    request: RunRequest,
+    mode: str,
+    restarted_from: Path | None = None,
+    dataset: str | None = None,
 ) -> Path | None:
     """Choose the checkpoint to start from. Raises ``UserError`` where there is none to use.
 
     A run that torchrun restarts goes on from the last checkpoint of its folder,
     ``restarted_from``, if it has saved one. Otherwise ``--restore_file`` decides. Without it,
     training starts from nothing (None) or, with ``--resume``, from the newest run's last
-    checkpoint; all other modes take the newest run's best one.
+    checkpoint; all other modes take the newest run's best one. Where a data set is given, the
+    newest run is that of the data set.
     """
     if restarted_from and (restarted_from / LAST).exists():
         return restarted_from / LAST
     if request.restore_file:
         return Path(request.restore_file)
+    if mode == 'train' and not request.resume:
+        return None
 
-    found = Path(request.output_dir).glob(f'{script}_*/{LAST}')
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    newest = newest_run(script, Path(request.output_dir), dataset)
     if mode == 'train':
-        return newest if request.resume else None
+        return newest / LAST if newest else None
     if newest is None:
+        of_dataset = f' for {Path(dataset).stem}' if dataset else ''
+        option = f' --dataset={dataset}' if dataset else ''
         raise UserError(
-            f'no checkpoint of {script}.py under {request.output_dir}: train first '
-            f'(python {script}.py --train), or give --restore_file or --output_dir'
+            f'no checkpoint of {script}.py{of_dataset} under {request.output_dir}: train first '
+            f'(python {script}.py --train{option}), or give --restore_file or --output_dir'
         )
-    best = newest.with_name(BEST)
-    return best if best.exists() else newest
+    best = newest / BEST
+    return best if best.exists() else newest / LAST
+
+
+def newest_run(script: str, output_dir: Path, dataset: str | None) -> Path | None:
+    """Return the folder that has saved last of those in ``output_dir``, or None.
+
+    Where a data set is given, only folders that are named after it count.
+    """
+    found = output_dir.glob(f'{script}_*/{LAST}')
+    if dataset:
+        name = re.escape(f'{script}_{Path(dataset).stem}_')
+        found = [path for path in found if re.fullmatch(name + TIME_AND_NUMBER, path.parent.name)]
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.parent if newest else None
 
 
 def require_newest(saved: dict[str, Any] | None, load: LoadCheckpoint) -> None:
@@ -139,7 +166,7 @@ def open_run_folder(
 ) -> Iterator[Path]:
     """Yield the folder of a run, the same for all processes: a new one, or its checkpoint's."""
     dataset = Path(config.dataset).stem  # type: ignore[attr-defined]
-    name = f'{script}_{dataset}_{time.strftime("%Y-%m-%d_%H-%M-%S")}'
+    name = f'{script}_{dataset}_{time.strftime(TIME)}'
     folder = saved['path'].parent if saved else Path(request.output_dir) / name
 
     with contextlib.ExitStack() as stack:

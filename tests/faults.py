@@ -66,7 +66,7 @@ PICTURES = ['--dataset=folder', '--image_size=16', '--n_levels=1', '--depth=1', 
 CASES = {
     'glow, digits': Case('glow', [*DIGITS, '--batch_size=64'], dict(VALIDATE_STEPS=20)),
     'bnaf, a table': Case('bnaf', [*TABLE, '--batch_size=20'], {}),
-    'bnaf, a toy': Case('bnaf', [*TOY, '--batch_size=50'], dict(EPOCH_STEPS=20)),
+    'bnaf, a toy': Case('bnaf', [*TOY, '--batch_size=50'], dict(EPOCH_BATCHES=20)),
 }
 ON_ONE_AND_TWO = tuple((case, n_processes) for case in CASES for n_processes in (1, 2))
 
@@ -593,7 +593,7 @@ def check_full_disk(harness: Harness, cases: Sequence[str] = tuple(CASES)) -> Fi
     """When a file cannot be written, the program ends with one line, and the files that were there
     are as before."""
     lines = Counter()
-    never = dict.fromkeys(('SAVE_SECONDS', 'VALIDATE_STEPS', 'EPOCH_STEPS'), 10**6)
+    never = dict.fromkeys(('SAVE_SECONDS', 'VALIDATE_STEPS', 'EPOCH_BATCHES'), 10**6)
     for case in cases:
         script, _, constants = CASES[case]
         folder = harness.new_folder(case)

@@ -143,7 +143,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 @pytest.mark.parametrize('dataset', ['rings', 'my.npy'])
 def test_a_resumed_training_equals_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)  # bit for bit on a CPU only
-    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 10)
+    monkeypatch.setattr(bnaf, 'EPOCH_BATCHES', 10)
     monkeypatch.chdir(tmp_path)
     write_rows(Path('my.npy'), 500)  # 10 steps of 40 rows per epoch
     words = ['--train', f'--dataset={dataset}', *TINY, '--n_epochs=4', '--lr_patience=0']
@@ -161,7 +161,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(dataset, tmp_path, monke
         for key, value in whole[name].items():
             assert torch.equal(value, resumed[name][key]), key
     assert str(whole['optimizer']) == str(resumed['optimizer'])
-    for name in ('scheduler', 'validation_loss', 'best', 'best_step', 'units'):
+    for name in ('scheduler', 'validation_loss', 'best', 'n_seen_at_best', 'units'):
         assert whole[name] == resumed[name], name
 
 
@@ -174,7 +174,7 @@ def test_early_stopping_keeps_the_best(tmp_path):
     bnaf.main(['--train', *words])
     last = bnaf.load_checkpoint(only(tmp_path.glob('*/checkpoint.pt')))
     best = bnaf.load_checkpoint(only(tmp_path.glob('*/best.pt')))
-    assert best['step'] == last['best_step']
+    assert best['n_seen'] == last['n_seen_at_best']
     assert last['step'] == best['step'] + 5 * 4 < 2000 * 4
     assert best['validation_loss'] == last['best'] < last['validation_loss']
 
@@ -195,7 +195,8 @@ def test_an_energy_stays_on_when_a_training_is_resumed(tmp_path):
     saved = bnaf.load_checkpoint(only(tmp_path.glob('*/checkpoint.pt')))
     config = replace(saved['config'], n_epochs=100)
     run = bnaf.Training(config, tabular.load_table('u2'), single_process(bnaf), saved)
-    assert run.step == 100 and run.n_steps == 10_000 and run.n_annealing == 50
+    assert run.step == 100 and run.n_seen == 20_000
+    assert run.n_to_see == 2_000_000 and run.n_annealing == 10_000
 
 
 def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):

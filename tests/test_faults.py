@@ -145,7 +145,7 @@ def test_scalars_are_on_the_disk_before_a_checkpoint_of_their_step(tmp_path, mon
         step = content['step']
         tags = {tag for tag, at in faults.logged_scalars(path.parent) if at == step}
         assert ('bits_per_dim/train' in tags) == (step > 0)
-        assert ('bits_per_dim/validation' in tags) == (step in (11, 22))
+        assert ('bits_per_dim/validation' in tags) == (step in (12, 23))
         save_tensors(path, content)
         steps.append(step)
 
@@ -154,7 +154,7 @@ def test_scalars_are_on_the_disk_before_a_checkpoint_of_their_step(tmp_path, mon
         monkeypatch.setattr(glow, name, value)
     words = ['--n_epochs=2', '--batch_size=128', f'--output_dir={tmp_path}']
     glow.main(['--train', *faults.DIGITS, *words])
-    assert sorted(set(steps)) == list(range(23))
+    assert sorted(set(steps)) == list(range(24))
 
 
 def test_the_learning_rate_that_is_logged_is_that_of_the_step(tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_the_learning_rate_that_is_logged_is_that_of_the_step(tmp_path, monkeypa
         return result
 
     monkeypatch.setattr(bnaf.Training, 'take_step', take_step_and_note_rate)
-    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 5)
+    monkeypatch.setattr(bnaf, 'EPOCH_BATCHES', 5)
     monkeypatch.setattr(bnaf, 'LOG_STEPS', 1)
     words = ['--dataset=rings', '--n_flows=1', '--hidden_dim=4', '--batch_size=40']
     words += ['--n_epochs=30', '--lr_patience=0', '--lr=1', f'--output_dir={tmp_path}']
@@ -241,7 +241,7 @@ def test_which_checkpoint_is_taken(tmp_path):
 def test_a_run_that_another_has_taken_further_is_not_overwritten(tmp_path, monkeypatch, capsys):
     """Even if that happens while this one still loads its data."""
     words = [*faults.TABLE[1:], '--dataset=rings', f'--output_dir={tmp_path}', '--resume']
-    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
+    monkeypatch.setattr(bnaf, 'EPOCH_BATCHES', 2)
     bnaf.main(['--train', *words, '--n_epochs=1'])
     load_table = tabular.load_table
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import shlex
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from tiny_data import (
 )
 
 import glow
+from common.averages import moving_average
+from common.batches import Stream, seed_sequence
 from common.errors import UserError
 from common.files import make_new_folder
 from datasets import load_images
@@ -94,7 +97,7 @@ def test_two_processes(module, tmp_path):
     words = ['--train', '--distributed', '--dataset=digits', *TINY, '--batch_size=64']
     run_command('-m', module, '--nproc_per_node=2', SCRIPT, *words, **where)
     run = only((tmp_path / 'results').iterdir())
-    assert glow.load_checkpoint(run / 'best.pt')['step'] == 1439 // 128
+    assert glow.load_checkpoint(run / 'best.pt')['step'] == math.ceil(1439 / 128)
     with_two = json.loads((run / 'results.json').read_text())
 
     run_command(SCRIPT, '--evaluate', '--batch_size=7', **where)
@@ -155,12 +158,12 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     glow.main(training_words(tmp_path / 'whole', '--n_epochs=2'))
     train_until(glow, 14, training_words(tmp_path / 'stopped', '--n_epochs=2'))
     stopped = only(tmp_path.glob('stopped/*/checkpoint.pt'))
-    assert glow.load_checkpoint(stopped)['step'] == 14  # within the second epoch of 11 steps
+    assert glow.load_checkpoint(stopped)['step'] == 14  # within the second epoch
     glow.main(['--train', f'--restore_file={stopped}'])
 
     whole = torch.load(only(tmp_path.glob('whole/*/checkpoint.pt')))
     resumed = torch.load(stopped)
-    assert whole['step'] == resumed['step'] == 22
+    assert whole['step'] == resumed['step'] == 23
     for name in ('model', 'average'):
         for key, value in whole[name].items():
             assert torch.equal(value, resumed[name][key]), key
@@ -170,6 +173,75 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
             assert torch.equal(value, resumed_state[i][key]), (i, key)
     assert whole['validation_loss'] == resumed['validation_loss']
     assert whole['best'] == resumed['best']
+
+
+@pytest.mark.slow
+def test_a_training_ends_after_as_many_images_on_other_numbers_of_processes(tmp_path):
+    """It begins on one process, goes on on four, and ends on two."""
+    words = ['--dataset=digits', '--depth=1', '--width=8', '--batch_size=64', '--n_epochs=9']
+    train_until(glow, 67, ['--train', *words, f'--output_dir={tmp_path}'])
+    checkpoint = only(tmp_path.glob('*/checkpoint.pt'))
+    n_seen = [glow.load_checkpoint(checkpoint)['n_seen']]
+    assert n_seen == [67 * 64]
+
+    resume = [SCRIPT, '--train', f'--restore_file={checkpoint}']
+    folder = str(Path(SCRIPT).parent)
+    where = dict(cwd=tmp_path, CUDA_VISIBLE_DEVICES='', PYTHONPATH=folder)
+    stop_in_the_middle = (
+        'import os, signal, sys, glow; take_step = glow.Training.take_step\n'
+        'def stop(run):\n'
+        '    if run.n_seen >= 8000: os.kill(os.getpid(), signal.SIGTERM)\n'
+        '    return take_step(run)\n'
+        'glow.Training.take_step = stop; glow.main(sys.argv[2:])'
+    )
+    launch = ['-m', 'torch.distributed.run', '--standalone']
+    command = ['--nproc_per_node=4', '--no-python', sys.executable, '-c', stop_in_the_middle]
+    out, _ = run_command(*launch, *command, *resume, **where)
+    assert 'note: 1 processes before, 4 now' in out and 'stopped after step' in out
+    n_seen.append(glow.load_checkpoint(checkpoint)['n_seen'])
+
+    run_command(*launch, '--nproc_per_node=2', *resume, **where)
+    saved = glow.load_checkpoint(checkpoint)
+    n_seen.append(saved['n_seen'])
+    assert n_seen[1] == 67 * 64 + 256 * 16  # one step after the first count above 8000
+    assert 9 * 1439 <= n_seen[2] < 9 * 1439 + 128
+    assert saved['step'] == 67 + 16 + math.ceil((9 * 1439 - n_seen[1]) / 128)
+    assert only(tmp_path.rglob('results.json'))
+
+
+def test_what_follows_from_the_images_seen_on_four_processes(tmp_path, monkeypatch):
+    train_until(glow, 15, training_words(tmp_path, '--n_epochs=4'))
+    saved = glow.load_checkpoint(only(tmp_path.rglob('checkpoint.pt')))
+    data = load_images('digits')
+    monkeypatch.setattr(glow, 'wrap_ddp', lambda objective, *args, **values: objective)
+
+    for world_size in (1, 4):
+        process = glow.Process(0, world_size, CPU)
+        run = glow.Training(saved['config'], data, process, copy.deepcopy(saved))
+        assert run.n_seen == 15 * 128 and run.n_to_see == 4 * 1439
+        assert run.n_per_step == 128 * world_size
+        assert run.n_per_validation == 1439 * math.ceil(glow.VALIDATE_STEPS * 128 / 1439)
+
+        # a step replaces four, in the average too
+        run.average.n_averaged.fill_(10**6)
+        before = [value.clone() for value in run.average.module.parameters()]
+        run.take_step()
+        decay = saved['config'].ema_decay ** world_size
+        parameters = zip(run.average.module.parameters(), before, run.model.parameters())
+        for average, old, new in parameters:
+            expected = decay * old + (1 - decay) * new
+            torch.testing.assert_close(average, expected, rtol=1e-4, atol=1e-6)
+        assert run.n_seen == 15 * 128 + 128 * world_size
+
+
+def test_the_average_soon_forgets_the_first_weights():
+    update = moving_average(decay=0.999)
+    averages, values = [torch.zeros(2)], [torch.ones(2)]
+    shares = []
+    for n in range(1, 101):
+        update(averages, values, torch.tensor(n))
+        shares.append(1 - averages[0][0].item())
+    assert shares[0] == pytest.approx(2 / 11) and shares[-1] < 1e-6
 
 
 def test_a_later_state_is_not_overwritten(trained_glow, tmp_path, capsys):
@@ -184,7 +256,7 @@ def test_a_later_state_is_not_overwritten(trained_glow, tmp_path, capsys):
     (tmp_path / 'own').mkdir()
     (tmp_path / 'best.pt').rename(tmp_path / 'own' / 'start.pt')
     glow.main(['--train', f'--restore_file={tmp_path}/own/start.pt', '--n_epochs=2'])
-    assert glow.load_checkpoint(tmp_path / 'own' / 'best.pt')['step'] == 22
+    assert glow.load_checkpoint(tmp_path / 'own' / 'best.pt')['step'] == 23
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
@@ -202,7 +274,7 @@ def test_a_signal_at_the_last_validation_ends_the_program(tmp_path, monkeypatch,
 
     monkeypatch.setattr(glow.Training, 'validate', validate_and_signal)
     glow.main(training_words(tmp_path))
-    assert 'stopped after step 11 by SIGTERM; to go on' in capsys.readouterr().out
+    assert 'stopped after step 12 by SIGTERM; to go on' in capsys.readouterr().out
     assert not list(tmp_path.rglob('results.json'))
     glow.main(training_words(tmp_path, '--resume'))
     assert only(tmp_path.rglob('results.json'))  # only the evaluation was left to do
@@ -274,27 +346,37 @@ def test_compiling_without_a_compiler(tmp_path, monkeypatch, capsys):
 
 def test_learning_rate():
     config = glow.Config(lr=1.0, lr_decay=0.25, n_epochs=10, n_epochs_warmup=0.5)
-    rates = [glow.learning_rate(config, step, per_epoch=20) for step in range(200)]
+    rates = [glow.learning_rate(config, 7 * step, 7, n_per_epoch=140) for step in range(200)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert set(rates[10:150]) == {1.0}
     assert rates[150:] == pytest.approx(np.arange(50, 0, -1) / 50)
 
 
-def test_every_image_of_an_epoch_is_seen_once():
+def test_every_image_of_an_epoch_is_seen_once_on_changing_numbers_of_processes():
     data = load_images('digits')
     config = glow.Config(dataset='digits', batch_size=10)
-    n = glow.steps_per_epoch(1439, config.batch_size, world_size=2)
-    assert n == 1439 // 20
-    images = np.arange(1439)[:, None, None, None]
-    numbered = replace(data, train=replace(data.train, images=images))
-    for epoch in (0, 1):
-        seen = []
-        for step in range(epoch * n, (epoch + 1) * n):
-            for rank in (0, 1):
-                process = glow.Process(rank, 2, CPU)
-                x, _ = glow.training_batch(numbered, config, step, process)
-                seen.append(x)
-        assert len(torch.cat(seen).unique()) == n * 20
+    numbered = replace(data, train=replace(data.train, images=np.arange(1439)[:, None, None, None]))
+    batches, n_seen = [], 0
+    while n_seen < 3 * 1439:
+        world_size = 1 + n_seen // 700 % 4
+        for rank in range(world_size):
+            process = glow.Process(rank, world_size, CPU)
+            x, _ = glow.training_batch(numbered, config, n_seen, process)
+            batches.append(x.flatten())
+        n_seen += 10 * world_size
+
+    seen = torch.cat(batches)
+    epochs = [seen[k * 1439 : (k + 1) * 1439] for k in range(3)]
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.arange(1439))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_streams_of_random_numbers_differ():
+    """NumPy pads keys with zeros, and takes these for the same."""
+    keys = [(7,), (7, 0), (7, 0, 0), (7,), (7, 0)]
+    sequences = [seed_sequence(stream, *key) for stream, key in zip(Stream, keys, strict=True)]
+    assert len({int(sequence.generate_state(1)[0]) for sequence in sequences}) == len(keys)
 
 
 def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
@@ -310,7 +392,7 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
 def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(glow, 'bits_per_dim', lambda *args: (math.nan, math.nan))
     line = refusal_line(glow, capsys, *training_words(tmp_path))
-    assert 'diverged: at step 11' in line
+    assert 'diverged: at step 12' in line
     assert 'not finite (0 steps skipped' in line and 'lower --lr' in line
     assert glow.load_checkpoint(only(tmp_path.rglob('*.pt')))['step'] == 0
 

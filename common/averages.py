@@ -1,0 +1,23 @@
+"""Polyak's average of the weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def moving_average(decay: float, n_batches: float = 1.0) -> Callable:
+    """Return the function by which ``AveragedModel`` updates an exponential moving average.
+
+    After n updates the average decays by min(``decay``, (1 + n) / (10 + n)), so that it soon
+    forgets the first weights. An update counts for ``n_batches`` of them: with twice as many
+    processes as a training began with, one step replaces two.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[torch.Tensor], values: list[torch.Tensor], n_updates: Any) -> None:
+        n = int(n_updates)
+        decay_now = min(decay, (1 + n) / (10 + n)) ** n_batches
+        torch._foreach_lerp_(averages, values, 1 - decay_now)
+
+    return update
