@@ -58,8 +58,8 @@ from common.tensors import tensor_bytes, tensor_cache
 from datasets import (
     IMAGE_DATASETS,
     ImageData,
-    load_images,
     load_photo,
+    load_run_images,
     save_grid,
     shift_randomly,
 )
@@ -160,6 +160,9 @@ class Request(RunRequest):
         high=1000,
     )
     vis_img: str = option('output', '', 'a photo of your own (default: the first test image)')
+    accept_changed_data: bool = option(
+        'run', False, 'go on although the images are not those that the run was trained on before'
+    )
 
     def require_consistency(self, mode: str) -> None:
         """Raise ``UserError`` where an option has no effect because of the others."""
@@ -180,7 +183,7 @@ MODES = {
 # Training without a checkpoint takes all options of Config as well
 MODE_OPTIONS = {
     'train': {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'}
-    | {'resume', 'max_skips', 'detect_anomaly'},
+    | {'resume', 'max_skips', 'detect_anomaly', 'accept_changed_data'},
     'evaluate': {'data_dir', 'batch_size', 'bf16'},
     'generate': {'seed', 'bf16', 'z_std', 'n_samples'},
     'visualize': {'data_dir', 'batch_size', 'bf16'}
@@ -782,6 +785,8 @@ def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     return {
         **saved,
         'fingerprint': '',  # not known
+        'split_bounds': [],  # a folder is then split at random, as it was
+        'files': torch.zeros(0, 2, dtype=torch.int64),
         'first_world_size': world_size,
         'n_seen': saved['step'] * n_per_step,
     }
@@ -794,6 +799,8 @@ CHECKPOINT = CheckpointFormat(
     n_dims=3,  # of an image: (C, H, W)
     fields={
         'fingerprint': str,
+        'split_bounds': [int],
+        'files': Tensor,
         'first_world_size': int,
         'step': int,
         'n_seen': int,
@@ -946,6 +953,7 @@ class Training:
         self.config, self.data, self.process = config, data, process
         self.input_dims = list(data.train.images.shape[1:])
         self.fingerprint = data.fingerprint
+        self.split_bounds, self.files = data.split_bounds, data.files
         self.model = build_model(config, self.input_dims).to(process.device)
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
         self.best, self.validation_loss = math.inf, math.nan
@@ -1206,7 +1214,7 @@ def attribute_directions(
 
     is_bf16 = torch.is_autocast_enabled(device.type)
     model_weights = map(tensor_bytes, model.state_dict().values())
-    key = digest([data.fingerprint, DZ_IMAGES, DZ_SCALE, is_bf16], model_weights)
+    key = digest([data.cache_key, DZ_IMAGES, DZ_SCALE, is_bf16], model_weights)
     shape = attributes.shape[1], math.prod(images.shape[1:])
     return tensor_cache(path.with_name(f'attribute_directions_{key}.pt'), shape, compute)
 
@@ -1322,9 +1330,16 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         require_compiler()
     data = None
     if mode != 'generate':
-        data = load_images(config.dataset, config.data_dir, config.image_size)
+        may_differ = mode != 'train' or request.accept_changed_data
+        data = load_run_images(config, saved, may_differ)
+        if process.rank == 0:
+            for note in data.notes:
+                print(f'note: {note}')
 
     if mode == 'train':
+        if saved:
+            # from here on, the run is one of these images
+            saved.update(fingerprint=data.fingerprint, files=data.files)
         saved = train(data, config, request, process, saved)
         if saved is None:
             return

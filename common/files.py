@@ -7,8 +7,9 @@ import itertools
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,14 @@ def file_signature(path: Path) -> list[str | int]:
     """Return name, size and time of a file. A cache of the file is stale when they differ."""
     status = path.stat()
     return [f'{path.parent.name}/{path.name}', status.st_size, status.st_mtime_ns]
+
+
+def path_hash(path: PurePath) -> int:
+    """Return a number below 2^62 that identifies a relative path, the same on all platforms."""
+    name = unicodedata.normalize('NFC', path.as_posix())  # some file systems take accents apart
+    content = name.encode('utf-8', 'surrogatepass')  # a file's name need not be valid text
+    first_bytes = hashlib.sha256(content).digest()[:8]
+    return int.from_bytes(first_bytes, 'big') >> 2
 
 
 def digest(values: Any, arrays: Iterable[Any] = ()) -> str:

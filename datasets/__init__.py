@@ -6,6 +6,7 @@ from .images import (
     ImageSplit,
     load_images,
     load_photo,
+    load_run_images,
     save_grid,
     shift_randomly,
 )
@@ -16,6 +17,7 @@ __all__ = [
     'ImageSplit',
     'load_images',
     'load_photo',
+    'load_run_images',
     'save_grid',
     'shift_randomly',
 ]

@@ -17,9 +17,10 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from common.errors import UserError, index_of_name, one_line, truncate
-from common.files import digest, file_signature, first_existing, write_atomically
+from common.files import digest, file_signature, first_existing, path_hash, write_atomically
 
 from .cache import CreateArray, memmap_cache
 from .drawn_faces import ATTRIBUTES, draw_faces, face_attributes
@@ -105,6 +106,7 @@ DAMAGED_IMAGE_ERRORS = (
 
 SplitIndex = slice | np.ndarray
 Row = list[str]  # the cells of a row of a table
+Signature = list[str | int]  # name, size and time of a file
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,13 @@ class ImageData:
         n_values: Values per image by which bits/dim is divided. This is C * H * W, except for
             mnist: its 28x28 images are padded to 32x32, and 784 values count.
         max_shift: By how many pixels training images may be shifted at random.
-        fingerprint: Digest of what the images were made from.
+        fingerprint: Digest that identifies the images, in whichever folder of whichever machine.
+            Of celeba and folder, it is one of names, sizes and tables, not of pixels.
+        cache_key: Digest of what the images were made from, with the times of the files, and of
+            their split. What is computed from the images is stale when it changes.
+        split_bounds: The two numbers by which a folder was split (``split_by_hash``), or none.
+        files: A row (path hash, size in bytes) for each image of a folder, int64, (N, 2).
+        notes: What has changed since a run was trained on the images, in one line each.
     """
 
     train: ImageSplit
@@ -140,6 +148,10 @@ class ImageData:
     n_values: int
     max_shift: int
     fingerprint: str
+    cache_key: str = ''
+    split_bounds: list[int] = field(default_factory=list)
+    files: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
+    notes: tuple[str, ...] = ()
 
     def attribute_index(self, text: str) -> int:
         """Return the index of an attribute given by index or name, such as '8' or 'Black_Hair'.
@@ -178,25 +190,101 @@ class ImageData:
         return chosen
 
 
+class ImageOptions(Protocol):
+    """The options of a run that say which images it learns."""
+
+    dataset: str
+    data_dir: str
+    image_size: int
+
+
+def load_run_images(
+    config: ImageOptions, saved: dict[str, Any] | None, may_differ: bool = True
+) -> ImageData:
+    """Load the images that a run is about, split as in its training.
+
+    Arguments:
+        config: the options of the run.
+        saved: the checkpoint of the run, or None for a new one.
+        may_differ: whether the images may differ from those that the run was trained on. If so,
+            the result's ``notes`` say how.
+
+    Raises ``UserError`` where they differ and must not, or where what the checkpoint says of them
+    is damaged.
+    """
+    if saved is None:
+        return load_images(config.dataset, config.data_dir, config.image_size)
+
+    require_valid_split(saved)
+    bounds = saved['split_bounds']
+    data = load_images(config.dataset, config.data_dir, config.image_size, bounds)
+    if saved['fingerprint'] in ('', data.fingerprint):
+        return data
+
+    change = describe_change(config, data.files, saved)
+    if not may_differ:
+        raise UserError(
+            f'{change}; add --accept_changed_data to train on with these images, or give the '
+            'former ones by --data_dir'
+        )
+    return replace(data, notes=(change,))
+
+
+def require_valid_split(saved: dict[str, Any]) -> None:
+    """Raise ``UserError`` unless a checkpoint's split and list of files have their form."""
+    bounds, files = saved['split_bounds'], saved['files']
+    has_bounds = len(bounds) in (0, 2) and bounds == sorted(bounds)
+    has_files = files.dtype == torch.int64 and files.dim() == 2 and files.shape[1] == 2
+    if not has_bounds or not has_files:
+        raise UserError(f'{saved["path"]} is damaged: it does not say how its images were split')
+
+
+def describe_change(config: ImageOptions, files: torch.Tensor, saved: dict[str, Any]) -> str:
+    """Return a line that says how images with these ``files`` differ from those of a run."""
+    if config.dataset != 'folder':
+        return f'{config.dataset} in {config.data_dir} is not what the model was trained on'
+
+    then, now = dict(saved['files'].tolist()), dict(files.tolist())
+    n_new, n_gone = len(now.keys() - then.keys()), len(then.keys() - now.keys())
+    n_changed = sum(now[path] != then[path] for path in now.keys() & then.keys())
+    if not n_new and not n_changed and not n_gone:
+        return (
+            f'{config.data_dir}/attributes.csv has changed since training; if its splits have, '
+            'test images may have been trained on'
+        )
+    counts = f'{n_new:,} new, {n_changed:,} changed, {n_gone:,} gone'
+    change = f'the images in {config.data_dir} have changed since training: {counts}'
+    if not saved['split_bounds']:
+        change += '; test images may have been trained on, unless attributes.csv has a split'
+    return change
+
+
 def load_images(
-    name: str, data_dir: str | Path = 'data', image_size: int | None = None
+    name: str,
+    data_dir: str | Path = 'data',
+    image_size: int | None = None,
+    split_bounds: Sequence[int] | None = None,
 ) -> ImageData:
     """Load an image data set.
+
+    For the images of a run, see ``load_run_images``.
 
     Arguments:
         name: One of ``IMAGE_DATASETS``.
         data_dir: The folder of its files and of the cache.
         image_size: Height and width in pixels, of data sets that can have several sizes.
+        split_bounds: Those of a run, by which a folder is split as in its training
+            (``load_folder``); by default, it is split as for a new run.
 
     Raises ``UserError`` if files are missing or damaged, or the size does not fit.
     """
-    loaders = {
+    loaders: dict[str, Callable[[Path, int | None], ImageData]] = {
         'faces': load_faces,
         'digits': load_digits,
         'mnist': load_mnist,
         'cifar10': load_cifar10,
         'celeba': load_celeba,
-        'folder': load_folder,
+        'folder': partial(load_folder, split_bounds=split_bounds),
     }
     if name not in loaders:
         raise UserError(f'unknown data set {name!r}: there are {", ".join(IMAGE_DATASETS)}')
@@ -271,6 +359,7 @@ def make_image_data(
     names: Sequence[str],
     parts: Sequence[SplitIndex],
     source: Any,
+    fingerprint: str = '',
     n_values: int | None = None,
     max_shift: int = 0,
 ) -> ImageData:
@@ -282,7 +371,8 @@ def make_image_data(
         names: A names of attributes.
         parts: Slices or indices of the train, validation and test images.
         source: JSON-serialisable description of what the images were made from.
-        n_values, max_shift: See ``ImageData``; by default, C * H * W values and no shift.
+        fingerprint, n_values, max_shift: See ``ImageData``; by default, the digest of ``source``,
+            C * H * W values and no shift.
     """
     train, validation, test = [ImageSplit(images[part], attributes[part]) for part in parts]
     return ImageData(
@@ -292,7 +382,8 @@ def make_image_data(
         attribute_names=tuple(names),
         n_values=n_values or int(np.prod(images.shape[1:])),
         max_shift=max_shift,
-        fingerprint=digest(source),
+        fingerprint=fingerprint or digest(source),
+        cache_key=digest(source),
     )
 
 
@@ -307,15 +398,52 @@ def random_split(n: int, source: str | Path) -> list[np.ndarray]:
 
     Raises ``UserError`` if there are fewer than ten images; ``source`` names them.
     """
+    require_ten(n, source)
+    order = np.random.default_rng(0).permutation(n)
+    n_held_out = n // 10
+    parts = np.split(order, [n - 2 * n_held_out, n - n_held_out])
+    return [np.sort(part) for part in parts]
+
+
+def require_ten(n: int, source: str | Path) -> None:
+    """Raise ``UserError`` if ``n`` images are too few to be split; ``source`` names them."""
     if n < 10:
         raise UserError(
             f'{source} has {n} images: at least 10 are needed for a split into train, validation '
             'and test'
         )
-    order = np.random.default_rng(0).permutation(n)
-    n_held_out = n // 10
-    parts = np.split(order, [n - 2 * n_held_out, n - n_held_out])
-    return [np.sort(part) for part in parts]
+
+
+def choose_split_bounds(hashes: np.ndarray, source: str | Path) -> list[int]:
+    """Return the bounds by which a tenth of the images validates and a tenth tests.
+
+    See ``split_by_hash``. Raises ``UserError`` if there are fewer than ten images; ``source`` names
+    them.
+    """
+    require_ten(len(hashes), source)
+    ranked = np.sort(hashes)
+    n_held_out = len(hashes) // 10
+    return [int(ranked[n_held_out]), int(ranked[2 * n_held_out])]
+
+
+def split_by_hash(
+    hashes: np.ndarray, bounds: Sequence[int], source: str | Path
+) -> list[np.ndarray]:
+    """Return sorted indices of the train, validation and test images.
+
+    An image whose hash is below the first of two bounds validates, one below the second tests, and
+    the others train. So an image stays in its split, whichever others come or go.
+
+    Raises ``UserError`` where a split has no image; ``source`` names them.
+    """
+    place = np.searchsorted(bounds, hashes, side='right')
+    parts = [np.flatnonzero(place == split) for split in (2, 0, 1)]
+    if not all(len(part) for part in parts):
+        raise UserError(
+            f'{source} has no images for the training, validation or test split of this run: too '
+            'few of those that it was trained on are left'
+        )
+    return parts
 
 
 def one_hot(labels: np.ndarray) -> np.ndarray:
@@ -471,6 +599,7 @@ def load_mnist(data_dir: Path, image_size: int | None) -> ImageData:
         DIGIT_NAMES,
         slices_in_order(n_train, n_validation),
         source=['mnist', *map(file_signature, paths)],
+        fingerprint=digest(['mnist', n_train], [images, labels]),
         n_values=784,
         max_shift=1,
     )
@@ -571,7 +700,8 @@ def load_cifar10(data_dir: Path, image_size: int | None) -> ImageData:
     attributes = one_hot(rows[:, 0])
     n_test = len(rows) // len(paths)
     parts = slices_in_order(n_train=len(rows) - n_test, n_validation=n_test // 2)
-    return make_image_data(images, attributes, CIFAR_CLASSES, parts, source)
+    fingerprint = digest(['cifar10'], [rows])
+    return make_image_data(images, attributes, CIFAR_CLASSES, parts, source, fingerprint)
 
 
 def read_cifar_batches(paths: Sequence[Path]) -> np.ndarray:
@@ -645,9 +775,13 @@ def load_celeba(data_dir: Path, image_size: int | None) -> ImageData:
     parts = split_by_word(partition_path, words, {'0': 0, '1': 1, '2': 2})
 
     size = image_size or 64
-    images, images_digest = load_decoded(data_dir, 'celeba', paths, size, CELEBA_CROP)
+    signatures = [file_signature(path) for path in paths]
+    images, images_digest = load_decoded(data_dir, 'celeba', paths, signatures, size, CELEBA_CROP)
     source = [images_digest, [file_signature(attribute_path), file_signature(partition_path)]]
-    return make_image_data(images, attributes, attribute_names, parts, source)
+    file_sizes = [n_bytes for _, n_bytes, _ in signatures]
+    identity = ['celeba', file_names, file_sizes, attribute_names, words]
+    fingerprint = digest(identity, [attributes])
+    return make_image_data(images, attributes, attribute_names, parts, source, fingerprint)
 
 
 def read_celeba_attributes(path: Path) -> tuple[list[str], dict[str, Row]]:
@@ -675,11 +809,19 @@ def read_celeba_partition(path: Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ folders
 
 
-def load_folder(data_dir: Path, image_size: int | None) -> ImageData:
+def load_folder(
+    data_dir: Path, image_size: int | None, split_bounds: Sequence[int] | None = None
+) -> ImageData:
     """Load the images in a folder and its sub-folders, cropped square, 64x64 by default.
 
     The folder may have an attributes.csv, with the columns image, split (optional), and one column
-    of 1 and -1 for each attribute.
+    of 1 and -1 for each attribute. Without splits, an image's path decides which split it is in.
+
+    Arguments:
+        data_dir: The folder.
+        image_size: Height and width in pixels.
+        split_bounds: Those that a run's checkpoint keeps, or [] if it keeps none: its images were
+            split by ``random_split``. None, for a new run, stands for ``choose_split_bounds``.
     """
     if not data_dir.is_dir():
         raise UserError(f'{data_dir} is no directory: give one of images by --data_dir')
@@ -690,20 +832,49 @@ def load_folder(data_dir: Path, image_size: int | None) -> ImageData:
             '--data_dir'
         )
 
+    signatures = [file_signature(path) for path in files]
+    relative_paths = [path.relative_to(data_dir) for path in files]
+    file_rows = describe_files(relative_paths, signatures)
+
     names: list[str] = []
     attributes = np.zeros((len(files), 0), bool)
     parts = None
     table = data_dir / 'attributes.csv'
-    table_signature = None
+    table_lines: list[str] = []
     if table.exists():
-        table_signature = file_signature(table)
-        relative_paths = [str(path.relative_to(data_dir)) for path in files]
-        names, attributes, parts = read_attribute_table(table, relative_paths)
+        table_lines = read_lines(table)
+        names, attributes, parts = read_attribute_table(table, list(map(str, relative_paths)))
     if parts is None:
-        parts = random_split(len(files), data_dir)
+        parts, split_bounds = split_folder(file_rows[:, 0], split_bounds, data_dir)
+    bounds = list(split_bounds or [])
 
-    images, images_digest = load_decoded(data_dir, 'folder', files, image_size or 64)
-    return make_image_data(images, attributes, names, parts, [images_digest, table_signature])
+    images, images_digest = load_decoded(data_dir, 'folder', files, signatures, image_size or 64)
+    source = [images_digest, table_lines, bounds]
+    sorted_rows = file_rows[np.lexsort(file_rows.T)]  # the files' own order depends on the platform
+    fingerprint = digest(['folder', table_lines], [sorted_rows])
+    data = make_image_data(images, attributes, names, parts, source, fingerprint)
+    return replace(data, split_bounds=bounds, files=torch.from_numpy(file_rows))
+
+
+def describe_files(relative_paths: Sequence[Path], signatures: Sequence[Signature]) -> np.ndarray:
+    """Return the path hash and the size in bytes of each file, (N, 2), int64."""
+    hashes = np.array([path_hash(path) for path in relative_paths], np.int64)
+    sizes = np.array([size for _, size, _ in signatures], np.int64)
+    return np.stack([hashes, sizes], axis=1)
+
+
+def split_folder(
+    hashes: np.ndarray, bounds: Sequence[int] | None, source: Path
+) -> tuple[list[np.ndarray], Sequence[int]]:
+    """Return sorted indices of the train, validation and test images, and the bounds between them.
+
+    ``bounds`` is as in ``load_folder``.
+    """
+    if bounds is None:
+        bounds = choose_split_bounds(hashes, source)
+    if not bounds:
+        return random_split(len(hashes), source), []
+    return split_by_hash(hashes, bounds, source), bounds
 
 
 def find_image_files(folder: Path) -> list[Path]:
@@ -846,14 +1017,18 @@ def split_by_word(path: Path, words: Sequence[str], splits: Mapping[str, int]) -
 
 
 def load_decoded(
-    data_dir: Path, name: str, files: Sequence[Path], size: int, crop: float = 1.0
+    data_dir: Path,
+    name: str,
+    files: Sequence[Path],
+    signatures: Sequence[Signature],
+    size: int,
+    crop: float = 1.0,
 ) -> tuple[np.ndarray, str]:
     """Return the images of all files (N, 3, size, size), and a digest of their source.
 
     They are memory-mapped from the cache of ``data_dir``, and decoded first if necessary; for
     ``crop``, see ``decode_photo``.
     """
-    signatures = [file_signature(path) for path in files]
     source = [name, CACHE_VERSION, size, crop, signatures]
     shape = (len(files), 3, size, size)
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -40,7 +41,9 @@ from common.averages import moving_average
 from common.batches import Stream, seed_sequence
 from common.errors import UserError
 from common.files import make_new_folder
-from datasets import load_images
+from common.tensors import load_tensors, save_tensors
+from datasets import load_images, load_photo, load_run_images
+from datasets.images import random_split
 
 SCRIPT = Path(glow.__file__)
 TINY = ['--depth=1', '--width=8', '--n_epochs=1', '--batch_size=128']
@@ -553,6 +556,206 @@ def test_folder_without_attributes_cannot_be_visualized(tmp_path, capsys):
     line = refusal_line(glow, capsys, '--visualize', '--vis_attrs=Big', output)
     assert 'the same in all training images' in line
     assert only(tmp_path.glob('out/*/manipulated_sample_attr_all.png'))
+
+
+# ------------------------------------------------------------------------- changed and moved images
+
+TINY_PHOTOS = ['--image_size=16', '--n_levels=1', '--depth=1', '--width=8', '--batch_size=8']
+
+
+@pytest.fixture
+def photo_run(tmp_path):
+    """The last checkpoint of a tiny model of a folder without attributes, which lies beside it."""
+    write_folder(tmp_path / 'photos')
+    data, output = f'--data_dir={tmp_path}/photos', f'--output_dir={tmp_path}/out'
+    glow.main(['--train', '--dataset=folder', *TINY_PHOTOS, '--n_epochs=1', data, output])
+    return only(tmp_path.glob('out/*/checkpoint.pt'))
+
+
+def watch(monkeypatch, name):
+    """Return a list that gets the data with which a function of glow.py is called from now on."""
+    seen, function = [], getattr(glow, name)
+
+    def watched(*args):
+        seen.extend(arg for arg in args if isinstance(arg, glow.ImageData))
+        return function(*args)
+
+    monkeypatch.setattr(glow, name, watched)
+    return seen
+
+
+def add_photos(folder, n=10):
+    """Add n images to the folder of ``photo_run``, change one and remove one."""
+    for i in range(n):
+        noise_image(24, 20, 100 + i).save(folder / f'{i}.png')
+    noise_image(30, 30, 200).save(folder / 'a' / '00.png')
+    (folder / 'b' / '01.png').unlink()
+
+
+def note_lines(capsys):
+    """Return the notes about the images that were printed."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line.startswith('note: ') and 'steps' not in line]
+
+
+def test_nothing_that_was_trained_on_is_tested_after_images_are_added(
+    photo_run, tmp_path, monkeypatch, capsys
+):
+    saved = glow.load_checkpoint(photo_run)
+    trained_on = load_run_images(saved['config'], saved)
+    seen, restore = watch(monkeypatch, 'evaluate'), f'--restore_file={photo_run}'
+    glow.main(['--evaluate', restore])
+    assert not note_lines(capsys)
+    add_photos(tmp_path / 'photos')
+    glow.main(['--evaluate', restore])
+
+    (before, after) = seen
+    assert np.array_equal(before.train.images, trained_on.train.images)
+    train = {image.tobytes() for image in before.train.images}
+    held_out = [*after.validation.images, *after.test.images]
+    assert not train & {image.tobytes() for image in held_out}
+    assert len(held_out) > 4
+    (note,) = note_lines(capsys)
+    counts = '10 new, 1 changed, 1 gone'
+    assert note == f'note: the images in {tmp_path}/photos have changed since training: {counts}'
+    glow.main(['--check', restore])
+    assert note_lines(capsys) == [note]
+
+
+def test_a_training_goes_on_with_changed_images_only_where_they_are_accepted(
+    photo_run, tmp_path, capsys
+):
+    before = glow.load_checkpoint(photo_run)
+    add_photos(tmp_path / 'photos')
+    glow.main(['--evaluate', f'--restore_file={photo_run}'])  # the images are decoded here
+    words = ['--train', f'--restore_file={photo_run}', '--n_epochs=2']
+    content = photo_run.read_bytes()
+    line = refusal_line(glow, capsys, *words)
+    assert '10 new, 1 changed, 1 gone; add --accept_changed_data' in line
+    assert photo_run.read_bytes() == content
+
+    glow.main([*words, '--accept_changed_data'])
+    after = glow.load_checkpoint(photo_run)
+    assert after['step'] > before['step'] and len(after['files']) == 29
+    assert after['split_bounds'] == before['split_bounds']
+    assert after['fingerprint'] != before['fingerprint']
+    capsys.readouterr()
+    glow.main(['--train', f'--restore_file={photo_run}', '--n_epochs=3'])
+    assert not note_lines(capsys)
+
+
+def test_a_run_goes_on_with_its_images_elsewhere(photo_run, tmp_path, monkeypatch, capsys):
+    seen = watch(monkeypatch, 'evaluate')
+    glow.main(['--evaluate', f'--restore_file={photo_run}'])
+    shutil.copytree(tmp_path / 'photos', tmp_path / 'moved' / 'copy')
+    shutil.rmtree(tmp_path / 'photos')
+    for path in (tmp_path / 'moved').rglob('*.png'):
+        os.utime(path, (0, 0))
+
+    words = [f'--restore_file={photo_run}', f'--data_dir={tmp_path}/moved/copy']
+    glow.main(['--train', '--n_epochs=2', *words])
+    glow.main(['--evaluate', *words])
+    glow.main(['--check', *words])
+    assert not note_lines(capsys)
+    first, *others = seen
+    for data in others:
+        assert data.fingerprint == first.fingerprint
+        assert np.array_equal(data.test.images, first.test.images)
+
+
+def test_attributes_that_are_added_later_are_noted(photo_run, tmp_path, capsys):
+    write_table(tmp_path / 'photos', attribute_rows())
+    glow.main(['--visualize', f'--restore_file={photo_run}'])
+    (note,) = note_lines(capsys)
+    assert f'{tmp_path}/photos/attributes.csv has changed since training; if its splits' in note
+
+
+def test_other_data_of_the_same_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_mnist(tmp_path / 'data')
+    glow.main(['--train', '--dataset=mnist', *TINY, '--batch_size=8'])
+    run = only(tmp_path.glob('results/*/checkpoint.pt'))
+    write_mnist(tmp_path / 'other', n_train=50)
+
+    words = [f'--restore_file={run}', '--data_dir=other']
+    capsys.readouterr()
+    glow.main(['--evaluate', *words])
+    assert note_lines(capsys) == ['note: mnist in other is not what the model was trained on']
+    line = refusal_line(glow, capsys, '--train', '--n_epochs=2', *words)
+    assert 'mnist in other is not what the model was trained on; add --accept_changed' in line
+    glow.main(['--train', '--n_epochs=2', '--accept_changed_data', *words])
+    assert glow.load_checkpoint(run)['config'].data_dir == 'other'
+
+
+def as_format_1(path):
+    """Make a checkpoint one of format 1, which says nothing of its images."""
+    saved = load_tensors(path)
+    for name in ('fingerprint', 'split_bounds', 'files'):
+        del saved[name]
+    save_tensors(path, {**saved, 'format': 1})
+
+
+def test_a_folder_of_format_1_keeps_its_split(photo_run, tmp_path, monkeypatch, capsys):
+    as_format_1(photo_run)
+    as_format_1(photo_run.with_name('best.pt'))
+    seen = watch(monkeypatch, 'evaluate')
+    restore = f'--restore_file={photo_run}'
+    glow.main(['--evaluate', restore])
+    glow.main(['--train', restore, '--n_epochs=2'])
+    glow.main(['--evaluate', restore])
+    assert not note_lines(capsys)
+    saved = glow.load_checkpoint(photo_run)
+    assert saved['format'] == 2 and saved['split_bounds'] == [] and len(saved['files']) == 20
+
+    parts = random_split(20, 'photos')
+    sorted_files = sorted((tmp_path / 'photos').rglob('*.png'))
+    data = load_images('folder', tmp_path / 'photos', 16, [])
+    for number, part in enumerate(parts):
+        expected = [load_photo(sorted_files[i], 'folder', 16) for i in part]
+        for used in (*seen, data):
+            split = (used.train, used.validation, used.test)[number]
+            assert np.array_equal(split.images, expected)
+
+    add_photos(tmp_path / 'photos')
+    glow.main(['--evaluate', restore])
+    (note,) = note_lines(capsys)
+    assert '1 gone; test images may have been trained on, unless attributes.csv' in note
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'split_bounds': [5]},
+        {'split_bounds': [7, 5]},
+        {'split_bounds': list(range(100))},
+        {'files': torch.zeros(3, dtype=torch.int64)},
+        {'files': torch.zeros(3, 3, dtype=torch.int64)},
+        {'files': torch.zeros(3, 2)},
+        {'files': torch.tensor(0)},
+    ],
+)
+def test_what_a_checkpoint_says_of_its_images_is_not_trusted(change, photo_run, tmp_path, capsys):
+    save_tensors(tmp_path / 'bad.pt', {**load_tensors(photo_run), **change})
+    for mode in ('--evaluate', '--train'):
+        line = refusal_line(glow, capsys, mode, f'--restore_file={tmp_path}/bad.pt')
+        assert 'bad.pt is damaged: it does not say how its images were split' in line
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'split_bounds': [-1, 5]},
+        {'split_bounds': [2, 2**70]},
+        {'split_bounds': ['a', 'b']},
+        {'split_bounds': None},
+        {'files': [[1, 2]]},
+        {'files': None},
+        {'fingerprint': 3},
+    ],
+)
+def test_entries_of_the_wrong_type(change, trained_glow, tmp_path, capsys):
+    save_tensors(tmp_path / 'bad.pt', {**load_tensors(trained_glow), **change})
+    assert 'damaged' in refusal_of(tmp_path / 'bad.pt', capsys)
 
 
 # --------------------------------------------------------------------------------------- the README

@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import pickle
 import select
+import shutil
 import struct
 import time
+from pathlib import PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +30,7 @@ from tiny_data import (
 )
 
 from common.errors import UserError
+from common.files import path_hash
 from datasets import cache, drawn_faces, images, load_images, load_photo
 from datasets.pickles import array_of, read_pickle
 
@@ -622,6 +625,114 @@ def test_any_attribute_table_is_right_or_a_clean_error(tmp_path_factory, content
     assert parts is None or sorted(np.concatenate(parts)) == [0, 1, 2]
 
 
+# ------------------------------------------------------------------------- changed and moved images
+
+
+def images_of_splits(data):
+    """Return a set of images for each split."""
+    return [{image.tobytes() for image in split.images} for split in splits(data)]
+
+
+def test_images_that_come_or_go_leave_the_others_in_their_split(folder):
+    data = load_images('folder', folder, 16)
+    for i in range(20, 50):
+        noise_image(20, 18, i).save(folder / 'b' / f'{i}.png')
+    more = load_images('folder', folder, 16, data.split_bounds)
+    assert sum(split_sizes(more)) == 50 and more.split_bounds == data.split_bounds
+    assert all(before <= now for before, now in zip(images_of_splits(data), images_of_splits(more)))
+    assert 16 < len(more.train.images) < 46  # new images are in more than one split
+    assert more.fingerprint != data.fingerprint
+
+    for path in folder.glob('a/0*.png'):
+        path.unlink()
+    fewer = load_images('folder', folder, 16, data.split_bounds)
+    assert sum(split_sizes(fewer)) == 45
+    assert all(
+        now <= before for before, now in zip(images_of_splits(more), images_of_splits(fewer))
+    )
+
+
+@pytest.mark.parametrize('n', [10, 11, 19, 20, 57, 500])
+def test_a_tenth_of_a_folder_validates_and_a_tenth_tests(n):
+    hashes = np.array([path_hash(PurePosixPath(f'{i}.png')) for i in range(n)])
+    parts = images.split_by_hash(hashes, images.choose_split_bounds(hashes, 'photos'), 'photos')
+    assert [len(part) for part in parts] == [n - 2 * (n // 10), n // 10, n // 10]
+    assert sorted(np.concatenate(parts)) == list(range(n))
+
+
+def test_a_path_has_the_same_hash_everywhere():
+    expected = path_hash(PurePosixPath('a/caf\N{LATIN SMALL LETTER E WITH ACUTE}.png'))
+    assert expected == 2382709396845977982
+    assert path_hash(PureWindowsPath('a\\cafe\N{COMBINING ACUTE ACCENT}.png')) == expected
+    assert 0 <= path_hash(PurePosixPath('no text \udcff.png')) < 2**62
+
+
+def test_splits_that_a_table_names_hold_in_every_run(folder):
+    write_table(folder, attribute_rows())
+    data = load_images('folder', folder, 16)
+    for bounds in ([], [2**60, 2**61]):
+        again = load_images('folder', folder, 16, bounds)
+        assert images_of_splits(again) == images_of_splits(data)
+        assert again.split_bounds == bounds
+
+
+@pytest.mark.parametrize('bounds', [[0, 0], [0, 1], [2**62 - 2, 2**62 - 1]])
+def test_bounds_that_leave_a_split_empty(bounds, folder):
+    with pytest.raises(UserError, match='photos has no images for the training, validation or'):
+        load_images('folder', folder, 16, bounds)
+
+
+def write_any(name, folder):
+    """Write a tiny data set of this name."""
+    if name == 'cifar10':
+        write_cifar(folder)
+    elif name == 'folder':
+        write_folder(folder)
+        write_table(folder, attribute_rows())
+    else:
+        {'mnist': write_mnist, 'celeba': write_celeba}[name](folder)
+
+
+@pytest.mark.parametrize('name', ['mnist', 'cifar10', 'celeba', 'folder'])
+def test_a_copy_has_the_same_fingerprint(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_any(name, tmp_path / 'data')
+    size = 16 if name == 'folder' else None
+    data = load_images(name, tmp_path / 'data', size)
+    copy = tmp_path / 'elsewhere' / 'copy'
+    shutil.copytree(tmp_path / 'data', copy, ignore=shutil.ignore_patterns('.cache'))
+    for path in copy.rglob('*'):
+        os.utime(path, (0, 0))
+
+    copied = load_images(name, copy, size)
+    assert copied.fingerprint == data.fingerprint
+    assert copied.cache_key != data.cache_key
+    assert (all_images(copied) == all_images(data)).all()
+
+
+@pytest.mark.parametrize(
+    'name, file, old, new',
+    [
+        ('mnist', 't10k-labels-idx1-ubyte', b'\x04', b'\x05'),
+        ('cifar10', 'test_batch', b'K\x04', b'K\x05'),
+        ('celeba', 'list_eval_partition.txt', b'000008.jpg 0', b'000008.jpg 2'),
+        ('celeba', 'list_attr_celeba.txt', b'000001.jpg -1', b'000001.jpg  1'),
+        ('folder', 'attributes.csv', b'00.png,train,-1', b'00.png,train,1'),
+    ],
+)
+def test_a_change_of_as_many_bytes_changes_the_fingerprint(
+    name, file, old, new, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_any(name, tmp_path)
+    data = load_images(name, tmp_path, 16 if name == 'folder' else None)
+    content = (tmp_path / file).read_bytes()
+    assert old in content
+    (tmp_path / file).write_bytes(content.replace(old, new, 1))
+    changed = load_images(name, tmp_path, 16 if name == 'folder' else None)
+    assert changed.fingerprint != data.fingerprint
+
+
 # -------------------------------------------------------------------------------------------- cache
 
 
@@ -635,7 +746,7 @@ def test_nothing_is_decoded_twice_and_a_change_is_seen(folder, monkeypatch):
     noise_image(20, 18, 77).save(folder / 'a' / '00.png')
     changed = load_images('folder', folder, 16)
     assert (all_images(changed) != all_images(first)).any()
-    assert changed.fingerprint != first.fingerprint
+    assert changed.cache_key != first.cache_key
     assert not cache.exists()  # it is stale
     assert len(list((folder / '.cache').glob('*.npy'))) == 1
     load_images('folder', folder, 8)
