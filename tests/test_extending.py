@@ -1,6 +1,7 @@
 """What someone who extends a script meets: other optimizers, layers, fields, older checkpoints."""
 
 import gc
+import io
 import json
 import math
 import time
@@ -125,6 +126,11 @@ LAYERS = {
 
 @pytest.mark.parametrize('name', LAYERS)
 def test_buffers_of_any_type_train_save_and_resume(name, tmp_path, monkeypatch):
+    try:
+        torch.save(LAYERS[name]().buffer, io.BytesIO())
+    except KeyError:
+        pytest.skip('this version of torch cannot save this type')
+
     def build(config, input_dims, build_model=glow.build_model):
         model = build_model(config, input_dims)
         model.levels[0].insert(1, LAYERS[name]())
