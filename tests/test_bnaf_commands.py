@@ -165,8 +165,43 @@ def test_a_resumed_training_equals_an_uninterrupted_one(dataset, tmp_path, monke
         assert whole[name] == resumed[name], name
 
 
+def test_the_newest_run_is_that_of_the_data_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bnaf, 'EPOCH_BATCHES', 2)
+    words = ['--hidden_dim=3', '--n_epochs=1', '--batch_size=20', f'--output_dir={tmp_path}']
+    for dataset in ('rings', 'moons'):
+        bnaf.main(['--train', f'--dataset={dataset}', *words])
+    capsys.readouterr()
+
+    newest = {'--dataset=rings': 'bnaf_rings_', '--dataset=moons': 'bnaf_moons_', '': 'bnaf_moons_'}
+    for word, name in newest.items():
+        bnaf.main(['--evaluate', *word.split(), f'--output_dir={tmp_path}'])
+        assert f'restored {tmp_path}/{name}' in capsys.readouterr().out
+
+    bnaf.main(
+        ['--train', '--resume', '--dataset=rings', '--n_epochs=2', f'--output_dir={tmp_path}']
+    )
+    assert f'restored {tmp_path}/bnaf_rings_' in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 2
+    line = refusal_line(bnaf, capsys, '--check', '--dataset=u1', f'--output_dir={tmp_path}')
+    assert f'no checkpoint of bnaf.py for u1 under {tmp_path}: train first' in line
+    line = refusal_line(bnaf, capsys, '--check', '--n_flows=2', f'--output_dir={tmp_path}')
+    assert '--n_flows=2 contradicts the checkpoint' in line
+
+    bnaf.main(['--train', '--resume', '--dataset=u1', *words])  # there is none: it starts one
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_another_data_set_with_a_longer_name_is_not_meant(tmp_path):
+    for name in ('glow_my_2_2026-01-01_00-00-00', 'glow_my_2026-01-01_00-00-00-2'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'checkpoint.pt').touch()
+    request = bnaf.Request(output_dir=str(tmp_path))
+    found = select_checkpoint('glow', request, 'evaluate', dataset='data/my.csv')
+    assert found == tmp_path / 'glow_my_2026-01-01_00-00-00-2' / 'checkpoint.pt'
+
+
 @pytest.mark.slow
-def test_early_stopping_keeps_the_best(tmp_path):
+def test_early_stopping_keeps_the_best(tmp_path, capsys):
     """With a learning rate that after a while only makes the model worse."""
     write_rows(tmp_path / 'my.npy', 100)
     words = ['--n_epochs=2000', '--early_stop=5', '--lr=0.05', '--batch_size=20', '--ema_decay=0']
@@ -177,6 +212,7 @@ def test_early_stopping_keeps_the_best(tmp_path):
     assert best['n_seen'] == last['n_seen_at_best']
     assert last['step'] == best['step'] + 5 * 4 < 2000 * 4
     assert best['validation_loss'] == last['best'] < last['validation_loss']
+    assert 'training ends early, as 5 epochs have not brought' in capsys.readouterr().out
 
 
 def test_fewer_rows_on_request(tmp_path):
