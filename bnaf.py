@@ -60,9 +60,9 @@ from common.runs import (
 from common.tensors import tensor_bytes
 from datasets.plots import draw_density, draw_pairs, save_figure
 from datasets.tabular import (
-    SUFFIXES,
     TABLES,
     TableData,
+    is_own_table,
     load_run_table,
     read_rows,
     require_new_table,
@@ -179,13 +179,15 @@ MODES = {
     'check': 'error of the inverse on the test split, and the flow it comes from',
 }
 # Training without a checkpoint takes all options of Config as well
+TABLE_PATHS = {'dataset', 'test_file'}  # they may only change from one own table to another
 MODE_OPTIONS = {
-    'train': {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'}
+    'train': {'data_dir', *TABLE_PATHS, 'checkpoint_grads', 'n_epochs', 'early_stop'}
     | {'resume', 'max_skips', 'detect_anomaly', 'scores'},
-    'evaluate': {'data_dir', 'input', 'scores'},
-    'generate': {'data_dir', 'seed', 'z_std', 'n_samples', 'output', 'inverse_tol'},
-    'visualize': {'data_dir', 'seed', 'inverse_tol', 'vis_dims'},
-    'check': {'data_dir', 'inverse_tol'},
+    'evaluate': {'data_dir', *TABLE_PATHS, 'input', 'scores'},
+    'generate': {'data_dir', *TABLE_PATHS, 'seed', 'z_std'}
+    | {'n_samples', 'output', 'inverse_tol'},
+    'visualize': {'data_dir', *TABLE_PATHS, 'seed', 'inverse_tol', 'vis_dims'},
+    'check': {'data_dir', *TABLE_PATHS, 'inverse_tol'},
 }
 # The defaults above are the official ones for tables, but for n_hidden (0 there). These are the
 # official ones for problems in the plane.
@@ -867,8 +869,6 @@ class Training:
         self.config, self.data, self.process = config, data, process
         self.score_name = 'loss' if data.energy is None else 'kl'
         self.input_dims = [len(data.columns)]
-        self.units = table_units(data)
-        self.fingerprint = data.fingerprint
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
         self.best, self.best_step, self.validation_loss = math.inf, 0, math.nan
 
@@ -899,6 +899,9 @@ class Training:
 
         if saved is not None:
             CHECKPOINT.restore(self, saved)
+        # not those of the checkpoint, which may be too old to know the rows
+        self.units = table_units(data)
+        self.fingerprint = data.fingerprint
         self.objective = wrap_ddp(
             Objective(self.model, data),
             process,
@@ -1232,12 +1235,15 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any], Request]:
 
 def run_mode(mode: str, options: dict[str, Any], request: Request, process: Process) -> None:
     """Build or restore what a mode needs, and run it."""
-    for name in ('dataset', 'test_file'):
+    own_tables = {name for name in TABLE_PATHS if is_own_table(options.get(name, ''))}
+    for name in own_tables:
         # an absolute path, so that the checkpoint works from any folder
-        if Path(options.get(name, '')).suffix in SUFFIXES:
-            options[name] = str(Path(options[name]).resolve())
+        options[name] = str(Path(options[name]).resolve())
     saved = load_selected_checkpoint(NAME, UNIT, mode, request, process, load_checkpoint)
-    config = resolve_config(Config, options, DEFAULTS, saved, MODE_OPTIONS[mode])
+    if saved:
+        own_tables = {name for name in own_tables if is_own_table(getattr(saved['config'], name))}
+    may_change = MODE_OPTIONS[mode] - TABLE_PATHS | own_tables
+    config = resolve_config(Config, options, DEFAULTS, saved, may_change)
     needs_rows = mode != 'generate' and not request.input
     data = load_run_table(config, saved, needs_rows=needs_rows)
 

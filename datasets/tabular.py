@@ -157,11 +157,8 @@ class TableData:
     # units. Uniform noise of this width dequantizes it. 0 for all other columns.
     steps: np.ndarray | float = 0.0
 
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the units and the validation rows; it differs where either does."""
-        units = [self.columns, self.mean.tolist(), self.std.tolist()]
-        return digest(units, [] if self.validation is None else [self.validation])
+    # Identifies the rows, wherever they are stored: the same on all machines. Empty if not known.
+    fingerprint: str = ''
 
     def column_index(self, text: str) -> int:
         """Return the index of a column that is given by its index or its name.
@@ -214,7 +211,7 @@ def load_table(
         return load_toy_problem(name)
     if name in TABLES:
         return load_published_table(name, Path(data_dir))
-    if Path(name).suffix in SUFFIXES:
+    if is_own_table(name):
         return load_user_table(Path(name), seed, test_file, dequantize)
 
     known = [*SAMPLERS, *ENERGIES, *TABLES]
@@ -234,26 +231,53 @@ def load_run_table(
     Arguments:
         config: the options of the run.
         saved: the checkpoint of the run, or None for a new one. The table is split as it was then,
-            and has to have the same units.
+            and has to have the same rows, but may have moved.
         needs_rows: whether rows are needed. If not, the table of a saved run is not read, unless
-            it is a two-dimensional problem, and the result has units only.
+            it has moved or is a two-dimensional problem, and the result has units only.
 
     Raises ``UserError`` where the table is not the one that the model was trained on.
     """
     saved_units = None
     if saved:
         saved_units = table_from_units(saved['units'], saved['input_dims'][0], saved['path'])
+        saved_units = replace(saved_units, fingerprint=saved['fingerprint'])
         is_toy_problem = config.dataset in SAMPLERS or config.dataset in ENERGIES
-        if not needs_rows and not is_toy_problem:
+        if not needs_rows and not is_toy_problem and not has_moved(config, saved['config']):
             return saved_units
+        require_tables(config)
 
     seed = saved['config'].seed if saved else config.seed
     data = load_table(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
-    if saved_units:
-        require_same_units(data, saved_units, config.dataset)
+    if saved and saved_units:
+        name = describe_tables(config, saved['config'])
+        require_same_table(data, saved_units, name)
     if config.max_rows and data.train is not None:
         data = replace(data, train=data.train[: config.max_rows])
     return data
+
+
+def is_own_table(name: str) -> bool:
+    """Return whether ``name`` is the path of a table of the user's own, not a known data set."""
+    return Path(name).suffix in SUFFIXES
+
+
+def has_moved(config: TableOptions, saved: TableOptions) -> bool:
+    """Return whether the options of a run name other tables than those that were saved."""
+    return (config.dataset, config.test_file) != (saved.dataset, saved.test_file)
+
+
+def describe_tables(config: TableOptions, saved: TableOptions) -> str:
+    """Return the tables of a run as text, with those that were saved where they have moved."""
+    pairs = [(config.dataset, saved.dataset), (config.test_file, saved.test_file)]
+    texts = [new if new == old else f'{new} (in place of {old})' for new, old in pairs if new]
+    return ' or '.join(texts)
+
+
+def require_tables(config: TableOptions) -> None:
+    """Raise ``UserError`` where the user's own tables are not where a saved run had them."""
+    for option, path in (('dataset', config.dataset), ('test_file', config.test_file)):
+        if is_own_table(path) and not Path(path).is_file():
+            raise UserError(f'{path}: no such table; if it has moved, give --{option}=NEWPATH')
 
 
 def load_toy_problem(name: str) -> TableData:
@@ -278,6 +302,7 @@ def load_toy_problem(name: str) -> TableData:
         energy=energy,
         log_z=log_normaliser(energy) if energy else 0.0,
         test_index=np.arange(N_TEST),
+        fingerprint=digest([name]),
     )
 
 
@@ -317,17 +342,22 @@ def table_from_units(units: dict[str, list], n_columns: int, path: str | Path) -
     return TableData(None, None, None, tuple(units['columns']), mean, std, steps=steps)
 
 
-def require_same_units(data: TableData, expected: TableData, name: str) -> None:
-    """Raise ``UserError`` unless two tables have the same columns, means and deviations."""
+def require_same_table(data: TableData, expected: TableData, name: str) -> None:
+    """Raise ``UserError`` unless two tables have the same rows, and the same units.
+
+    The units also tell another split of the same rows, and have to do where the expected table
+    comes from a checkpoint that is too old to have a fingerprint.
+    """
     is_same = (
-        data.columns == expected.columns
+        expected.fingerprint in ('', data.fingerprint)
+        and data.columns == expected.columns
         and np.allclose(data.mean, expected.mean)
         and np.allclose(data.std, expected.std)
     )
     if not is_same:
         raise UserError(
-            f'{name} is not what it was when the model was trained: score new rows by '
-            '--evaluate --input=FILE, or train a new model'
+            f'{name} is not what it was when the model was trained: bring back the table of then, '
+            'score new rows by --evaluate --input=FILE, or train a new model'
         )
 
 
@@ -342,6 +372,8 @@ def load_user_table(path: Path, seed: int, test_file: str | Path, dequantize: bo
     """
     values, columns = read_table(path)
     check_user_table(values, columns, path)
+    test_values = read_columns(test_file, columns) if test_file else values[:0]
+    fingerprint = table_fingerprint(values, test_values, columns)
 
     discrete = find_discrete_columns(values)
     steps = np.zeros(len(columns))
@@ -372,11 +404,19 @@ def load_user_table(path: Path, seed: int, test_file: str | Path, dequantize: bo
         test_index=np.sort(test),
         notes=likelihood_notes(values[train], still_discrete),
         steps=steps,
+        fingerprint=fingerprint,
     )
     if test_file:
-        test_rows = read_rows(test_file, data)
+        test_rows = rows_of_values(test_values, data, test_file)
         data = replace(data, test=test_rows, test_index=np.arange(len(test_rows)))
     return data
+
+
+def table_fingerprint(values: np.ndarray, test_values: np.ndarray, columns: tuple[str, ...]) -> str:
+    """Return a digest of the user's own rows (N, D) as they were read, and of those to test on."""
+    counts = [len(values), len(test_values)]
+    little_endian = [part.astype('<f8', copy=False) for part in (values, test_values)]
+    return digest([columns, counts], little_endian)
 
 
 def check_user_table(values: np.ndarray, columns: tuple[str, ...], path: Path) -> None:
@@ -491,11 +531,19 @@ def read_rows(path: str | Path, like: TableData) -> np.ndarray:
     Named columns may be in any order. A further column ``log_likelihood`` at the end, as generated
     rows have it, is left out. Raises ``UserError`` where the columns differ.
     """
-    values, names = read_table(path)
-    if names[-1] == 'log_likelihood' and len(names) == len(like.columns) + 1:
-        values, names = values[:, :-1], names[:-1]
+    return rows_of_values(read_columns(path, like.columns), like, path)
 
-    values = reorder_columns(values, names, like.columns, path)
+
+def read_columns(path: str | Path, columns: tuple[str, ...]) -> np.ndarray:
+    """Read the values (N, D) of a table of the user's own that has these columns."""
+    values, names = read_table(path)
+    if names[-1] == 'log_likelihood' and len(names) == len(columns) + 1:
+        values, names = values[:, :-1], names[:-1]
+    return reorder_columns(values, names, columns, path)
+
+
+def rows_of_values(values: np.ndarray, like: TableData, path: str | Path) -> np.ndarray:
+    """Return values (N, D), those of the file at ``path``, as rows in the units of a table."""
     values = dequantize_columns(values, like.steps)
     return standardise_rows(values, like.mean, like.std, path)
 
@@ -590,7 +638,13 @@ def read_csv(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
         )
 
     header = 0 if has_header else None
-    table = pd.read_csv(path, header=header, skipinitialspace=True, encoding='utf-8-sig')
+    table = pd.read_csv(
+        path,
+        header=header,
+        skipinitialspace=True,
+        encoding='utf-8-sig',
+        float_precision='round_trip',  # exact in all versions of pandas
+    )
     # pandas takes superfluous first cells for names of the rows.
     if not isinstance(table.index, pd.RangeIndex):
         raise UserError(f'{path}: its rows have more cells than its header')
@@ -817,6 +871,7 @@ def load_published_table(name: str, data_dir: Path) -> TableData:
         mean=np.zeros(n_columns),
         std=np.ones(n_columns),
         test_index=np.arange(len(test)),
+        fingerprint=digest([name, CACHE_VERSION, counts, path.name, path.stat().st_size]),
     )
 
 

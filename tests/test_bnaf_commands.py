@@ -354,6 +354,116 @@ def test_a_model_can_be_used_without_its_table(trained_bnaf, tmp_path, capsys):
         table.write_text(content)
 
 
+@pytest.fixture
+def moved_run(tmp_path):
+    """A checkpoint of a tiny BNAF whose two tables have moved, and their new paths."""
+    (tmp_path / 'old').mkdir()
+    rows = tiny_tables.columns_of(np.random.default_rng(0), 130, 3)
+    np.save(tmp_path / 'old' / 'rows.npy', rows[:100])
+    np.save(tmp_path / 'old' / 'test.npy', rows[100:])
+    words = [f'--{name}={tmp_path}/old/{file}.npy' for name, file in MOVED_FILES.items()]
+    bnaf.main(['--train', *words, *TINY, f'--output_dir={tmp_path}/results'])
+    (tmp_path / 'old').rename(tmp_path / 'new')
+
+    checkpoint = only(tmp_path.glob('results/*/checkpoint.pt'))
+    return checkpoint, {name: tmp_path / 'new' / f'{f}.npy' for name, f in MOVED_FILES.items()}
+
+
+MOVED_FILES = {'dataset': 'rows', 'test_file': 'test'}
+
+
+def test_a_run_goes_on_with_tables_that_have_moved(moved_run, monkeypatch, capsys):
+    checkpoint, files = moved_run
+    score = read_results(checkpoint)['log_likelihood_nats']
+    restore = f'--restore_file={checkpoint}'
+    line = refusal_line(bnaf, capsys, '--evaluate', restore)
+    assert 'old/rows.npy: no such table; if it has moved, give --dataset=NEWPATH' in line
+    line = refusal_line(bnaf, capsys, '--evaluate', restore, f'--dataset={files["dataset"]}')
+    assert 'old/test.npy: no such table; if it has moved, give --test_file=NEWPATH' in line
+
+    monkeypatch.chdir(checkpoint.parent.parent.parent / 'new')  # paths may be relative
+    words = [restore, '--dataset=rows.npy', '--test_file=test.npy']
+    for mode in ('--evaluate', '--check', '--visualize', '--generate'):
+        bnaf.main([mode, *words])
+    assert read_results(checkpoint)['log_likelihood_nats'] == score
+
+    bnaf.main(['--train', *words, '--n_epochs=4'])
+    resumed = bnaf.load_checkpoint(checkpoint)
+    for name, file in files.items():
+        assert getattr(resumed['config'], name) == str(file)
+    bnaf.main(['--evaluate', restore])
+
+
+def test_resume_finds_moved_tables(moved_run):
+    checkpoint, files = moved_run
+    words = [f'--output_dir={checkpoint.parent.parent}', '--n_epochs=3']
+    words += [f'--{name}={file}' for name, file in files.items()]
+    bnaf.main(['--train', '--resume', *words])
+    assert bnaf.load_checkpoint(checkpoint)['config'].dataset == str(files['dataset'])
+
+
+def test_other_rows_do_not_pass_for_moved_ones(moved_run, capsys):
+    checkpoint, files = moved_run
+    words = [f'--restore_file={checkpoint}', *(f'--{k}={file}' for k, file in files.items())]
+    for file in files.values():
+        rows = np.load(file)
+        changed = rows.copy()
+        changed[0] += 1e-9
+        for other in (changed, rows[:-1], rows[::-1]):
+            np.save(file, other)
+            for mode in ('--train', '--evaluate', '--generate'):
+                line = refusal_line(bnaf, capsys, mode, *words)
+                for name in ('rows', 'test'):
+                    assert re.search(f'new/{name}.npy .in place of .*old/{name}.npy', line)
+                assert 'is not what it was when the model was trained' in line
+        np.save(file, rows)
+    bnaf.main(['--evaluate', *words])
+
+
+def test_a_checkpoint_without_a_fingerprint_compares_the_units(moved_run, capsys):
+    checkpoint, files = moved_run
+    saved = torch.load(checkpoint)
+    del saved['fingerprint']
+    torch.save({**saved, 'format': 1}, checkpoint)
+    words = [f'--restore_file={checkpoint}', *(f'--{k}={file}' for k, file in files.items())]
+    bnaf.main(['--evaluate', *words])
+    np.save(files['dataset'], 2 * np.load(files['dataset']))
+    assert 'is not what it was' in refusal_line(bnaf, capsys, '--evaluate', *words)
+
+
+def test_only_own_tables_replace_each_other(moved_run, trained_bnaf, tmp_path, capsys):
+    people = trained_bnaf.parent.parent / 'people.csv'
+    people_table(20).to_csv(tmp_path / 'test.csv', index=False)
+    contradictions = [
+        (trained_bnaf, '--dataset=power'),
+        (trained_bnaf, f'--test_file={tmp_path}/test.csv'),  # it was trained without one
+        (moved_run[0], '--test_file='),
+        (SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf.pt', f'--dataset={people}'),
+        (SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf.pt', '--dataset=moons'),
+    ]
+    for checkpoint, word in contradictions:
+        for mode in bnaf.MODES:
+            line = refusal_line(bnaf, capsys, f'--{mode}', f'--restore_file={checkpoint}', word)
+            assert 'contradicts the checkpoint' in line
+
+
+def test_another_file_of_a_published_table_is_refused(tmp_path, monkeypatch, capsys):
+    counts = (162, 18, 20)
+    monkeypatch.setitem(tabular.TABLES, 'power', (counts, *tabular.TABLES['power'][1:]))
+    tiny_tables.write_power(tmp_path / 'a')
+    tiny_tables.write_power(tmp_path / 'moved')
+    words = ['--dataset=power', f'--data_dir={tmp_path}/a', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', *words, *TINY])
+    last = only(tmp_path.glob('bnaf_power_*/checkpoint.pt'))
+    evaluate = ['--evaluate', f'--restore_file={last}']
+    bnaf.main([*evaluate, f'--data_dir={tmp_path}/moved'])
+
+    file = tmp_path / 'moved' / 'power' / 'data.npy'
+    np.save(file, np.load(file).astype(np.float32))  # another size
+    line = refusal_line(bnaf, capsys, *evaluate, f'--data_dir={tmp_path}/moved')
+    assert 'power is not what it was when the model was trained' in line
+
+
 @pytest.mark.slow
 def test_every_command_of_the_readme(tmp_path, monkeypatch):
     """As written, on small data of the names there. Options at its end make a training small."""

@@ -446,6 +446,53 @@ def test_discrete_columns_are_spread_in_the_test_file_too(tmp_path):
     assert abs(data.test[:, 0].mean()) < 0.3
 
 
+def test_a_fingerprint_identifies_the_rows_wherever_they_are(tmp_path):
+    values, test_values = noise(100), noise(7) + 1
+    (tmp_path / 'other').mkdir()
+
+    def fingerprint(values, name='table.csv', columns=None, test=None, **options):
+        path = write_own(tmp_path, values, name, columns)
+        if test is not None:
+            options['test_file'] = write_own(tmp_path, test, 'other/test.npy')
+        return tabular.load_table(str(path), **options).fingerprint
+
+    first = fingerprint(values)
+    same = [
+        fingerprint(values, 'other/moved.csv'),
+        fingerprint(values, 'table.npy'),
+        fingerprint(np.asfortranarray(values), 'table.npy'),
+        fingerprint(values, 'table.npy', seed=5, dequantize=True),
+        fingerprint(values, 'table.h5', ['column 0', 'column 1', 'column 2']),
+    ]
+    assert first and set(same) == {first}
+
+    train_row = tabular.split_at_random(100, 0, with_test=True)[0][0]
+    changed = values.copy()
+    changed[train_row, 1] = np.nextafter(changed[train_row, 1], 9)
+    others = [
+        fingerprint(changed),
+        fingerprint(values[::-1]),
+        fingerprint(values, columns=['a', 'b', 'c']),
+        fingerprint(values, test=test_values),
+        fingerprint(values, test=test_values + 1e-9),
+        fingerprint(np.concatenate([values, test_values])),
+    ]
+    assert len({first, *others}) == 7
+
+
+def test_fingerprints_of_published_tables_and_problems(set_counts, tmp_path):
+    fingerprints = []
+    for n, folder in ((200, 'a'), (200, 'moved'), (150, 'smaller')):
+        tiny_tables.write_miniboone(tmp_path / folder, n)
+        set_counts('miniboone', {200: (162, 18, 20), 150: (122, 13, 15)}[n])
+        data = tabular.load_table('miniboone', tmp_path / folder)
+        fingerprints.append(data.fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+    names = [*toy.SAMPLERS, *toy.ENERGIES]
+    assert len({tabular.load_table(name).fingerprint for name in names}) == len(names)
+
+
 def test_columns_that_follow_from_others_are_noted(tmp_path):
     values = noise(500) * [1, 1e3, 1e-3]
     assert not tabular.load_table(str(write_own(tmp_path, values))).notes
