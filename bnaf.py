@@ -66,6 +66,7 @@ from datasets.tabular import (
     load_run_table,
     read_rows,
     require_new_table,
+    rows_of_values,
     save_table,
     table_units,
 )
@@ -751,8 +752,13 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 
 def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a checkpoint of format 1 as that of format 2."""
-    return {**saved, 'fingerprint': ''}  # not known
+    """Return the content of a checkpoint of format 1 as that of format 2.
+
+    The rows that it was trained on and the levels of discrete columns are not known.
+    """
+    units = saved['units']
+    units = {**units, 'levels': [[] for _ in units['columns']]}
+    return {**saved, 'fingerprint': '', 'units': units}
 
 
 PLATEAU = {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}  # changes in training
@@ -762,7 +768,13 @@ CHECKPOINT = CheckpointFormat(
     config_class=Config,
     n_dims=1,  # of a row: (D,)
     fields={
-        'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
+        'units': {
+            'columns': [str],
+            'mean': [float],
+            'std': [float],
+            'steps': [float],
+            'levels': [[float]],
+        },
         'fingerprint': str,
         'step': int,
         'n_skipped': int,
@@ -899,7 +911,7 @@ class Training:
 
         if saved is not None:
             CHECKPOINT.restore(self, saved)
-        # not those of the checkpoint, which may be too old to know the rows
+        # not those of the checkpoint, which may be older and not know the levels or the rows
         self.units = table_units(data)
         self.fingerprint = data.fingerprint
         self.objective = wrap_ddp(
@@ -1104,8 +1116,9 @@ def sample_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ``n`` rows (n, D) in the data's own units, and log p of each.
 
-    The model is converted to float64, where the inverse is exact to 1e-10 unless
-    ``--inverse_tol`` says otherwise. Prints the speed and the error of a round trip.
+    Columns that ``--dequantize`` has spread are still spread. The model is converted to float64,
+    where the inverse is exact to 1e-10 unless ``--inverse_tol`` says otherwise. Prints the speed
+    and the error of a round trip.
     """
     from_noise, to_noise = directions(model.double(), data)
     like = next(model.parameters())
@@ -1127,9 +1140,18 @@ def sample_rows(
 
 
 def generate(model: BNAF, data: TableData, path: Path, config: Config, request: Request) -> None:
-    """Save samples in the data's own units, with their log-likelihood, as a table."""
+    """Save samples in the data's own units, with their log-likelihood, as a table.
+
+    Columns that ``--dequantize`` has spread are put back on the values of the table. The
+    log-likelihood is that of the row as it is saved, which ``--evaluate --input`` gives too.
+    """
     x, log_p = sample_rows(model, data, request.n_samples, request.z_std, config.seed)
     output = request.output or path.with_name('generated_samples.csv')
+    if any(map(len, data.levels)):
+        x = data.quantize(x)
+        rows = rows_of_values(x, data, output).astype(np.float64)
+        single = Process(rank=0, world_size=1, device=next(model.parameters()).device)
+        log_p = -row_losses(Objective(model, data), rows, single).numpy()
     save_table(output, np.column_stack([x, log_p]), [*data.columns, 'log_likelihood'])
 
 
@@ -1159,6 +1181,9 @@ def visualize(
 
     With two variables it shows the target, the learned density and samples, side by side. With
     more it shows each pair of columns: data below the diagonal, samples above it.
+
+    Columns that ``--dequantize`` has spread are spread in the former picture, as is the density
+    that it compares them with, and are on the values of the table in the latter.
     """
     if vis_dims and len(data.columns) == 2:
         raise UserError(
@@ -1175,8 +1200,9 @@ def visualize(
         chosen = list(range(min(8, len(data.columns))))
         if vis_dims:
             chosen = [data.column_index(text) for text in vis_dims]
-        real = data.head(1500)
+        real = data.quantize(data.head(1500))
         drawn, _ = sample_rows(model, data, len(real), 1.0, config.seed)
+        drawn = data.quantize(drawn)
         columns = [data.columns[k] for k in chosen]
         title += '; data grey, samples orange'
         figure = draw_pairs(real[:, chosen], drawn[:, chosen], columns, title)

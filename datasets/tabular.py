@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
@@ -55,6 +55,9 @@ MAX_PIXELS = 2**20  # the Berkeley images have 481 x 321
 MAX_COLUMNS = 2**16 - 1  # pandas takes minutes for a million
 MAX_COMPRESSION = 1_000  # how many times larger a table can be than its file
 
+# The cell of a level begins this much below it, in steps: a value may be rounded, as to float32.
+ROUNDING = 1e-4
+
 # What the readers raise for files that are damaged or something else than their names say: the
 # readers of numbers, of gzip (EOFError, zlib.error), of archives (zipfile's RuntimeError means an
 # encrypted or unknown kind of zip file) and Pillow (SyntaxError for a broken PNG).
@@ -85,6 +88,7 @@ DEPENDENT_NOTE = (
 )
 
 Counts = tuple[int, int, int]  # rows of the training, validation and test splits
+MapColumn = Callable[[np.ndarray, np.ndarray, float], np.ndarray]  # of a column, levels and step
 
 # Of each published table: the rows of its splits, its columns, and the files it can be read from in
 # order of preference, the MAF authors' own first and then the raw ones.
@@ -157,6 +161,10 @@ class TableData:
     # units. Uniform noise of this width dequantizes it. 0 for all other columns.
     steps: np.ndarray | float = 0.0
 
+    # For each of the D columns the values of the table without that noise, in increasing order;
+    # none where it is not dequantized. Empty where no column is.
+    levels: tuple[np.ndarray, ...] = ()
+
     # Identifies the rows, wherever they are stored: the same on all machines. Empty if not known.
     fingerprint: str = ''
 
@@ -170,6 +178,24 @@ class TableData:
     def to_own_units(self, rows: np.ndarray) -> np.ndarray:
         """Return standardised rows (N, D) in the table's own units."""
         return rows * self.std + self.mean
+
+    def quantize(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows (N, D) in the table's own units, with discrete columns on their levels.
+
+        It undoes ``dequantize_columns``, which spreads a level over a cell: from the level to one
+        step above it. Each value becomes the level of the nearest cell, hence a value below all
+        cells the lowest level, and one above them the highest. Levels need not be equidistant.
+        """
+        return self.map_discrete(rows, nearest_levels)
+
+    def map_discrete(self, rows: np.ndarray, function: MapColumn) -> np.ndarray:
+        """Return rows (N, D) with ``function(column, levels, step)`` for each column of levels."""
+        rows = rows.copy()
+        steps = np.broadcast_to(self.steps, len(self.columns))
+        for k, levels in enumerate(self.levels):
+            if len(levels):
+                rows[:, k] = function(rows[:, k], levels, steps[k])
+        return rows
 
     def head(self, n: int) -> np.ndarray:
         """Return up to n rows in the table's own units: of the test split, then of the others."""
@@ -321,6 +347,7 @@ def table_units(data: TableData) -> dict[str, list]:
         'mean': data.mean.tolist(),
         'std': data.std.tolist(),
         'steps': np.broadcast_to(data.steps, len(data.columns)).tolist(),
+        'levels': [levels.tolist() for levels in data.levels] or [[] for _ in data.columns],
     }
 
 
@@ -331,15 +358,19 @@ def table_from_units(units: dict[str, list], n_columns: int, path: str | Path) -
     """
     mean, std = np.array(units['mean']), np.array(units['std'])
     steps = np.array(units['steps'])
+    levels = tuple(np.array(values) for values in units['levels'])
     is_valid = (
         all(len(values) == n_columns for values in units.values())
         and ''.join(units['columns']).isprintable()
         and np.isfinite([mean, std, steps]).all()
         and (std > 0).all()
+        and all(np.isfinite(values).all() for values in levels)
+        and all((np.diff(values) > 0).all() for values in levels)
     )
     if not is_valid:
         raise UserError(f'{path} is damaged: its columns and its units do not fit')
-    return TableData(None, None, None, tuple(units['columns']), mean, std, steps=steps)
+    columns = tuple(units['columns'])
+    return TableData(None, None, None, columns, mean, std, steps=steps, levels=levels)
 
 
 def require_same_table(data: TableData, expected: TableData, name: str) -> None:
@@ -376,9 +407,8 @@ def load_user_table(path: Path, seed: int, test_file: str | Path, dequantize: bo
     fingerprint = table_fingerprint(values, test_values, columns)
 
     discrete = find_discrete_columns(values)
-    steps = np.zeros(len(columns))
-    if discrete and dequantize:
-        steps[discrete] = [smallest_step(values[:, k]) for k in discrete]
+    levels, steps = find_levels(values, discrete if dequantize else [])
+    if steps.any():
         values = dequantize_columns(values, steps)
 
     train, validation, test = split_at_random(len(values), seed, with_test=not test_file)
@@ -404,6 +434,7 @@ def load_user_table(path: Path, seed: int, test_file: str | Path, dequantize: bo
         test_index=np.sort(test),
         notes=likelihood_notes(values[train], still_discrete),
         steps=steps,
+        levels=levels,
         fingerprint=fingerprint,
     )
     if test_file:
@@ -439,9 +470,35 @@ def find_discrete_columns(values: np.ndarray) -> list[int]:
     return [k for k, n in enumerate(n_distinct) if n <= few]
 
 
-def smallest_step(column: np.ndarray) -> float:
-    """Return the smallest distance between two different values of a column."""
-    return np.diff(np.unique(column)).min()
+def find_levels(
+    values: np.ndarray, discrete: Sequence[int]
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Return the levels of each of D columns, none for those that are not discrete, and D steps.
+
+    A step is the smallest distance between two levels, or 0 where there are none.
+    """
+    levels = [np.empty(0)] * values.shape[1]
+    steps = np.zeros(values.shape[1])
+    for k in discrete:
+        levels[k] = distinct_levels(values[:, k])
+        steps[k] = np.diff(levels[k]).min()
+    return tuple(levels), steps
+
+
+def distinct_levels(column: np.ndarray) -> np.ndarray:
+    """Return the different values of a column in increasing order, to 15 significant digits.
+
+    Values that differ by rounding alone, such as 0.3 and 0.1 + 0.2, are the same level.
+    """
+    values = np.unique(column)
+    levels = np.unique([float(f'{value:.15g}') for value in values])
+    return levels if len(levels) > 1 else values
+
+
+def nearest_levels(column: np.ndarray, levels: np.ndarray, step: float) -> np.ndarray:
+    """Return for each value the level whose cell, from it to one step above it, is nearest."""
+    borders = (levels[:-1] + levels[1:] + step) / 2 - ROUNDING * step
+    return levels[np.searchsorted(borders, column, side='right')]
 
 
 def likelihood_notes(values: np.ndarray, discrete: Sequence[str]) -> tuple[str, ...]:
@@ -518,11 +575,24 @@ def standardise_rows(
 def dequantize_columns(values: np.ndarray, steps: np.ndarray | float) -> np.ndarray:
     """Add uniform noise to discrete columns: each value is spread evenly over its step.
 
+    The step is the smallest distance between two levels of a column. Where its levels are not
+    equidistant, as 0, 1 and 2.5, gaps remain between the values that they are spread over.
+
     Arguments:
         values: the rows (N, D), in the table's own units.
         steps: the step of each column (D,); 0 where a column is not discrete.
     """
     return values + steps * np.random.default_rng(0).random(values.shape)
+
+
+def remove_noise(column: np.ndarray, levels: np.ndarray, step: float) -> np.ndarray:
+    """Return a discrete column with each value in the cell of a level put back on that level.
+
+    Values outside all cells are new to the table and stay as they are.
+    """
+    nearest = nearest_levels(column, levels, step)
+    is_in_cell = (column >= nearest - ROUNDING * step) & (column < nearest + step)
+    return np.where(is_in_cell, nearest, column)
 
 
 def read_rows(path: str | Path, like: TableData) -> np.ndarray:
@@ -543,8 +613,12 @@ def read_columns(path: str | Path, columns: tuple[str, ...]) -> np.ndarray:
 
 
 def rows_of_values(values: np.ndarray, like: TableData, path: str | Path) -> np.ndarray:
-    """Return values (N, D), those of the file at ``path``, as rows in the units of a table."""
-    values = dequantize_columns(values, like.steps)
+    """Return values (N, D), those of the file at ``path``, as rows in the units of a table.
+
+    Discrete columns are spread once, even where they already were.
+    """
+    on_levels = like.map_discrete(values, remove_noise)
+    values = dequantize_columns(on_levels, like.steps)
     return standardise_rows(values, like.mean, like.std, path)
 
 

@@ -284,6 +284,93 @@ def test_scores_of_samples_are_what_generate_says(trained_bnaf, tmp_path):
     np.testing.assert_allclose(scores, table['log_likelihood'], atol=1e-3)
 
 
+def discrete_table(n=500):
+    """Return n rows of two continuous columns and four that take few values."""
+    rng = np.random.default_rng(0)
+    size = rng.normal(size=n)
+    columns = {
+        'size': size,
+        'weight': 0.8 * size + 0.6 * rng.normal(size=n),
+        'flag': (rng.random(n) < 0.29).astype(int),
+        'count': rng.integers(3, 7, n),
+        'tenths': rng.integers(1, 5, n) * 0.1,  # 3 * 0.1 is 0.30000000000000004
+        'irregular': rng.choice([0, 1, 2.5], n, p=[0.5, 0.3, 0.2]),
+    }
+    return pd.DataFrame(columns)
+
+
+LEVELS = {
+    'flag': [0, 1],
+    'count': [3, 4, 5, 6],
+    'tenths': [0.1, 0.2, 0.3, 0.4],
+    'irregular': [0, 1, 2.5],
+}
+
+
+@pytest.fixture(scope='module')
+def trained_on_discrete(tmp_path_factory):
+    """The best.pt of a BNAF of discrete.csv, which lies beside the folder of its run."""
+    folder = tmp_path_factory.mktemp('discrete')
+    discrete_table().to_csv(folder / 'discrete.csv', index=False)
+    words = [f'--dataset={folder}/discrete.csv', f'--output_dir={folder}', '--dequantize']
+    words += ['--n_flows=1', '--hidden_dim=20', '--n_epochs=100', '--batch_size=50']
+    bnaf.main(['--train', *words, '--ema_decay=0.99', '--lr=0.02'])
+    return only(folder.glob('bnaf_discrete_*/best.pt'))
+
+
+@pytest.mark.slow
+def test_samples_have_the_values_of_discrete_columns(trained_on_discrete, tmp_path):
+    """Their mean and deviation are those of the table, within three standard errors."""
+    output = f'--output={tmp_path}/new.csv'
+    bnaf.main(['--generate', f'--restore_file={trained_on_discrete}', '--n_samples=4000', output])
+    table, drawn = discrete_table(), pd.read_csv(tmp_path / 'new.csv')
+    for name, levels in LEVELS.items():
+        assert sorted(drawn[name].unique()) == levels, name
+    for name in LEVELS:
+        column, new = table[name], drawn[name]
+        error = column.std() * np.sqrt(1 / len(column) + 1 / len(new))
+        assert new.mean() == pytest.approx(column.mean(), abs=3 * error), name
+        kurtosis = ((column - column.mean()) ** 4).mean() / column.std() ** 4
+        error *= np.sqrt((kurtosis - 1) / 4)
+        assert new.std() == pytest.approx(column.std(), abs=3 * error), name
+
+
+@pytest.mark.slow
+def test_scores_of_discrete_samples_are_what_generate_says(trained_on_discrete, tmp_path):
+    restore = f'--restore_file={trained_on_discrete}'
+    bnaf.main(['--generate', restore, f'--output={tmp_path}/new.csv'])
+    bnaf.main(['--evaluate', restore, f'--input={tmp_path}/new.csv', f'--scores={tmp_path}/s.csv'])
+    drawn = pd.read_csv(tmp_path / 'new.csv')['log_likelihood']
+    scores = pd.read_csv(tmp_path / 's.csv')['log_likelihood']
+    np.testing.assert_allclose(scores, drawn, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_pictures_show_samples_and_data_alike(trained_on_discrete, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bnaf, 'draw_pairs', lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(bnaf, 'save_figure', lambda *arguments: None)
+    bnaf.main(['--visualize', f'--restore_file={trained_on_discrete}'])
+    ((real, drawn, columns, _),) = calls
+    for name, levels in LEVELS.items():
+        k = columns.index(name)
+        assert sorted(set(real[:, k])) == sorted(set(drawn[:, k])) == levels
+
+
+@pytest.mark.slow
+def test_training_on_from_format_1_learns_the_levels(trained_on_discrete, tmp_path):
+    saved = torch.load(trained_on_discrete)
+    known = saved['units'].pop('levels'), saved.pop('fingerprint')
+    torch.save({**saved, 'format': 1}, tmp_path / 'checkpoint.pt')
+    restore = f'--restore_file={tmp_path}/checkpoint.pt'
+    bnaf.main(['--generate', restore, '--n_samples=20', f'--output={tmp_path}/new.csv'])
+    assert len(pd.read_csv(tmp_path / 'new.csv')) == 20
+
+    bnaf.main(['--train', restore, '--n_epochs=105'])
+    resumed = bnaf.load_checkpoint(tmp_path / 'checkpoint.pt')
+    assert (resumed['units']['levels'], resumed['fingerprint']) == known
+
+
 def test_columns_are_matched_by_name(trained_bnaf, tmp_path, capsys):
     """The same rows score the same with their columns in another order, and as --generate wrote
     them."""
@@ -423,7 +510,7 @@ def test_other_rows_do_not_pass_for_moved_ones(moved_run, capsys):
 def test_a_checkpoint_without_a_fingerprint_compares_the_units(moved_run, capsys):
     checkpoint, files = moved_run
     saved = torch.load(checkpoint)
-    del saved['fingerprint']
+    del saved['units']['levels'], saved['fingerprint']
     torch.save({**saved, 'format': 1}, checkpoint)
     words = [f'--restore_file={checkpoint}', *(f'--{k}={file}' for k, file in files.items())]
     bnaf.main(['--evaluate', *words])
