@@ -62,12 +62,13 @@ from common.runs import (
 from common.tensors import tensor_bytes
 from datasets.plots import draw_density, draw_pairs, save_figure
 from datasets.tabular import (
-    SUFFIXES,
     TABLES,
     TableData,
+    is_own_table,
     load_run_table,
     read_rows,
     require_new_table,
+    rows_of_values,
     save_table,
     table_units,
 )
@@ -181,13 +182,15 @@ MODES = {
     'check': 'error of the inverse on the test split, and the flow it comes from',
 }
 # Training without a checkpoint takes all options of Config as well
+TABLE_PATHS = {'dataset', 'test_file'}  # they may only change from one own table to another
 MODE_OPTIONS = {
-    'train': {'data_dir', 'checkpoint_grads', 'n_epochs', 'early_stop'}
+    'train': {'data_dir', *TABLE_PATHS, 'checkpoint_grads', 'n_epochs', 'early_stop'}
     | {'resume', 'max_skips', 'detect_anomaly', 'scores'},
-    'evaluate': {'data_dir', 'input', 'scores'},
-    'generate': {'data_dir', 'seed', 'z_std', 'n_samples', 'output', 'inverse_tol'},
-    'visualize': {'data_dir', 'seed', 'inverse_tol', 'vis_dims'},
-    'check': {'data_dir', 'inverse_tol'},
+    'evaluate': {'data_dir', *TABLE_PATHS, 'input', 'scores'},
+    'generate': {'data_dir', *TABLE_PATHS, 'seed', 'z_std'}
+    | {'n_samples', 'output', 'inverse_tol'},
+    'visualize': {'data_dir', *TABLE_PATHS, 'seed', 'inverse_tol', 'vis_dims'},
+    'check': {'data_dir', *TABLE_PATHS, 'inverse_tol'},
 }
 # The defaults above are the official ones for tables, but for n_hidden (0 there). These are the
 # official ones for problems in the plane.
@@ -755,8 +758,10 @@ def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     saved = dict(saved)
     world_size, best_step = saved['world_size'], saved.pop('best_step')
     n_per_step = saved['config'].get('batch_size', Config.batch_size) * world_size
+    units = saved['units']
     return {
         **saved,
+        'units': {**units, 'levels': [[] for _ in units['columns']]},  # not known
         'fingerprint': '',  # not known
         'first_world_size': world_size,
         'n_seen': saved['step'] * n_per_step,
@@ -772,7 +777,13 @@ CHECKPOINT = CheckpointFormat(
     config_class=Config,
     n_dims=1,  # of a row: (D,)
     fields={
-        'units': {'columns': [str], 'mean': [float], 'std': [float], 'steps': [float]},
+        'units': {
+            'columns': [str],
+            'mean': [float],
+            'std': [float],
+            'steps': [float],
+            'levels': [[float]],
+        },
         'fingerprint': str,
         'first_world_size': int,
         'step': int,
@@ -876,8 +887,6 @@ class Training:
         if data.energy:
             self.score_name, self.score_sign = 'kl', 1
         self.input_dims = [len(data.columns)]
-        self.units = table_units(data)
-        self.fingerprint = data.fingerprint
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
         self.best, self.n_seen_at_best, self.validation_loss = math.inf, 0, math.nan
         self.n_seen, self.first_world_size = 0, process.world_size
@@ -907,6 +916,9 @@ class Training:
 
         if saved is not None:
             CHECKPOINT.restore(self, saved)
+        # not those of the checkpoint, which may be older and not know the levels or the rows
+        self.units = table_units(data)
+        self.fingerprint = data.fingerprint
         self.average.multi_avg_fn = moving_average(
             config.ema_decay, process.world_size / self.first_world_size
         )
@@ -1121,8 +1133,9 @@ def sample_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ``n`` rows (n, D) in the data's own units, and log p of each.
 
-    The model is converted to float64, where the inverse is exact to 1e-10 unless
-    ``--inverse_tol`` says otherwise. Prints the speed and the error of a round trip.
+    Columns that ``--dequantize`` has spread are still spread. The model is converted to float64,
+    where the inverse is exact to 1e-10 unless ``--inverse_tol`` says otherwise. Prints the speed
+    and the error of a round trip.
     """
     from_noise, to_noise = directions(model.double(), data)
     like = next(model.parameters())
@@ -1144,9 +1157,18 @@ def sample_rows(
 
 
 def generate(model: BNAF, data: TableData, path: Path, config: Config, request: Request) -> None:
-    """Save samples in the data's own units, with their log-likelihood, as a table."""
+    """Save samples in the data's own units, with their log-likelihood, as a table.
+
+    Columns that ``--dequantize`` has spread are put back on the values of the table. The
+    log-likelihood is that of the row as it is saved, which ``--evaluate --input`` gives too.
+    """
     x, log_p = sample_rows(model, data, request.n_samples, request.z_std, config.seed)
     output = request.output or path.with_name('generated_samples.csv')
+    if any(map(len, data.levels)):
+        x = data.quantize(x)
+        rows = rows_of_values(x, data, output).astype(np.float64)
+        single = Process(rank=0, world_size=1, device=next(model.parameters()).device)
+        log_p = -row_losses(Objective(model, data), rows, single).numpy()
     save_table(output, np.column_stack([x, log_p]), [*data.columns, 'log_likelihood'])
 
 
@@ -1176,6 +1198,9 @@ def visualize(
 
     With two variables it shows the target, the learned density and samples, side by side. With
     more it shows each pair of columns: data below the diagonal, samples above it.
+
+    Columns that ``--dequantize`` has spread are spread in the former picture, as is the density
+    that it compares them with, and are on the values of the table in the latter.
     """
     if vis_dims and len(data.columns) == 2:
         raise UserError(
@@ -1192,8 +1217,9 @@ def visualize(
         chosen = list(range(min(8, len(data.columns))))
         if vis_dims:
             chosen = [data.column_index(text) for text in vis_dims]
-        real = data.head(1500)
+        real = data.quantize(data.head(1500))
         drawn, _ = sample_rows(model, data, len(real), 1.0, config.seed)
+        drawn = data.quantize(drawn)
         columns = [data.columns[k] for k in chosen]
         title += '; data grey, samples orange'
         figure = draw_pairs(real[:, chosen], drawn[:, chosen], columns, title)
@@ -1252,14 +1278,17 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any], Request]:
 
 def run_mode(mode: str, options: dict[str, Any], request: Request, process: Process) -> None:
     """Build or restore what a mode needs, and run it."""
-    for name in ('dataset', 'test_file'):
+    own_tables = {name for name in TABLE_PATHS if is_own_table(options.get(name, ''))}
+    for name in own_tables:
         # an absolute path, so that the checkpoint works from any folder
-        if Path(options.get(name, '')).suffix in SUFFIXES:
-            options[name] = str(Path(options[name]).resolve())
+        options[name] = str(Path(options[name]).resolve())
     saved = load_selected_checkpoint(
         NAME, mode, request, process, load_checkpoint, format_score, options.get('dataset')
     )
-    config = resolve_config(Config, options, DEFAULTS, saved, MODE_OPTIONS[mode])
+    if saved:
+        own_tables = {name for name in own_tables if is_own_table(getattr(saved['config'], name))}
+    may_change = MODE_OPTIONS[mode] - TABLE_PATHS | own_tables
+    config = resolve_config(Config, options, DEFAULTS, saved, may_change)
     needs_rows = mode != 'generate' and not request.input
     data = load_run_table(config, saved, needs_rows=needs_rows)
 

@@ -952,8 +952,6 @@ class Training:
     ) -> None:
         self.config, self.data, self.process = config, data, process
         self.input_dims = list(data.train.images.shape[1:])
-        self.fingerprint = data.fingerprint
-        self.split_bounds, self.files = data.split_bounds, data.files
         self.model = build_model(config, self.input_dims).to(process.device)
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
         self.best, self.validation_loss = math.inf, math.nan
@@ -965,6 +963,9 @@ class Training:
         self.optimizer = build_optimizer(config, self.model.parameters())
         if saved is not None:
             CHECKPOINT.restore(self, saved)
+        # not those of the checkpoint: the run goes on with these images
+        self.fingerprint, self.files = data.fingerprint, data.files
+        self.split_bounds = data.split_bounds
 
         n_per_first_step = config.batch_size * self.first_world_size
         self.n_per_step = config.batch_size * process.world_size
@@ -1337,9 +1338,6 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
                 print(f'note: {note}')
 
     if mode == 'train':
-        if saved:
-            # from here on, the run is one of these images
-            saved.update(fingerprint=data.fingerprint, files=data.files)
         saved = train(data, config, request, process, saved)
         if saved is None:
             return

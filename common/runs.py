@@ -132,7 +132,7 @@ def newest_run(script: str, output_dir: Path, dataset: str | None) -> Path | Non
 
     Where a data set is given, only folders that are named after it count.
     """
-    found = output_dir.glob(f'{script}_*/{LAST}')
+    found = list(output_dir.glob(f'{script}_*/{LAST}'))
     if dataset:
         name = re.escape(f'{script}_{Path(dataset).stem}_')
         found = [path for path in found if re.fullmatch(name + TIME_AND_NUMBER, path.parent.name)]

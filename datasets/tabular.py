@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
@@ -55,6 +55,9 @@ MAX_PIXELS = 2**20  # the Berkeley images have 481 x 321
 MAX_COLUMNS = 2**16 - 1  # pandas takes minutes for a million
 MAX_COMPRESSION = 1_000  # how many times larger a table can be than its file
 
+# The cell of a level begins this much below it, in steps: a value may be rounded, as to float32.
+ROUNDING = 1e-4
+
 # What the readers raise for files that are damaged or something else than their names say: the
 # readers of numbers, of gzip (EOFError, zlib.error), of archives (zipfile's RuntimeError means an
 # encrypted or unknown kind of zip file) and Pillow (SyntaxError for a broken PNG).
@@ -85,6 +88,7 @@ DEPENDENT_NOTE = (
 )
 
 Counts = tuple[int, int, int]  # rows of the training, validation and test splits
+MapColumn = Callable[[np.ndarray, np.ndarray, float], np.ndarray]  # of a column, levels and step
 
 # Of each published table: the rows of its splits, its columns, and the files it can be read from in
 # order of preference, the MAF authors' own first and then the raw ones.
@@ -157,11 +161,12 @@ class TableData:
     # units. Uniform noise of this width dequantizes it. 0 for all other columns.
     steps: np.ndarray | float = 0.0
 
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the units and the validation rows; it differs where either does."""
-        units = [self.columns, self.mean.tolist(), self.std.tolist()]
-        return digest(units, [] if self.validation is None else [self.validation])
+    # For each of the D columns the values of the table without that noise, in increasing order;
+    # none where it is not dequantized. Empty where no column is.
+    levels: tuple[np.ndarray, ...] = ()
+
+    # Identifies the rows, wherever they are stored: the same on all machines. Empty if not known.
+    fingerprint: str = ''
 
     def column_index(self, text: str) -> int:
         """Return the index of a column that is given by its index or its name.
@@ -173,6 +178,24 @@ class TableData:
     def to_own_units(self, rows: np.ndarray) -> np.ndarray:
         """Return standardised rows (N, D) in the table's own units."""
         return rows * self.std + self.mean
+
+    def quantize(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows (N, D) in the table's own units, with discrete columns on their levels.
+
+        It undoes ``dequantize_columns``, which spreads a level over a cell: from the level to one
+        step above it. Each value becomes the level of the nearest cell, hence a value below all
+        cells the lowest level, and one above them the highest. Levels need not be equidistant.
+        """
+        return self.map_discrete(rows, nearest_levels)
+
+    def map_discrete(self, rows: np.ndarray, function: MapColumn) -> np.ndarray:
+        """Return rows (N, D) with ``function(column, levels, step)`` for each column of levels."""
+        rows = rows.copy()
+        steps = np.broadcast_to(self.steps, len(self.columns))
+        for k, levels in enumerate(self.levels):
+            if len(levels):
+                rows[:, k] = function(rows[:, k], levels, steps[k])
+        return rows
 
     def head(self, n: int) -> np.ndarray:
         """Return up to n rows in the table's own units: of the test split, then of the others."""
@@ -214,7 +237,7 @@ def load_table(
         return load_toy_problem(name)
     if name in TABLES:
         return load_published_table(name, Path(data_dir))
-    if Path(name).suffix in SUFFIXES:
+    if is_own_table(name):
         return load_user_table(Path(name), seed, test_file, dequantize)
 
     known = [*SAMPLERS, *ENERGIES, *TABLES]
@@ -234,26 +257,53 @@ def load_run_table(
     Arguments:
         config: the options of the run.
         saved: the checkpoint of the run, or None for a new one. The table is split as it was then,
-            and has to have the same units.
+            and has to have the same rows, but may have moved.
         needs_rows: whether rows are needed. If not, the table of a saved run is not read, unless
-            it is a two-dimensional problem, and the result has units only.
+            it has moved or is a two-dimensional problem, and the result has units only.
 
     Raises ``UserError`` where the table is not the one that the model was trained on.
     """
     saved_units = None
     if saved:
         saved_units = table_from_units(saved['units'], saved['input_dims'][0], saved['path'])
+        saved_units = replace(saved_units, fingerprint=saved['fingerprint'])
         is_toy_problem = config.dataset in SAMPLERS or config.dataset in ENERGIES
-        if not needs_rows and not is_toy_problem:
+        if not needs_rows and not is_toy_problem and not has_moved(config, saved['config']):
             return saved_units
+        require_tables(config)
 
     seed = saved['config'].seed if saved else config.seed
     data = load_table(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
-    if saved_units:
-        require_same_units(data, saved_units, config.dataset)
+    if saved and saved_units:
+        name = describe_tables(config, saved['config'])
+        require_same_table(data, saved_units, name)
     if config.max_rows and data.train is not None:
         data = replace(data, train=data.train[: config.max_rows])
     return data
+
+
+def is_own_table(name: str) -> bool:
+    """Return whether ``name`` is the path of a table of the user's own, not a known data set."""
+    return Path(name).suffix in SUFFIXES
+
+
+def has_moved(config: TableOptions, saved: TableOptions) -> bool:
+    """Return whether the options of a run name other tables than those that were saved."""
+    return (config.dataset, config.test_file) != (saved.dataset, saved.test_file)
+
+
+def describe_tables(config: TableOptions, saved: TableOptions) -> str:
+    """Return the tables of a run as text, with those that were saved where they have moved."""
+    pairs = [(config.dataset, saved.dataset), (config.test_file, saved.test_file)]
+    texts = [new if new == old else f'{new} (in place of {old})' for new, old in pairs if new]
+    return ' or '.join(texts)
+
+
+def require_tables(config: TableOptions) -> None:
+    """Raise ``UserError`` where the user's own tables are not where a saved run had them."""
+    for option, path in (('dataset', config.dataset), ('test_file', config.test_file)):
+        if is_own_table(path) and not Path(path).is_file():
+            raise UserError(f'{path}: no such table; if it has moved, give --{option}=NEWPATH')
 
 
 def load_toy_problem(name: str) -> TableData:
@@ -278,6 +328,7 @@ def load_toy_problem(name: str) -> TableData:
         energy=energy,
         log_z=log_normaliser(energy) if energy else 0.0,
         test_index=np.arange(N_TEST),
+        fingerprint=digest([name]),
     )
 
 
@@ -296,6 +347,7 @@ def table_units(data: TableData) -> dict[str, list]:
         'mean': data.mean.tolist(),
         'std': data.std.tolist(),
         'steps': np.broadcast_to(data.steps, len(data.columns)).tolist(),
+        'levels': [levels.tolist() for levels in data.levels] or [[] for _ in data.columns],
     }
 
 
@@ -306,28 +358,37 @@ def table_from_units(units: dict[str, list], n_columns: int, path: str | Path) -
     """
     mean, std = np.array(units['mean']), np.array(units['std'])
     steps = np.array(units['steps'])
+    levels = tuple(np.array(values) for values in units['levels'])
     is_valid = (
         all(len(values) == n_columns for values in units.values())
         and ''.join(units['columns']).isprintable()
         and np.isfinite([mean, std, steps]).all()
         and (std > 0).all()
+        and all(np.isfinite(values).all() for values in levels)
+        and all((np.diff(values) > 0).all() for values in levels)
     )
     if not is_valid:
         raise UserError(f'{path} is damaged: its columns and its units do not fit')
-    return TableData(None, None, None, tuple(units['columns']), mean, std, steps=steps)
+    columns = tuple(units['columns'])
+    return TableData(None, None, None, columns, mean, std, steps=steps, levels=levels)
 
 
-def require_same_units(data: TableData, expected: TableData, name: str) -> None:
-    """Raise ``UserError`` unless two tables have the same columns, means and deviations."""
+def require_same_table(data: TableData, expected: TableData, name: str) -> None:
+    """Raise ``UserError`` unless two tables have the same rows, and the same units.
+
+    The units also tell another split of the same rows, and have to do where the expected table
+    comes from a checkpoint that is too old to have a fingerprint.
+    """
     is_same = (
-        data.columns == expected.columns
+        expected.fingerprint in ('', data.fingerprint)
+        and data.columns == expected.columns
         and np.allclose(data.mean, expected.mean)
         and np.allclose(data.std, expected.std)
     )
     if not is_same:
         raise UserError(
-            f'{name} is not what it was when the model was trained: score new rows by '
-            '--evaluate --input=FILE, or train a new model'
+            f'{name} is not what it was when the model was trained: bring back the table of then, '
+            'score new rows by --evaluate --input=FILE, or train a new model'
         )
 
 
@@ -342,11 +403,12 @@ def load_user_table(path: Path, seed: int, test_file: str | Path, dequantize: bo
     """
     values, columns = read_table(path)
     check_user_table(values, columns, path)
+    test_values = read_columns(test_file, columns) if test_file else values[:0]
+    fingerprint = table_fingerprint(values, test_values, columns)
 
     discrete = find_discrete_columns(values)
-    steps = np.zeros(len(columns))
-    if discrete and dequantize:
-        steps[discrete] = [smallest_step(values[:, k]) for k in discrete]
+    levels, steps = find_levels(values, discrete if dequantize else [])
+    if steps.any():
         values = dequantize_columns(values, steps)
 
     train, validation, test = split_at_random(len(values), seed, with_test=not test_file)
@@ -372,11 +434,20 @@ def load_user_table(path: Path, seed: int, test_file: str | Path, dequantize: bo
         test_index=np.sort(test),
         notes=likelihood_notes(values[train], still_discrete),
         steps=steps,
+        levels=levels,
+        fingerprint=fingerprint,
     )
     if test_file:
-        test_rows = read_rows(test_file, data)
+        test_rows = rows_of_values(test_values, data, test_file)
         data = replace(data, test=test_rows, test_index=np.arange(len(test_rows)))
     return data
+
+
+def table_fingerprint(values: np.ndarray, test_values: np.ndarray, columns: tuple[str, ...]) -> str:
+    """Return a digest of the user's own rows (N, D) as they were read, and of those to test on."""
+    counts = [len(values), len(test_values)]
+    little_endian = [part.astype('<f8', copy=False) for part in (values, test_values)]
+    return digest([columns, counts], little_endian)
 
 
 def check_user_table(values: np.ndarray, columns: tuple[str, ...], path: Path) -> None:
@@ -399,9 +470,35 @@ def find_discrete_columns(values: np.ndarray) -> list[int]:
     return [k for k, n in enumerate(n_distinct) if n <= few]
 
 
-def smallest_step(column: np.ndarray) -> float:
-    """Return the smallest distance between two different values of a column."""
-    return np.diff(np.unique(column)).min()
+def find_levels(
+    values: np.ndarray, discrete: Sequence[int]
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Return the levels of each of D columns, none for those that are not discrete, and D steps.
+
+    A step is the smallest distance between two levels, or 0 where there are none.
+    """
+    levels = [np.empty(0)] * values.shape[1]
+    steps = np.zeros(values.shape[1])
+    for k in discrete:
+        levels[k] = distinct_levels(values[:, k])
+        steps[k] = np.diff(levels[k]).min()
+    return tuple(levels), steps
+
+
+def distinct_levels(column: np.ndarray) -> np.ndarray:
+    """Return the different values of a column in increasing order, to 15 significant digits.
+
+    Values that differ by rounding alone, such as 0.3 and 0.1 + 0.2, are the same level.
+    """
+    values = np.unique(column)
+    levels = np.unique([float(f'{value:.15g}') for value in values])
+    return levels if len(levels) > 1 else values
+
+
+def nearest_levels(column: np.ndarray, levels: np.ndarray, step: float) -> np.ndarray:
+    """Return for each value the level whose cell, from it to one step above it, is nearest."""
+    borders = (levels[:-1] + levels[1:] + step) / 2 - ROUNDING * step
+    return levels[np.searchsorted(borders, column, side='right')]
 
 
 def likelihood_notes(values: np.ndarray, discrete: Sequence[str]) -> tuple[str, ...]:
@@ -478,11 +575,24 @@ def standardise_rows(
 def dequantize_columns(values: np.ndarray, steps: np.ndarray | float) -> np.ndarray:
     """Add uniform noise to discrete columns: each value is spread evenly over its step.
 
+    The step is the smallest distance between two levels of a column. Where its levels are not
+    equidistant, as 0, 1 and 2.5, gaps remain between the values that they are spread over.
+
     Arguments:
         values: the rows (N, D), in the table's own units.
         steps: the step of each column (D,); 0 where a column is not discrete.
     """
     return values + steps * np.random.default_rng(0).random(values.shape)
+
+
+def remove_noise(column: np.ndarray, levels: np.ndarray, step: float) -> np.ndarray:
+    """Return a discrete column with each value in the cell of a level put back on that level.
+
+    Values outside all cells are new to the table and stay as they are.
+    """
+    nearest = nearest_levels(column, levels, step)
+    is_in_cell = (column >= nearest - ROUNDING * step) & (column < nearest + step)
+    return np.where(is_in_cell, nearest, column)
 
 
 def read_rows(path: str | Path, like: TableData) -> np.ndarray:
@@ -491,12 +601,24 @@ def read_rows(path: str | Path, like: TableData) -> np.ndarray:
     Named columns may be in any order. A further column ``log_likelihood`` at the end, as generated
     rows have it, is left out. Raises ``UserError`` where the columns differ.
     """
-    values, names = read_table(path)
-    if names[-1] == 'log_likelihood' and len(names) == len(like.columns) + 1:
-        values, names = values[:, :-1], names[:-1]
+    return rows_of_values(read_columns(path, like.columns), like, path)
 
-    values = reorder_columns(values, names, like.columns, path)
-    values = dequantize_columns(values, like.steps)
+
+def read_columns(path: str | Path, columns: tuple[str, ...]) -> np.ndarray:
+    """Read the values (N, D) of a table of the user's own that has these columns."""
+    values, names = read_table(path)
+    if names[-1] == 'log_likelihood' and len(names) == len(columns) + 1:
+        values, names = values[:, :-1], names[:-1]
+    return reorder_columns(values, names, columns, path)
+
+
+def rows_of_values(values: np.ndarray, like: TableData, path: str | Path) -> np.ndarray:
+    """Return values (N, D), those of the file at ``path``, as rows in the units of a table.
+
+    Discrete columns are spread once, even where they already were.
+    """
+    on_levels = like.map_discrete(values, remove_noise)
+    values = dequantize_columns(on_levels, like.steps)
     return standardise_rows(values, like.mean, like.std, path)
 
 
@@ -590,7 +712,13 @@ def read_csv(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
         )
 
     header = 0 if has_header else None
-    table = pd.read_csv(path, header=header, skipinitialspace=True, encoding='utf-8-sig')
+    table = pd.read_csv(
+        path,
+        header=header,
+        skipinitialspace=True,
+        encoding='utf-8-sig',
+        float_precision='round_trip',  # exact in all versions of pandas
+    )
     # pandas takes superfluous first cells for names of the rows.
     if not isinstance(table.index, pd.RangeIndex):
         raise UserError(f'{path}: its rows have more cells than its header')
@@ -817,6 +945,7 @@ def load_published_table(name: str, data_dir: Path) -> TableData:
         mean=np.zeros(n_columns),
         std=np.ones(n_columns),
         test_index=np.arange(len(test)),
+        fingerprint=digest([name, CACHE_VERSION, counts, path.name, path.stat().st_size]),
     )
 
 

@@ -42,6 +42,17 @@ def write_rows(path, n, d=4):
         pd.DataFrame(rows).to_csv(path, index=False)
 
 
+def as_format_1(saved):
+    """Return the content of a checkpoint as that of format 1, which counted steps."""
+    saved = dict(saved)
+    n_per_step = saved['config']['batch_size'] * saved['world_size']
+    best_step = saved.pop('n_seen_at_best') // n_per_step
+    n_annealing = saved['n_annealing'] / n_per_step
+    for name in ('fingerprint', 'n_seen', 'first_world_size'):
+        saved.pop(name, None)
+    return {**saved, 'format': 1, 'best_step': best_step, 'n_annealing': n_annealing}
+
+
 def read_results(checkpoint):
     """Return the results.json beside a checkpoint."""
     return json.loads(checkpoint.with_name('results.json').read_text())
@@ -321,6 +332,93 @@ def test_scores_of_samples_are_what_generate_says(trained_bnaf, tmp_path):
     np.testing.assert_allclose(scores, table['log_likelihood'], atol=1e-3)
 
 
+def discrete_table(n=500):
+    """Return n rows of two continuous columns and four that take few values."""
+    rng = np.random.default_rng(0)
+    size = rng.normal(size=n)
+    columns = {
+        'size': size,
+        'weight': 0.8 * size + 0.6 * rng.normal(size=n),
+        'flag': (rng.random(n) < 0.29).astype(int),
+        'count': rng.integers(3, 7, n),
+        'tenths': rng.integers(1, 5, n) * 0.1,  # 3 * 0.1 is 0.30000000000000004
+        'irregular': rng.choice([0, 1, 2.5], n, p=[0.5, 0.3, 0.2]),
+    }
+    return pd.DataFrame(columns)
+
+
+LEVELS = {
+    'flag': [0, 1],
+    'count': [3, 4, 5, 6],
+    'tenths': [0.1, 0.2, 0.3, 0.4],
+    'irregular': [0, 1, 2.5],
+}
+
+
+@pytest.fixture(scope='module')
+def trained_on_discrete(tmp_path_factory):
+    """The best.pt of a BNAF of discrete.csv, which lies beside the folder of its run."""
+    folder = tmp_path_factory.mktemp('discrete')
+    discrete_table().to_csv(folder / 'discrete.csv', index=False)
+    words = [f'--dataset={folder}/discrete.csv', f'--output_dir={folder}', '--dequantize']
+    words += ['--n_flows=1', '--hidden_dim=20', '--n_epochs=100', '--batch_size=50']
+    bnaf.main(['--train', *words, '--ema_decay=0.99', '--lr=0.02'])
+    return only(folder.glob('bnaf_discrete_*/best.pt'))
+
+
+@pytest.mark.slow
+def test_samples_have_the_values_of_discrete_columns(trained_on_discrete, tmp_path):
+    """Their mean and deviation are those of the table, within three standard errors."""
+    output = f'--output={tmp_path}/new.csv'
+    bnaf.main(['--generate', f'--restore_file={trained_on_discrete}', '--n_samples=4000', output])
+    table, drawn = discrete_table(), pd.read_csv(tmp_path / 'new.csv')
+    for name, levels in LEVELS.items():
+        assert sorted(drawn[name].unique()) == levels, name
+    for name in LEVELS:
+        column, new = table[name], drawn[name]
+        error = column.std() * np.sqrt(1 / len(column) + 1 / len(new))
+        assert new.mean() == pytest.approx(column.mean(), abs=3 * error), name
+        kurtosis = ((column - column.mean()) ** 4).mean() / column.std() ** 4
+        error *= np.sqrt((kurtosis - 1) / 4)
+        assert new.std() == pytest.approx(column.std(), abs=3 * error), name
+
+
+@pytest.mark.slow
+def test_scores_of_discrete_samples_are_what_generate_says(trained_on_discrete, tmp_path):
+    restore = f'--restore_file={trained_on_discrete}'
+    bnaf.main(['--generate', restore, f'--output={tmp_path}/new.csv'])
+    bnaf.main(['--evaluate', restore, f'--input={tmp_path}/new.csv', f'--scores={tmp_path}/s.csv'])
+    drawn = pd.read_csv(tmp_path / 'new.csv')['log_likelihood']
+    scores = pd.read_csv(tmp_path / 's.csv')['log_likelihood']
+    np.testing.assert_allclose(scores, drawn, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_pictures_show_samples_and_data_alike(trained_on_discrete, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bnaf, 'draw_pairs', lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(bnaf, 'save_figure', lambda *arguments: None)
+    bnaf.main(['--visualize', f'--restore_file={trained_on_discrete}'])
+    ((real, drawn, columns, _),) = calls
+    for name, levels in LEVELS.items():
+        k = columns.index(name)
+        assert sorted(set(real[:, k])) == sorted(set(drawn[:, k])) == levels
+
+
+@pytest.mark.slow
+def test_training_on_from_format_1_learns_the_levels(trained_on_discrete, tmp_path):
+    saved = torch.load(trained_on_discrete)
+    known = saved['units'].pop('levels'), saved.pop('fingerprint')
+    torch.save(as_format_1(saved), tmp_path / 'checkpoint.pt')
+    restore = f'--restore_file={tmp_path}/checkpoint.pt'
+    bnaf.main(['--generate', restore, '--n_samples=20', f'--output={tmp_path}/new.csv'])
+    assert len(pd.read_csv(tmp_path / 'new.csv')) == 20
+
+    bnaf.main(['--train', restore, '--n_epochs=105'])
+    resumed = bnaf.load_checkpoint(tmp_path / 'checkpoint.pt')
+    assert (resumed['units']['levels'], resumed['fingerprint']) == known
+
+
 def test_columns_are_matched_by_name(trained_bnaf, tmp_path, capsys):
     """The same rows score the same with their columns in another order, and as --generate wrote
     them."""
@@ -389,6 +487,116 @@ def test_a_model_can_be_used_without_its_table(trained_bnaf, tmp_path, capsys):
         assert 'not what it was' in refusal_line(bnaf, capsys, '--evaluate', restore)
     finally:
         table.write_text(content)
+
+
+@pytest.fixture
+def moved_run(tmp_path):
+    """A checkpoint of a tiny BNAF whose two tables have moved, and their new paths."""
+    (tmp_path / 'old').mkdir()
+    rows = tiny_tables.columns_of(np.random.default_rng(0), 130, 3)
+    np.save(tmp_path / 'old' / 'rows.npy', rows[:100])
+    np.save(tmp_path / 'old' / 'test.npy', rows[100:])
+    words = [f'--{name}={tmp_path}/old/{file}.npy' for name, file in MOVED_FILES.items()]
+    bnaf.main(['--train', *words, *TINY, f'--output_dir={tmp_path}/results'])
+    (tmp_path / 'old').rename(tmp_path / 'new')
+
+    checkpoint = only(tmp_path.glob('results/*/checkpoint.pt'))
+    return checkpoint, {name: tmp_path / 'new' / f'{f}.npy' for name, f in MOVED_FILES.items()}
+
+
+MOVED_FILES = {'dataset': 'rows', 'test_file': 'test'}
+
+
+def test_a_run_goes_on_with_tables_that_have_moved(moved_run, monkeypatch, capsys):
+    checkpoint, files = moved_run
+    score = read_results(checkpoint)['log_likelihood_nats']
+    restore = f'--restore_file={checkpoint}'
+    line = refusal_line(bnaf, capsys, '--evaluate', restore)
+    assert 'old/rows.npy: no such table; if it has moved, give --dataset=NEWPATH' in line
+    line = refusal_line(bnaf, capsys, '--evaluate', restore, f'--dataset={files["dataset"]}')
+    assert 'old/test.npy: no such table; if it has moved, give --test_file=NEWPATH' in line
+
+    monkeypatch.chdir(checkpoint.parent.parent.parent / 'new')  # paths may be relative
+    words = [restore, '--dataset=rows.npy', '--test_file=test.npy']
+    for mode in ('--evaluate', '--check', '--visualize', '--generate'):
+        bnaf.main([mode, *words])
+    assert read_results(checkpoint)['log_likelihood_nats'] == score
+
+    bnaf.main(['--train', *words, '--n_epochs=4'])
+    resumed = bnaf.load_checkpoint(checkpoint)
+    for name, file in files.items():
+        assert getattr(resumed['config'], name) == str(file)
+    bnaf.main(['--evaluate', restore])
+
+
+def test_resume_finds_moved_tables(moved_run):
+    checkpoint, files = moved_run
+    words = [f'--output_dir={checkpoint.parent.parent}', '--n_epochs=3']
+    words += [f'--{name}={file}' for name, file in files.items()]
+    bnaf.main(['--train', '--resume', *words])
+    assert bnaf.load_checkpoint(checkpoint)['config'].dataset == str(files['dataset'])
+
+
+def test_other_rows_do_not_pass_for_moved_ones(moved_run, capsys):
+    checkpoint, files = moved_run
+    words = [f'--restore_file={checkpoint}', *(f'--{k}={file}' for k, file in files.items())]
+    for file in files.values():
+        rows = np.load(file)
+        changed = rows.copy()
+        changed[0] += 1e-9
+        for other in (changed, rows[:-1], rows[::-1]):
+            np.save(file, other)
+            for mode in ('--train', '--evaluate', '--generate'):
+                line = refusal_line(bnaf, capsys, mode, *words)
+                for name in ('rows', 'test'):
+                    assert re.search(f'new/{name}.npy .in place of .*old/{name}.npy', line)
+                assert 'is not what it was when the model was trained' in line
+        np.save(file, rows)
+    bnaf.main(['--evaluate', *words])
+
+
+def test_a_checkpoint_without_a_fingerprint_compares_the_units(moved_run, capsys):
+    checkpoint, files = moved_run
+    saved = torch.load(checkpoint)
+    del saved['units']['levels'], saved['fingerprint']
+    torch.save(as_format_1(saved), checkpoint)
+    words = [f'--restore_file={checkpoint}', *(f'--{k}={file}' for k, file in files.items())]
+    bnaf.main(['--evaluate', *words])
+    np.save(files['dataset'], 2 * np.load(files['dataset']))
+    assert 'is not what it was' in refusal_line(bnaf, capsys, '--evaluate', *words)
+
+
+def test_only_own_tables_replace_each_other(moved_run, trained_bnaf, tmp_path, capsys):
+    people = trained_bnaf.parent.parent / 'people.csv'
+    people_table(20).to_csv(tmp_path / 'test.csv', index=False)
+    contradictions = [
+        (trained_bnaf, '--dataset=power'),
+        (trained_bnaf, f'--test_file={tmp_path}/test.csv'),  # it was trained without one
+        (moved_run[0], '--test_file='),
+        (SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf.pt', f'--dataset={people}'),
+        (SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf.pt', '--dataset=moons'),
+    ]
+    for checkpoint, word in contradictions:
+        for mode in bnaf.MODES:
+            line = refusal_line(bnaf, capsys, f'--{mode}', f'--restore_file={checkpoint}', word)
+            assert 'contradicts the checkpoint' in line
+
+
+def test_another_file_of_a_published_table_is_refused(tmp_path, monkeypatch, capsys):
+    counts = (162, 18, 20)
+    monkeypatch.setitem(tabular.TABLES, 'power', (counts, *tabular.TABLES['power'][1:]))
+    tiny_tables.write_power(tmp_path / 'a')
+    tiny_tables.write_power(tmp_path / 'moved')
+    words = ['--dataset=power', f'--data_dir={tmp_path}/a', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', *words, *TINY])
+    last = only(tmp_path.glob('bnaf_power_*/checkpoint.pt'))
+    evaluate = ['--evaluate', f'--restore_file={last}']
+    bnaf.main([*evaluate, f'--data_dir={tmp_path}/moved'])
+
+    file = tmp_path / 'moved' / 'power' / 'data.npy'
+    np.save(file, np.load(file).astype(np.float32))  # another size
+    line = refusal_line(bnaf, capsys, *evaluate, f'--data_dir={tmp_path}/moved')
+    assert 'power is not what it was when the model was trained' in line
 
 
 @pytest.mark.slow

@@ -446,6 +446,148 @@ def test_discrete_columns_are_spread_in_the_test_file_too(tmp_path):
     assert abs(data.test[:, 0].mean()) < 0.3
 
 
+def mixed_table(n=500):
+    """Return n rows with discrete columns of many kinds, and one that is continuous."""
+    rng = np.random.default_rng(0)
+    columns = {
+        'continuous': rng.normal(size=n),
+        'flag': rng.random(n) < 0.29,
+        'count': rng.integers(3, 9, n),
+        'tenths': rng.integers(1, 9, n) / 10,
+        'halves': rng.integers(5, size=n) + 0.5,
+        'irregular': rng.choice([0, 1, 2.5], n),
+        'dose': np.log(rng.choice([1, 2, 5, 30], n)),
+        'time': 1_700_000_000 + 60 * rng.integers(9, size=n),
+    }
+    return pd.DataFrame(columns).astype(float)
+
+
+def test_dequantized_values_come_back_to_the_last_digit(tmp_path):
+    table = mixed_table()
+    table.to_csv(tmp_path / 'mixed.csv', index=False)
+    data = tabular.load_table(str(tmp_path / 'mixed.csv'), dequantize=True)
+    spread = tabular.dequantize_columns(table.to_numpy(), data.steps)
+    back = data.quantize(spread)
+    for k, name in enumerate(table):
+        if name == 'continuous':
+            assert (back[:, k] == spread[:, k]).all()
+            continue
+        assert len(np.unique(spread[:, k])) > 0.9 * len(table), name
+        if name == 'dose':  # its values need more than 15 digits
+            np.testing.assert_allclose(back[:, k], table[name], rtol=1e-14)
+        else:
+            assert (back[:, k] == table[name]).all(), name
+    assert (data.quantize(back) == back).all()
+
+
+def test_samples_beyond_the_table_get_its_smallest_and_largest_value(tmp_path):
+    table = mixed_table()
+    table.to_csv(tmp_path / 'mixed.csv', index=False)
+    data = tabular.load_table(str(tmp_path / 'mixed.csv'), dequantize=True)
+    low, high = table.min().to_numpy(), table.max().to_numpy()
+    beyond = np.stack([low - 0.6 * data.steps, high + 1.6 * data.steps, low - 1e9, high + 1e9])
+    (below, above, far_below, far_above) = data.quantize(beyond)[:, 1:]
+    np.testing.assert_allclose([below, far_below], [low[1:]] * 2, rtol=1e-14)
+    np.testing.assert_allclose([above, far_above], [high[1:]] * 2, rtol=1e-14)
+
+    # a value in the gap between 1 and 2.5, of which each is spread over a step of 1, is rounded
+    gap = np.array([1.99, 2.2, 2.3, 2.51])
+    levels = data.levels[list(table).index('irregular')]
+    assert tabular.nearest_levels(gap, levels, 1.0).tolist() == [1, 1, 2.5, 2.5]
+
+
+def test_levels_are_free_of_rounding():
+    column = np.array([0.1, 0.3, 0.2, 0.1 + 0.2, 3 * 0.1, 0.4])
+    assert len(np.unique(column)) == 5
+    assert tabular.distinct_levels(column).tolist() == [0.1, 0.2, 0.3, 0.4]
+    twins = np.array([0.3, 0.1 + 0.2])
+    assert tabular.distinct_levels(twins).tolist() == twins.tolist()
+
+
+def test_rows_are_spread_once(tmp_path):
+    table = mixed_table()
+    path = tmp_path / 'mixed.csv'
+    table.to_csv(path, index=False)
+    data = tabular.load_table(str(path), dequantize=True)
+    rows = tabular.read_rows(path, data)
+
+    spread = data.to_own_units(rows.astype(float))
+    pd.DataFrame(spread, columns=table.columns).to_csv(tmp_path / 'spread.csv', index=False)
+    np.testing.assert_allclose(tabular.read_rows(tmp_path / 'spread.csv', data), rows, atol=1e-5)
+
+    without_time = np.arange(7)  # float32 does not hold the seconds of a date
+    rounded = table.astype(np.float32).astype(float)
+    rounded.to_csv(tmp_path / 'rounded.csv', index=False)
+    again = tabular.read_rows(tmp_path / 'rounded.csv', data)
+    np.testing.assert_allclose(again[:, without_time], rows[:, without_time], atol=1e-5)
+
+    new = table.assign(flag=7.25, count=2.5)  # beyond what the table has
+    new.to_csv(tmp_path / 'new.csv', index=False)
+    values = data.to_own_units(tabular.read_rows(tmp_path / 'new.csv', data))
+    assert values[:, 1].min() >= 7.24 and values[:, 2].max() < 3.51
+
+
+def test_levels_are_kept_by_a_checkpoint(tmp_path):
+    mixed_table().to_csv(tmp_path / 'mixed.csv', index=False)
+    data = tabular.load_table(str(tmp_path / 'mixed.csv'), dequantize=True)
+    units = tabular.table_units(data)
+    restored = tabular.table_from_units(units, 8, 'x.pt')
+    assert [levels.tolist() for levels in restored.levels] == units['levels']
+    assert (restored.steps == data.steps).all() and len(data.levels[0]) == 0
+
+    for bad in ([1.0, 0.0], [0.0, 0.0], [0.0, np.nan], [0.0, np.inf]):
+        damaged = {**units, 'levels': [bad, *units['levels'][1:]]}
+        with pytest.raises(UserError, match='x.pt is damaged'):
+            tabular.table_from_units(damaged, 8, 'x.pt')
+
+
+def test_a_fingerprint_identifies_the_rows_wherever_they_are(tmp_path):
+    values, test_values = noise(100), noise(7) + 1
+    (tmp_path / 'other').mkdir()
+
+    def fingerprint(values, name='table.csv', columns=None, test=None, **options):
+        path = write_own(tmp_path, values, name, columns)
+        if test is not None:
+            options['test_file'] = write_own(tmp_path, test, 'other/test.npy')
+        return tabular.load_table(str(path), **options).fingerprint
+
+    first = fingerprint(values)
+    same = [
+        fingerprint(values, 'other/moved.csv'),
+        fingerprint(values, 'table.npy'),
+        fingerprint(np.asfortranarray(values), 'table.npy'),
+        fingerprint(values, 'table.npy', seed=5, dequantize=True),
+        fingerprint(values, 'table.h5', ['column 0', 'column 1', 'column 2']),
+    ]
+    assert first and set(same) == {first}
+
+    train_row = tabular.split_at_random(100, 0, with_test=True)[0][0]
+    changed = values.copy()
+    changed[train_row, 1] = np.nextafter(changed[train_row, 1], 9)
+    others = [
+        fingerprint(changed),
+        fingerprint(values[::-1]),
+        fingerprint(values, columns=['a', 'b', 'c']),
+        fingerprint(values, test=test_values),
+        fingerprint(values, test=test_values + 1e-9),
+        fingerprint(np.concatenate([values, test_values])),
+    ]
+    assert len({first, *others}) == 7
+
+
+def test_fingerprints_of_published_tables_and_problems(set_counts, tmp_path):
+    fingerprints = []
+    for n, folder in ((200, 'a'), (200, 'moved'), (150, 'smaller')):
+        tiny_tables.write_miniboone(tmp_path / folder, n)
+        set_counts('miniboone', {200: (162, 18, 20), 150: (122, 13, 15)}[n])
+        data = tabular.load_table('miniboone', tmp_path / folder)
+        fingerprints.append(data.fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+    names = [*toy.SAMPLERS, *toy.ENERGIES]
+    assert len({tabular.load_table(name).fingerprint for name in names}) == len(names)
+
+
 def test_columns_that_follow_from_others_are_noted(tmp_path):
     values = noise(500) * [1, 1e3, 1e-3]
     assert not tabular.load_table(str(write_own(tmp_path, values))).notes
