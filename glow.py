@@ -42,6 +42,7 @@ from common.errors import UserError, exit_on_user_error, warn_on_error
 from common.files import digest, write_json
 from common.logs import TrainingLog, progress_bar
 from common.options import CommandLine, Options, RunRequest, option, resolve_config
+from common.precision import without_tf32
 from common.runs import (
     BEST,
     LAST,
@@ -240,7 +241,7 @@ class Dequantize(nn.Module):
 
     def log_bins(self, x: Tensor) -> float:
         """Return D n log 2, the logarithm of the number of images that there are."""
-        return x[0].numel() * self.n_bits * math.log(2)
+        return math.prod(x.shape[1:]) * self.n_bits * math.log(2)
 
     def forward(self, x: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Dequantize uint8 images. Without ``u``, of their shape, the noise is drawn."""
@@ -338,7 +339,7 @@ class Invertible1x1Conv(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # the latent itself is never rounded
             w, logdet = self.weight()
-            z = F.conv2d(x, w[:, :, None, None])
+            z = multiply_channels(w, x)
             logdet = logdet * x.shape[2] * x.shape[3]
         return z, logdet.expand(len(x))
 
@@ -346,9 +347,17 @@ class Invertible1x1Conv(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             w, logdet = self.weight()
             w_inverse = torch.linalg.inv(w.double()).to(w.dtype)
-            x = F.conv2d(z, w_inverse[:, :, None, None])
+            x = multiply_channels(w_inverse, z)
             logdet = -logdet * z.shape[2] * z.shape[3]
         return x, logdet.expand(len(z))
+
+
+def multiply_channels(w: Tensor, x: Tensor) -> Tensor:
+    """Return W x_ij at every pixel of x, of shape (B, C, H, W).
+
+    It is a matrix product, because GPUs round the operands of a float32 convolution to TF32.
+    """
+    return F.linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
 
 
 class ConvActnorm(nn.Module):
@@ -471,10 +480,15 @@ class Squeeze(nn.Module):
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+        b, c, h, w = x.shape
+        z = F.pixel_unshuffle(x, 2)
+        # torch leaves the shape of an empty batch as it was
+        return z.reshape(b, 4 * c, h // 2, w // 2), x.new_zeros(b)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(z, 2), z.new_zeros(len(z))
+        b, c, h, w = z.shape
+        x = F.pixel_shuffle(z, 2)
+        return x.reshape(b, c // 4, 2 * h, 2 * w), z.new_zeros(b)
 
 
 class Sequence(nn.ModuleList):
@@ -556,6 +570,7 @@ class Glow(nn.Module):
         plu: learn the PLU factors of the 1x1 convolutions.
 
     z has the shape (B, C H W): the halves factored out by the splits, finest first, and the rest.
+    Only training uses TF32, in the coupling networks; all else is computed in float32.
     """
 
     def __init__(
@@ -581,15 +596,18 @@ class Glow(nn.Module):
             self.z_shapes.append((c, h, w))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        is_training = self.training and torch.is_grad_enabled()
         z, logdet = [], x.new_zeros(len(x))
-        for level in self.levels:
-            x, logdet_level = level(x)
-            logdet = logdet + logdet_level
-            if level is not self.levels[-1]:
-                z_a, x = x.chunk(2, dim=1)
-                z.append(z_a.flatten(1))
+        with contextlib.nullcontext() if is_training else without_tf32():
+            for level in self.levels:
+                x, logdet_level = level(x)
+                logdet = logdet + logdet_level
+                if level is not self.levels[-1]:
+                    z_a, x = x.chunk(2, dim=1)
+                    z.append(z_a.flatten(1))
         return torch.cat([*z, x.flatten(1)], dim=1), logdet
 
+    @without_tf32()
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         logdet = z.new_zeros(len(z))
         parts = z.split([math.prod(shape) for shape in self.z_shapes], dim=1)
@@ -605,8 +623,14 @@ class Glow(nn.Module):
         """Return log p(x) in nats, of shape (B,), of uint8 images.
 
         ``u`` is the noise of the dequantization, of the shape of ``x`` and in [0, 1). Without it
-        the noise is drawn.
+        the noise is drawn. Raises ``ValueError`` for other images than the model's.
         """
+        if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1:] != self.input_dims:
+            c, h, w = self.input_dims
+            raise ValueError(
+                f'log_prob takes uint8 images of shape (B, {c}, {h}, {w}), '
+                f'not {x.dtype} of shape {tuple(x.shape)}'
+            )
         x, logdet_bins = self.dequantize(x, u)
         z, logdet = self(x)
         return log_normal(z) + logdet + logdet_bins
