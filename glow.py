@@ -279,7 +279,7 @@ class ChannelAffine(nn.Module):
 class Actnorm(ChannelAffine):
     """Activation normalization (sec. 3.1): y = s * x + b per channel, log|det| = H W sum(log s).
 
-    The first batch sets s and b so that each channel of y has zero mean and unit variance.
+    The first images set s and b so that each channel of y has zero mean and unit variance.
     """
 
     def __init__(self, n_channels: int) -> None:
@@ -287,15 +287,30 @@ class Actnorm(ChannelAffine):
         self.register_buffer('initialized', torch.tensor(False))
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set s and b from a batch, once. A constant channel is only centred."""
+    def initialize(self, pieces: Iterable[Tensor]) -> None:
+        """Set s and b from the pieces of a batch, once. A constant channel is only centred."""
         if self.initialized:
             return
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        mean, var = channel_moments(pieces)
         std = torch.where(var > 1e-8, var.sqrt(), 1.0)[:, None, None]
         self.log_s.copy_(-std.log())
         self.b.copy_(-mean[:, None, None] / std)
         self.initialized.fill_(True)
+
+
+def channel_moments(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance of each channel over all pieces of a batch, in float64."""
+    sizes, means, variances = [], [], []
+    for x in pieces:
+        var, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+        sizes.append(len(x))
+        means.append(mean)
+        variances.append(var)
+
+    shares = means[0].new_tensor(sizes) / sum(sizes)
+    mean = shares @ torch.stack(means)
+    deviations = torch.stack(means) - mean
+    return mean, shares @ (torch.stack(variances) + deviations.square())
 
 
 class LearnedPrior(ChannelAffine):
@@ -370,9 +385,9 @@ class ConvActnorm(nn.Module):
         nn.init.normal_(self.conv.weight, std=0.05)
         self.actnorm = Actnorm(out_channels)
 
-    def initialize(self, x: Tensor) -> None:
-        """Set the actnorm from a batch, once."""
-        self.actnorm.initialize(self.conv(x))
+    def initialize(self, pieces: Iterable[Tensor]) -> None:
+        """Set the actnorm from the pieces of a batch, once."""
+        self.actnorm.initialize(self.conv(x) for x in pieces)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.actnorm.log_s.exp()[..., None] * self.conv.weight
@@ -649,18 +664,57 @@ class Glow(nn.Module):
 
 
 @torch.no_grad()
-def initialize(model: Glow, x: Tensor, u: Tensor | None = None) -> None:
-    """Initialize, from uint8 images, every actnorm that is not initialized yet (sec. 3.1)."""
+@without_tf32()
+def initialize(model: Glow, x: Tensor, u: Tensor | None = None, batch_size: int = 16) -> None:
+    """Initialize, from uint8 images, every actnorm that is not initialized yet (sec. 3.1).
 
-    def initialize_layer(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        layer.initialize(inputs[0])
+    The images go through one layer after the other, in pieces of ``batch_size``, which bounds the
+    memory. Every module with a method ``initialize`` gets the pieces of its input there.
+    """
+    pieces = model.dequantize(x, u)[0].split(batch_size)
+    layers_of_levels = [simple_layers(level) for level in model.levels]
+    n_layers = sum(map(len, layers_of_levels))
 
+    with progress_bar(total=n_layers, desc='initializing', delay=1, leave=False) as bar:
+        for layers in layers_of_levels:
+            for layer in layers:
+                for module in modules_to_initialize(layer, pieces[0]):
+                    module.initialize(inputs_of(module, layer, pieces))
+                pieces = [layer(piece)[0] for piece in pieces]
+                bar.update()
+            pieces = [piece.chunk(2, dim=1)[1] for piece in pieces]
+
+
+def simple_layers(layer: nn.Module) -> list[nn.Module]:
+    """Return the layers that a sequence consists of, those of the sequences inside it included."""
+    if not isinstance(layer, Sequence) or hasattr(layer, 'initialize'):
+        return [layer]
+    return [simple for part in layer for simple in simple_layers(part)]
+
+
+def modules_to_initialize(layer: nn.Module, x: Tensor) -> list[nn.Module]:
+    """Return the modules that have a method ``initialize``, in the order of ``layer(x)``."""
+    order: list[nn.Module] = []
     hooks = []
-    for module in model.modules():
+    for module in layer.modules():
         if hasattr(module, 'initialize'):
-            hooks.append(module.register_forward_pre_hook(initialize_layer))
-    model(model.dequantize(x, u)[0])
+            hooks.append(module.register_forward_pre_hook(lambda module, _: order.append(module)))
+    layer(x)
     for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(order))
+
+
+def inputs_of(module: nn.Module, layer: nn.Module, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield what a module inside a layer gets as its input, for each piece of the layer's input."""
+    inputs: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    try:
+        for piece in pieces:
+            inputs.clear()
+            layer(piece)
+            yield inputs[0]
+    finally:
         hook.remove()
 
 
@@ -991,7 +1045,7 @@ class Training:
         x = images[batch_indices(len(images), n, config.seed, step=0)]
         u = torch.rand(x.shape, generator=seeded_generator('cpu', config.seed))
         device = self.process.device
-        initialize(self.model, torch.from_numpy(x).to(device), u.to(device))
+        initialize(self.model, torch.from_numpy(x).to(device), u.to(device), config.batch_size)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
         """Take one step. Returns its bits/dim and its gradient norm."""

@@ -197,6 +197,36 @@ def test_initialisation():
     assert_close(var[4:], torch.ones(8), atol=1e-3)
 
 
+def initialize_at_once(model, x, u):
+    """Initialize a model from all images in one pass, each layer as it gets its input."""
+    hooks = []
+    for module in model.modules():
+        if hasattr(module, 'initialize'):
+            hook = module.register_forward_pre_hook(lambda layer, args: layer.initialize(args))
+            hooks.append(hook)
+    with torch.no_grad():
+        model(model.dequantize(x, u)[0])
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 64])
+def test_initialisation_does_not_depend_on_the_size_of_the_pieces(batch_size):
+    x = random_images(24, 3, 8, 8)
+    u = torch.rand(x.shape)
+    x[:, 0], u[:, 0] = 7, 0.5  # a constant channel
+    expected = tiny_glow(input_dims=(3, 8, 8))
+    initialize_at_once(expected, x, u)
+
+    model, sizes = tiny_glow(input_dims=(3, 8, 8)), []
+    for module in model.levels.modules():
+        module.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    glow.initialize(model, x, u, batch_size)
+    assert max(sizes) == min(batch_size, 24)
+    for key, value in expected.state_dict().items():
+        assert_close(model.state_dict()[key], value, atol=1e-5)
+
+
 def test_initialised_once_and_never_after_a_reload():
     model = tiny_glow()
     assert not any(m.initialized for m in model.modules() if type(m) is glow.Actnorm)
