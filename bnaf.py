@@ -55,6 +55,7 @@ from common.runs import (
     open_run_folder,
     print_how_to_go_on,
     require_agreement,
+    require_launcher,
     stop_if_diverged,
 )
 from common.tensors import tensor_bytes
@@ -692,22 +693,25 @@ class Process(NamedTuple):
 
 
 @contextlib.contextmanager
-def setup() -> Iterator[Process]:
+def setup(device_type: str = '') -> Iterator[Process]:
     """Join the process group of torchrun or torch.distributed.launch, if one has started us.
 
-    The backend is NCCL on GPUs and Gloo on CPUs.
+    The backend is NCCL on GPUs and Gloo on CPUs. ``device_type`` is the value of ``--device``.
     """
+    require_launcher(f'{NAME}.py')
+    torch.set_float32_matmul_precision('highest')  # NVIDIA's containers lower it
     rank = int(os.environ.get('RANK', 0))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     n_nodes = int(os.environ.get('GROUP_WORLD_SIZE', 1))
     n_restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT')
-    device = local_device(local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    n_local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
     store = None
     if world_size > 1 or n_restarts:
         store, _, _ = next(dist.rendezvous('env://'))
         store = getattr(store, 'underlying_store', store)  # torch 2.4 wraps it for each start
+    device = local_device(device_type, local_rank, n_local, store)
     if world_size > 1:
         # torchrun's store outlives the processes. A prefix for each start keeps new ones from
         # finding the addresses of dead ones. (Several nodes have no common count of starts.)
@@ -1261,7 +1265,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     with exit_on_user_error(NAME):
         mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
-        with setup() as process:
+        with setup(request.device) as process:
             settings = {**options, **vars(request)}
             for path in ('data_dir', 'output_dir', 'restore_file'):
                 settings.pop(path, None)  # may differ from machine to machine

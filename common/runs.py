@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,18 +22,51 @@ from .options import Options, RunRequest
 LAST, BEST = 'checkpoint.pt', 'best.pt'
 
 
-def local_device(local_rank: int, n_processes: int) -> torch.device:
-    """Return the GPU of this process, of ``n_processes`` on this machine, or the CPU."""
-    if not torch.cuda.is_available():
+def require_launcher(script: str) -> None:
+    """Raise ``UserError`` where srun has started processes that know nothing of each other."""
+    n_tasks = os.environ.get('SLURM_NTASKS', '1')
+    n_tasks = os.environ.get('SLURM_STEP_NUM_TASKS', n_tasks)  # of srun, not of the whole job
+    if 'RANK' in os.environ or n_tasks == '1':
+        return
+    raise UserError(
+        f'SLURM has {n_tasks} tasks here, but no launcher joins them: type '
+        'srun --ntasks-per-node=1 torchrun --nnodes=... --nproc_per_node=... '
+        f'--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 {script} ..., or, for one process in a '
+        'batch script, unset SLURM_NTASKS first'
+    )
+
+
+def local_device(name: str, local_rank: int, n_processes: int, store: Any) -> torch.device:
+    """Return the GPU of this process, of ``n_processes`` on this machine, or the CPU.
+
+    ``name`` is the value of ``--device``. Each process may see all GPUs or one of its own. It
+    enters its GPU in the launcher's ``store``, so that two processes on one GPU are found out.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == 'cuda' and not has_gpu:
+        raise UserError('--device=cuda: torch finds no GPU; leave the option out, or use cpu')
+    if name == 'cpu' or not has_gpu:
         return torch.device('cpu')
 
     n_gpus = torch.cuda.device_count()
-    if n_processes > n_gpus:
+    device = torch.device('cuda', local_rank % n_gpus)
+    torch.cuda.set_device(device)
+    if n_processes > n_gpus and not has_own_gpu(device, local_rank, n_processes, store):
         raise UserError(
             f'{n_processes} processes on a machine of {n_gpus} GPUs: lower --nproc_per_node'
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device('cuda', local_rank)
+    return device
+
+
+def has_own_gpu(device: torch.device, local_rank: int, n_processes: int, store: Any) -> bool:
+    """Return whether each process of this machine has a GPU of its own, by the GPUs' UUIDs."""
+    uuid = getattr(torch.cuda.get_device_properties(device), 'uuid', None)
+    if uuid is None:  # before torch 2.5
+        return False
+    prefix = f'GPU on {socket.gethostname()} of local rank'
+    store.set(f'{prefix} {local_rank}', str(uuid))
+    uuids = {store.get(f'{prefix} {other}') for other in range(n_processes)}
+    return len(uuids) == n_processes
 
 
 def require_agreement(process: Process, **values: Any) -> None:

@@ -3,19 +3,24 @@
 import json
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import faults
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from helpers import CPU, refusal_line
 
 import bnaf
 import glow
 from common import checkpoints
 from common.errors import UserError, exit_on_user_error
 from common.logs import ScalarWriter
-from common.runs import lock_run_folder, select_checkpoint
+from common.runs import local_device, lock_run_folder, select_checkpoint
 from datasets import tabular
 from datasets.tabular import save_table
 
@@ -132,6 +137,102 @@ def test_a_scalar_that_is_logged_twice_is_found(tmp_path):
     scalars.flush()
     with pytest.raises(AssertionError, match='step 7 is there twice'):
         faults.logged_scalars(tmp_path)
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+def devices_of(uuids, monkeypatch):
+    """Return the device of each process of a machine; ``uuids`` are those of the GPUs it sees."""
+    store, here = dist.HashStore(), threading.local()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: len(here.uuids))
+    monkeypatch.setattr(
+        torch.cuda,
+        'get_device_properties',
+        lambda device: SimpleNamespace(uuid=here.uuids[device.index]),
+    )
+
+    def start(local_rank):
+        here.uuids = uuids[local_rank]
+        return str(local_device('', local_rank, len(uuids), store))
+
+    with ThreadPoolExecutor(len(uuids)) as pool:
+        return list(pool.map(start, range(len(uuids))))
+
+
+@pytest.mark.parametrize(
+    'uuids, devices',
+    [
+        (['a'], ['cuda:0']),
+        (['abc'], ['cuda:0']),
+        (['abc'] * 3, ['cuda:0', 'cuda:1', 'cuda:2']),
+        (['a', 'b', 'c'], ['cuda:0'] * 3),  # as srun --gpus-per-task=1 shows them
+        (['ab', 'ab', 'cd', 'cd'], ['cuda:0', 'cuda:1'] * 2),
+    ],
+)
+def test_each_process_gets_a_gpu_of_its_own(uuids, devices, monkeypatch):
+    assert devices_of(uuids, monkeypatch) == devices
+
+
+@pytest.mark.parametrize('uuids', [['a', 'a'], ['ab'] * 3, ['a', 'b', 'a']])
+def test_two_processes_on_one_gpu_are_refused(uuids, monkeypatch):
+    expected = (
+        f'{len(uuids)} processes on a machine of {len(uuids[0])} GPUs: lower --nproc_per_node'
+    )
+    with pytest.raises(UserError, match=expected):
+        devices_of(uuids, monkeypatch)
+
+
+def test_a_process_that_sees_one_gpu_takes_it_whatever_its_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    assert str(local_device('', 3, 1, None)) == 'cuda:0'
+
+
+@pytest.mark.parametrize('script', faults.SCRIPTS.values(), ids=faults.SCRIPTS)
+def test_the_device_can_be_chosen(script, tmp_path, monkeypatch, capsys):
+    with script.setup('cpu') as process:
+        assert process.device == CPU
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    with script.setup('cpu') as process:
+        assert process.device == CPU
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    words = ['--train', f'--output_dir={tmp_path}']
+    assert 'torch finds no GPU' in refusal_line(script, capsys, *words, '--device=cuda')
+    assert 'must be one of cpu, cuda' in refusal_line(script, capsys, *words, '--device=tpu')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('script', faults.SCRIPTS.values(), ids=faults.SCRIPTS)
+def test_commands_compute_products_in_float32(script, tmp_path, monkeypatch, capsys):
+    torch.set_float32_matmul_precision('high')  # as NVIDIA's containers do
+    refusal_line(script, capsys, '--generate', f'--output_dir={tmp_path}')
+    assert torch.get_float32_matmul_precision() == 'highest'
+
+
+@pytest.mark.parametrize('script', faults.SCRIPTS.values(), ids=faults.SCRIPTS)
+def test_srun_without_a_launcher_is_refused(script, tmp_path, monkeypatch, capsys):
+    def setup_refusal(**variables):
+        for name in ('RANK', 'SLURM_NTASKS', 'SLURM_STEP_NUM_TASKS'):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return refusal_line(script, capsys, '--generate', f'--output_dir={tmp_path}')
+
+    line = setup_refusal(SLURM_NTASKS='4')
+    assert f'--rdzv_endpoint=HOST:29500 {script.NAME}.py' in line and 'unset SLURM_NTASKS' in line
+    assert 'SLURM has 2 tasks' in setup_refusal(SLURM_NTASKS='1', SLURM_STEP_NUM_TASKS='2')
+
+    for variables in (
+        dict(SLURM_NTASKS='1'),
+        dict(SLURM_NTASKS='4', SLURM_STEP_NUM_TASKS='1'),
+        dict(SLURM_NTASKS='4', RANK='0'),
+    ):
+        assert 'train first' in setup_refusal(**variables)
 
 
 # --------------------------------------------------------------------------------------------- logs
