@@ -43,13 +43,14 @@ from torch.utils.checkpoint import checkpoint
 from common.batches import batch_indices, seeded_generator, steps_per_epoch
 from common.checkpoints import CheckpointFormat
 from common.errors import UserError, exit_on_user_error
-from common.files import digest, write_json
+from common.files import write_json
 from common.logs import TrainingLog, progress_bar
 from common.options import CommandLine, Options, RunRequest, option, resolve_config
 from common.runs import (
     BEST,
     LAST,
     catch_stop_signals,
+    load_on_rank_0,
     load_selected_checkpoint,
     local_device,
     open_run_folder,
@@ -58,7 +59,6 @@ from common.runs import (
     require_launcher,
     stop_if_diverged,
 )
-from common.tensors import tensor_bytes
 from datasets.plots import draw_density, draw_pairs, save_figure
 from datasets.tabular import (
     SUFFIXES,
@@ -678,6 +678,13 @@ class Process(NamedTuple):
             dist.all_gather_object(values, value)
         return values
 
+    def share(self, value: Any) -> Any:
+        """Return the value of rank 0 on every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
@@ -736,16 +743,19 @@ def setup(device_type: str = '') -> Iterator[Process]:
 def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module:
     """Wrap the objective, so that its gradients are averaged over all processes.
 
-    Raises ``UserError`` unless all processes agree on the given values and on the weights. Buffers
-    are not sent, as they never change.
+    All processes get the parameters and buffers of rank 0, once: processors of several kinds round
+    differently. Raises ``UserError`` unless all processes agree on the given values.
     """
     if process.world_size == 1:
         return objective
-    weights = digest('', map(tensor_bytes, objective.state_dict().values()))
-    require_agreement(process, weights=weights, **values)
+    require_agreement(process, **values)
 
-    buffers = [name for name, _ in objective.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
+    # sent here, as DDP sends buffers at each step or never, and not of every type
+    buffers = dict(objective.named_buffers())
+    shared = process.share({name: buffer.cpu() for name, buffer in buffers.items()})
+    for name, buffer in buffers.items():
+        buffer.copy_(shared[name])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, list(buffers))
     return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
@@ -868,6 +878,13 @@ class Training:
         self.best, self.best_step, self.validation_loss = math.inf, 0, math.nan
 
         self.model = build_model(config, self.input_dims).to(process.device)
+        self.objective = wrap_ddp(
+            Objective(self.model, data),
+            process,
+            options=asdict(replace(config, data_dir='')),
+            data=data.fingerprint,
+            step=saved['step'] if saved else 0,
+        )
         average = get_ema_multi_avg_fn(config.ema_decay)
         self.average = AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = build_optimizer(config, self.model.parameters())
@@ -894,13 +911,6 @@ class Training:
 
         if saved is not None:
             CHECKPOINT.restore(self, saved)
-        self.objective = wrap_ddp(
-            Objective(self.model, data),
-            process,
-            options=asdict(replace(config, data_dir='')),
-            data=data.fingerprint,
-            step=self.step,
-        )
 
     @property
     def last_step(self) -> int:
@@ -973,7 +983,7 @@ def train(
         run = Training(config, data, process, saved)
         log = TrainingLog(run, folder, UNIT, ITEMS)
         last, best = folder / LAST, folder / BEST
-        if not best.exists():
+        if not process.share(best.exists()):
             run.best = math.inf  # a best score is worth nothing without its weights
 
         with log:
@@ -988,7 +998,7 @@ def train(
             save_checkpoint(run, log, last)
             print_how_to_go_on(run, NAME, signals, last)
             return None
-        return load_checkpoint(best if best.exists() else last)
+        return load_on_rank_0(process, lambda: load_checkpoint(best if best.exists() else last))
 
 
 def take_steps(

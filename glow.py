@@ -47,6 +47,7 @@ from common.runs import (
     BEST,
     LAST,
     catch_stop_signals,
+    load_on_rank_0,
     load_selected_checkpoint,
     local_device,
     open_run_folder,
@@ -782,6 +783,13 @@ class Process(NamedTuple):
             dist.all_gather_object(values, value)
         return values
 
+    def share(self, value: Any) -> Any:
+        """Return the value of rank 0 on every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
@@ -840,16 +848,19 @@ def setup(device_type: str = '') -> Iterator[Process]:
 def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module:
     """Wrap the objective, so that its gradients are averaged over all processes.
 
-    Raises ``UserError`` unless all processes agree on the given values and on the weights. Buffers
-    are not sent, as they never change.
+    All processes get the parameters and buffers of rank 0, once: processors of several kinds round
+    differently. Raises ``UserError`` unless all processes agree on the given values.
     """
     if process.world_size == 1:
         return objective
-    weights = digest('', map(tensor_bytes, objective.state_dict().values()))
-    require_agreement(process, weights=weights, **values)
+    require_agreement(process, **values)
 
-    buffers = [name for name, _ in objective.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
+    # sent here, as DDP sends buffers at each step or never, and not of every type
+    buffers = dict(objective.named_buffers())
+    shared = process.share({name: buffer.cpu() for name, buffer in buffers.items()})
+    for name, buffer in buffers.items():
+        buffer.copy_(shared[name])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, list(buffers))
     return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
@@ -1023,8 +1034,15 @@ class Training:
         self.validate_every = self.steps_per_epoch * epochs_per_validation
         self.n_steps = self.last_step = config.n_epochs * self.steps_per_epoch
 
-        if saved is None:
+        if saved is None and process.rank == 0:
             self.initialize_actnorms()
+        self.objective = wrap_ddp(
+            BitsPerDim(self.model, data.n_values, config.bf16),
+            process,
+            data=data.fingerprint,
+            options=asdict(replace(config, data_dir='')),
+            step=saved['step'] if saved else 0,
+        )
         average = get_ema_multi_avg_fn(config.ema_decay)
         self.average = AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = build_optimizer(config, self.model.parameters())
@@ -1034,16 +1052,9 @@ class Training:
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()  # steps of one shape share what was compiled for the first
-        self.objective = wrap_ddp(
-            BitsPerDim(self.model, data.n_values, config.bf16),
-            process,
-            data=data.fingerprint,
-            options=asdict(replace(config, data_dir='')),
-            step=self.step,
-        )
 
     def initialize_actnorms(self) -> None:
-        """Initialize the actnorms from the same images and noise on every process."""
+        """Initialize the actnorms from images and noise that the seed decides."""
         images, config = self.data.train.images, self.config
         n = min(len(images), config.batch_size_init)
         x = images[batch_indices(len(images), n, config.seed, step=0)]
@@ -1117,7 +1128,7 @@ def train(
         run = Training(config, data, process, saved)
         log = TrainingLog(run, folder, UNIT, ITEMS)
         last, best = folder / LAST, folder / BEST
-        if not best.exists():
+        if not process.share(best.exists()):
             run.best = math.inf  # a best score is worth nothing without its weights
 
         with log:
@@ -1132,7 +1143,7 @@ def train(
             save_checkpoint(run, log, last)
             print_how_to_go_on(run, NAME, signals, last)
             return None
-        return load_checkpoint(best if best.exists() else last)
+        return load_on_rank_0(process, lambda: load_checkpoint(best if best.exists() else last))
 
 
 def take_steps(

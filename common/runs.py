@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -96,27 +96,52 @@ def load_selected_checkpoint(
 
     Returns None where a training starts from nothing.
     """
-    restarted_from = None
-    if process.store and process.store.check([script]):
-        restarted_from = Path(process.store.get(script).decode())
-    path = select_checkpoint(script, request, mode, restarted_from)
-    saved = load(path) if path else None
 
-    position = None
-    if saved:
-        position = [saved['step'], saved['validation_loss'], saved['best']]
-    require_agreement(process, checkpoint=position)
+    def select_and_load() -> dict[str, Any] | None:
+        restarted_from = None
+        if process.store and process.store.check([script]):
+            restarted_from = Path(process.store.get(script).decode())
+        path = select_checkpoint(script, request, mode, restarted_from)
+        return load(path) if path else None
+
+    saved = load_on_rank_0(process, select_and_load, to_train=mode == 'train')
     if saved and process.rank == 0:
         score = 'not validated yet'
         if saved['best'] < math.inf:
             score = f'validation loss {saved["validation_loss"]:.4f} {unit}'
-        print(f'restored {path}: step {saved["step"]}, {score}')
+        print(f'restored {saved["path"]}: step {saved["step"]}, {score}')
         if mode == 'train' and saved['world_size'] != process.world_size:
             print(
                 f'note: {saved["world_size"]} processes before, {process.world_size} now: the '
                 'batch of a step and the number of steps in an epoch change with them'
             )
     return saved
+
+
+def load_on_rank_0(
+    process: Process, load: Callable[[], dict[str, Any] | None], to_train: bool = False
+) -> dict[str, Any] | None:
+    """Return, on every process, the content of a checkpoint that rank 0 loads, or None.
+
+    The file may lie on the disk of rank 0 alone. Unless it is ``to_train`` on, only what evaluation
+    needs is sent. Raises ``UserError`` on every process where rank 0 cannot load it.
+    """
+    saved, error = None, None
+    if process.rank == 0:
+        try:
+            saved = load()
+        except UserError as caught:
+            error = caught
+    error = process.share(error)
+    if error:
+        raise error
+
+    names = list(saved) if saved else []
+    if not to_train:
+        names = [name for name in names if name not in ('model', 'optimizer')]
+    # entry by entry, as each takes several times its size while it is sent
+    content = {name: process.share(saved and saved[name]) for name in process.share(names)}
+    return content or None
 
 
 def select_checkpoint(

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import CPU, refusal_line
+from helpers import CPU, joined_group, only, refusal_line, run_on_machines
 
 import bnaf
 import glow
 from common import checkpoints
 from common.errors import UserError, exit_on_user_error
 from common.logs import ScalarWriter
+from common.options import resolve_config
 from common.runs import local_device, lock_run_folder, select_checkpoint
-from datasets import tabular
+from datasets import load_images, tabular
 from datasets.tabular import save_table
 
 # ---------------------------------------------------------------------------- the harness, in short
@@ -140,6 +141,89 @@ def test_a_scalar_that_is_logged_twice_is_found(tmp_path):
 
 
 # ------------------------------------------------------------------------------- several processes
+
+
+def save_first_state(rank, name, folder):
+    """Save the weights and averages of a training that is built from other weights on process 1."""
+    script = faults.SCRIPTS[name]
+    build_model = script.build_model
+
+    def build_differently(config, input_dims):
+        model = build_model(config, input_dims)
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value += rank  # a difference that no rounding explains
+        return model
+
+    script.build_model = build_differently
+    config, data = tiny_training(name)
+    with joined_group(rank, 2, folder):
+        run = script.Training(config, data, script.Process(rank, 2, CPU))
+        state = {**run.model.state_dict(), **run.average.state_dict()}
+    torch.save(state, f'{folder}/{rank}.pt')
+
+
+def tiny_training(name):
+    """Return the config and the data of a small training."""
+    if name == 'bnaf':
+        return bnaf.Config(dataset='rings', n_flows=2, hidden_dim=4), tabular.load_table('rings')
+    options = dict(dataset='digits', depth=1, width=8)
+    return resolve_config(glow.Config, options, glow.DEFAULTS, None, ()), load_images('digits')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', faults.SCRIPTS)
+def test_all_processes_start_from_the_weights_of_the_first(name, tmp_path):
+    """Machines with other processors round the same initial weights differently."""
+    torch.multiprocessing.spawn(save_first_state, (name, tmp_path), nprocs=2)
+    config, data = tiny_training(name)
+    run = faults.SCRIPTS[name].Training(config, data, faults.SCRIPTS[name].Process(0, 1, CPU))
+    expected = {**run.model.state_dict(), **run.average.state_dict()}
+    for rank in (0, 1):
+        state = torch.load(tmp_path / f'{rank}.pt')
+        assert state.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(state[key], value), (rank, key)
+
+
+ALONE = {
+    'glow': [*faults.DIGITS[:-1], '--batch_size=64'],
+    'bnaf': ['--dataset=rings', '--hidden_dim=4', '--batch_size=50'],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ALONE)
+def test_machines_without_a_common_disk(name, tmp_path):
+    """Training, resuming and evaluating; only the first machine has files of the run."""
+    folders = [tmp_path / 'first', tmp_path / 'second']
+    for folder in folders:
+        folder.mkdir()
+    script = faults.SCRIPTS[name].__file__
+    for words in (
+        ['--train', *ALONE[name], '--n_epochs=1'],
+        ['--train', '--resume', '--n_epochs=2'],
+        ['--evaluate'],
+    ):
+        (code, out, err), (other_code, other_out, other_err) = run_on_machines(
+            script, *words, folders=folders
+        )
+        assert code == other_code == 0, err + other_err
+        assert 'two standard errors' in out and not other_out
+    run = only(folders[0].glob('results/*'))
+    last = faults.SCRIPTS[name].load_checkpoint(run / 'checkpoint.pt')
+    assert last['config'].n_epochs == 2
+    assert not list(folders[1].rglob('*.pt'))
+
+    (run / 'checkpoint.pt').write_bytes(b'damaged')
+    (run / 'best.pt').unlink()
+    for words, part in (
+        (['--train', '--resume'], 'checkpoint.pt cannot be read as a checkpoint'),
+        (['--evaluate', '--output_dir=none'], 'no checkpoint of'),
+    ):
+        for code, _, err in run_on_machines(script, *words, folders=folders):
+            (line,) = err.strip().splitlines()
+            assert code == 2 and line.startswith(f'{name}.py: error: ') and part in line
 
 
 def devices_of(uuids, monkeypatch):
