@@ -45,21 +45,22 @@ from common.averages import moving_average
 from common.batches import Stream, batch_indices, seed_sequence, seeded_generator
 from common.checkpoints import CheckpointFormat
 from common.errors import UserError, exit_on_user_error
-from common.files import digest, write_json
+from common.files import write_json
 from common.logs import TrainingLog, progress_bar
 from common.options import CommandLine, Options, RunRequest, option, resolve_config
 from common.runs import (
     BEST,
     LAST,
     catch_stop_signals,
+    load_on_rank_0,
     load_selected_checkpoint,
     local_device,
     open_run_folder,
     print_how_to_go_on,
     require_agreement,
+    require_launcher,
     stop_if_diverged,
 )
-from common.tensors import tensor_bytes
 from datasets.plots import draw_density, draw_pairs, save_figure
 from datasets.tabular import (
     TABLES,
@@ -682,6 +683,13 @@ class Process(NamedTuple):
             dist.all_gather_object(values, value)
         return values
 
+    def share(self, value: Any) -> Any:
+        """Return the value of rank 0 on every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
@@ -697,22 +705,25 @@ class Process(NamedTuple):
 
 
 @contextlib.contextmanager
-def setup() -> Iterator[Process]:
+def setup(device_type: str = '') -> Iterator[Process]:
     """Join the process group of torchrun or torch.distributed.launch, if one has started us.
 
-    The backend is NCCL on GPUs and Gloo on CPUs.
+    The backend is NCCL on GPUs and Gloo on CPUs. ``device_type`` is the value of ``--device``.
     """
+    require_launcher(f'{NAME}.py')
+    torch.set_float32_matmul_precision('highest')  # NVIDIA's containers lower it
     rank = int(os.environ.get('RANK', 0))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     n_nodes = int(os.environ.get('GROUP_WORLD_SIZE', 1))
     n_restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT')
-    device = local_device(local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    n_local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
     store = None
     if world_size > 1 or n_restarts:
         store, _, _ = next(dist.rendezvous('env://'))
         store = getattr(store, 'underlying_store', store)  # torch 2.4 wraps it for each start
+    device = local_device(device_type, local_rank, n_local, store)
     if world_size > 1:
         # torchrun's store outlives the processes. A prefix for each start keeps new ones from
         # finding the addresses of dead ones. (Several nodes have no common count of starts.)
@@ -737,16 +748,19 @@ def setup() -> Iterator[Process]:
 def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module:
     """Wrap the objective, so that its gradients are averaged over all processes.
 
-    Raises ``UserError`` unless all processes agree on the given values and on the weights. Buffers
-    are not sent, as they never change.
+    All processes get the parameters and buffers of rank 0, once: processors of several kinds round
+    differently. Raises ``UserError`` unless all processes agree on the given values.
     """
     if process.world_size == 1:
         return objective
-    weights = digest('', map(tensor_bytes, objective.state_dict().values()))
-    require_agreement(process, weights=weights, **values)
+    require_agreement(process, **values)
 
-    buffers = [name for name, _ in objective.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
+    # sent here, as DDP sends buffers at each step or never, and not of every type
+    buffers = dict(objective.named_buffers())
+    shared = process.share({name: buffer.cpu() for name, buffer in buffers.items()})
+    for name, buffer in buffers.items():
+        buffer.copy_(shared[name])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, list(buffers))
     return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
@@ -892,6 +906,13 @@ class Training:
         self.n_seen, self.first_world_size = 0, process.world_size
 
         self.model = build_model(config, self.input_dims).to(process.device)
+        self.objective = wrap_ddp(
+            Objective(self.model, data),
+            process,
+            options=asdict(replace(config, data_dir='')),
+            data=data.fingerprint,
+            step=saved['step'] if saved else 0,
+        )
         self.average = AveragedModel(self.model)
         self.optimizer = build_optimizer(config, self.model.parameters())
         self.scheduler = Plateau(
@@ -921,13 +942,6 @@ class Training:
         self.fingerprint = data.fingerprint
         self.average.multi_avg_fn = moving_average(
             config.ema_decay, process.world_size / self.first_world_size
-        )
-        self.objective = wrap_ddp(
-            Objective(self.model, data),
-            process,
-            options=asdict(replace(config, data_dir='')),
-            data=data.fingerprint,
-            step=self.step,
         )
 
     @property
@@ -1009,7 +1023,7 @@ def train(
         run = Training(config, data, process, saved)
         log = TrainingLog(run, folder, ITEMS, format_score)
         last, best = folder / LAST, folder / BEST
-        if not best.exists():
+        if not process.share(best.exists()):
             run.best = math.inf  # a best score is worth nothing without its weights
 
         with log:
@@ -1024,7 +1038,7 @@ def train(
             save_checkpoint(run, log, last)
             print_how_to_go_on(run, NAME, signals, last)
             return None
-        return load_checkpoint(best if best.exists() else last)
+        return load_on_rank_0(process, lambda: load_checkpoint(best if best.exists() else last))
 
 
 def take_steps(
@@ -1321,7 +1335,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     with exit_on_user_error(NAME):
         mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
-        with setup() as process:
+        with setup(request.device) as process:
             settings = {**options, **vars(request)}
             for path in ('data_dir', 'output_dir', 'restore_file'):
                 settings.pop(path, None)  # may differ from machine to machine

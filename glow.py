@@ -43,15 +43,18 @@ from common.errors import UserError, exit_on_user_error, warn_on_error
 from common.files import digest, write_json
 from common.logs import TrainingLog, progress_bar
 from common.options import CommandLine, Options, RunRequest, option, resolve_config
+from common.precision import without_tf32
 from common.runs import (
     BEST,
     LAST,
     catch_stop_signals,
+    load_on_rank_0,
     load_selected_checkpoint,
     local_device,
     open_run_folder,
     print_how_to_go_on,
     require_agreement,
+    require_launcher,
     stop_if_diverged,
 )
 from common.tensors import tensor_bytes, tensor_cache
@@ -244,7 +247,7 @@ class Dequantize(nn.Module):
 
     def log_bins(self, x: Tensor) -> float:
         """Return D n log 2, the logarithm of the number of images that there are."""
-        return x[0].numel() * self.n_bits * math.log(2)
+        return math.prod(x.shape[1:]) * self.n_bits * math.log(2)
 
     def forward(self, x: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Dequantize uint8 images. Without ``u``, of their shape, the noise is drawn."""
@@ -282,7 +285,7 @@ class ChannelAffine(nn.Module):
 class Actnorm(ChannelAffine):
     """Activation normalization (sec. 3.1): y = s * x + b per channel, log|det| = H W sum(log s).
 
-    The first batch sets s and b so that each channel of y has zero mean and unit variance.
+    The first images set s and b so that each channel of y has zero mean and unit variance.
     """
 
     def __init__(self, n_channels: int) -> None:
@@ -290,15 +293,30 @@ class Actnorm(ChannelAffine):
         self.register_buffer('initialized', torch.tensor(False))
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set s and b from a batch, once. A constant channel is only centred."""
+    def initialize(self, pieces: Iterable[Tensor]) -> None:
+        """Set s and b from the pieces of a batch, once. A constant channel is only centred."""
         if self.initialized:
             return
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        mean, var = channel_moments(pieces)
         std = torch.where(var > 1e-8, var.sqrt(), 1.0)[:, None, None]
         self.log_s.copy_(-std.log())
         self.b.copy_(-mean[:, None, None] / std)
         self.initialized.fill_(True)
+
+
+def channel_moments(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance of each channel over all pieces of a batch, in float64."""
+    sizes, means, variances = [], [], []
+    for x in pieces:
+        var, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+        sizes.append(len(x))
+        means.append(mean)
+        variances.append(var)
+
+    shares = means[0].new_tensor(sizes) / sum(sizes)
+    mean = shares @ torch.stack(means)
+    deviations = torch.stack(means) - mean
+    return mean, shares @ (torch.stack(variances) + deviations.square())
 
 
 class LearnedPrior(ChannelAffine):
@@ -342,7 +360,7 @@ class Invertible1x1Conv(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # the latent itself is never rounded
             w, logdet = self.weight()
-            z = F.conv2d(x, w[:, :, None, None])
+            z = multiply_channels(w, x)
             logdet = logdet * x.shape[2] * x.shape[3]
         return z, logdet.expand(len(x))
 
@@ -350,9 +368,17 @@ class Invertible1x1Conv(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             w, logdet = self.weight()
             w_inverse = torch.linalg.inv(w.double()).to(w.dtype)
-            x = F.conv2d(z, w_inverse[:, :, None, None])
+            x = multiply_channels(w_inverse, z)
             logdet = -logdet * z.shape[2] * z.shape[3]
         return x, logdet.expand(len(z))
+
+
+def multiply_channels(w: Tensor, x: Tensor) -> Tensor:
+    """Return W x_ij at every pixel of x, of shape (B, C, H, W).
+
+    It is a matrix product, because GPUs round the operands of a float32 convolution to TF32.
+    """
+    return F.linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
 
 
 class ConvActnorm(nn.Module):
@@ -365,9 +391,9 @@ class ConvActnorm(nn.Module):
         nn.init.normal_(self.conv.weight, std=0.05)
         self.actnorm = Actnorm(out_channels)
 
-    def initialize(self, x: Tensor) -> None:
-        """Set the actnorm from a batch, once."""
-        self.actnorm.initialize(self.conv(x))
+    def initialize(self, pieces: Iterable[Tensor]) -> None:
+        """Set the actnorm from the pieces of a batch, once."""
+        self.actnorm.initialize(self.conv(x) for x in pieces)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.actnorm.log_s.exp()[..., None] * self.conv.weight
@@ -475,10 +501,15 @@ class Squeeze(nn.Module):
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+        b, c, h, w = x.shape
+        z = F.pixel_unshuffle(x, 2)
+        # torch leaves the shape of an empty batch as it was
+        return z.reshape(b, 4 * c, h // 2, w // 2), x.new_zeros(b)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(z, 2), z.new_zeros(len(z))
+        b, c, h, w = z.shape
+        x = F.pixel_shuffle(z, 2)
+        return x.reshape(b, c // 4, 2 * h, 2 * w), z.new_zeros(b)
 
 
 class Sequence(nn.ModuleList):
@@ -560,6 +591,7 @@ class Glow(nn.Module):
         plu: learn the PLU factors of the 1x1 convolutions.
 
     z has the shape (B, C H W): the halves factored out by the splits, finest first, and the rest.
+    Only training uses TF32, in the coupling networks; all else is computed in float32.
     """
 
     def __init__(
@@ -585,15 +617,18 @@ class Glow(nn.Module):
             self.z_shapes.append((c, h, w))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        is_training = self.training and torch.is_grad_enabled()
         z, logdet = [], x.new_zeros(len(x))
-        for level in self.levels:
-            x, logdet_level = level(x)
-            logdet = logdet + logdet_level
-            if level is not self.levels[-1]:
-                z_a, x = x.chunk(2, dim=1)
-                z.append(z_a.flatten(1))
+        with contextlib.nullcontext() if is_training else without_tf32():
+            for level in self.levels:
+                x, logdet_level = level(x)
+                logdet = logdet + logdet_level
+                if level is not self.levels[-1]:
+                    z_a, x = x.chunk(2, dim=1)
+                    z.append(z_a.flatten(1))
         return torch.cat([*z, x.flatten(1)], dim=1), logdet
 
+    @without_tf32()
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         logdet = z.new_zeros(len(z))
         parts = z.split([math.prod(shape) for shape in self.z_shapes], dim=1)
@@ -609,8 +644,14 @@ class Glow(nn.Module):
         """Return log p(x) in nats, of shape (B,), of uint8 images.
 
         ``u`` is the noise of the dequantization, of the shape of ``x`` and in [0, 1). Without it
-        the noise is drawn.
+        the noise is drawn. Raises ``ValueError`` for other images than the model's.
         """
+        if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1:] != self.input_dims:
+            c, h, w = self.input_dims
+            raise ValueError(
+                f'log_prob takes uint8 images of shape (B, {c}, {h}, {w}), '
+                f'not {x.dtype} of shape {tuple(x.shape)}'
+            )
         x, logdet_bins = self.dequantize(x, u)
         z, logdet = self(x)
         return log_normal(z) + logdet + logdet_bins
@@ -629,18 +670,57 @@ class Glow(nn.Module):
 
 
 @torch.no_grad()
-def initialize(model: Glow, x: Tensor, u: Tensor | None = None) -> None:
-    """Initialize, from uint8 images, every actnorm that is not initialized yet (sec. 3.1)."""
+@without_tf32()
+def initialize(model: Glow, x: Tensor, u: Tensor | None = None, batch_size: int = 16) -> None:
+    """Initialize, from uint8 images, every actnorm that is not initialized yet (sec. 3.1).
 
-    def initialize_layer(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        layer.initialize(inputs[0])
+    The images go through one layer after the other, in pieces of ``batch_size``, which bounds the
+    memory. Every module with a method ``initialize`` gets the pieces of its input there.
+    """
+    pieces = model.dequantize(x, u)[0].split(batch_size)
+    layers_of_levels = [simple_layers(level) for level in model.levels]
+    n_layers = sum(map(len, layers_of_levels))
 
+    with progress_bar(total=n_layers, desc='initializing', delay=1, leave=False) as bar:
+        for layers in layers_of_levels:
+            for layer in layers:
+                for module in modules_to_initialize(layer, pieces[0]):
+                    module.initialize(inputs_of(module, layer, pieces))
+                pieces = [layer(piece)[0] for piece in pieces]
+                bar.update()
+            pieces = [piece.chunk(2, dim=1)[1] for piece in pieces]
+
+
+def simple_layers(layer: nn.Module) -> list[nn.Module]:
+    """Return the layers that a sequence consists of, those of the sequences inside it included."""
+    if not isinstance(layer, Sequence) or hasattr(layer, 'initialize'):
+        return [layer]
+    return [simple for part in layer for simple in simple_layers(part)]
+
+
+def modules_to_initialize(layer: nn.Module, x: Tensor) -> list[nn.Module]:
+    """Return the modules that have a method ``initialize``, in the order of ``layer(x)``."""
+    order: list[nn.Module] = []
     hooks = []
-    for module in model.modules():
+    for module in layer.modules():
         if hasattr(module, 'initialize'):
-            hooks.append(module.register_forward_pre_hook(initialize_layer))
-    model(model.dequantize(x, u)[0])
+            hooks.append(module.register_forward_pre_hook(lambda module, _: order.append(module)))
+    layer(x)
     for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(order))
+
+
+def inputs_of(module: nn.Module, layer: nn.Module, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield what a module inside a layer gets as its input, for each piece of the layer's input."""
+    inputs: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    try:
+        for piece in pieces:
+            inputs.clear()
+            layer(piece)
+            yield inputs[0]
+    finally:
         hook.remove()
 
 
@@ -707,6 +787,13 @@ class Process(NamedTuple):
             dist.all_gather_object(values, value)
         return values
 
+    def share(self, value: Any) -> Any:
+        """Return the value of rank 0 on every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
@@ -722,22 +809,25 @@ class Process(NamedTuple):
 
 
 @contextlib.contextmanager
-def setup() -> Iterator[Process]:
+def setup(device_type: str = '') -> Iterator[Process]:
     """Join the process group of torchrun or torch.distributed.launch, if one has started us.
 
-    The backend is NCCL on GPUs and Gloo on CPUs.
+    The backend is NCCL on GPUs and Gloo on CPUs. ``device_type`` is the value of ``--device``.
     """
+    require_launcher(f'{NAME}.py')
+    torch.set_float32_matmul_precision('highest')  # NVIDIA's containers lower it
     rank = int(os.environ.get('RANK', 0))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     n_nodes = int(os.environ.get('GROUP_WORLD_SIZE', 1))
     n_restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT')
-    device = local_device(local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    n_local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
     store = None
     if world_size > 1 or n_restarts:
         store, _, _ = next(dist.rendezvous('env://'))
         store = getattr(store, 'underlying_store', store)  # torch 2.4 wraps it for each start
+    device = local_device(device_type, local_rank, n_local, store)
     if world_size > 1:
         # torchrun's store outlives the processes. A prefix for each start keeps new ones from
         # finding the addresses of dead ones. (Several nodes have no common count of starts.)
@@ -762,16 +852,19 @@ def setup() -> Iterator[Process]:
 def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module:
     """Wrap the objective, so that its gradients are averaged over all processes.
 
-    Raises ``UserError`` unless all processes agree on the given values and on the weights. Buffers
-    are not sent, as they never change.
+    All processes get the parameters and buffers of rank 0, once: processors of several kinds round
+    differently. Raises ``UserError`` unless all processes agree on the given values.
     """
     if process.world_size == 1:
         return objective
-    weights = digest('', map(tensor_bytes, objective.state_dict().values()))
-    require_agreement(process, weights=weights, **values)
+    require_agreement(process, **values)
 
-    buffers = [name for name, _ in objective.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
+    # sent here, as DDP sends buffers at each step or never, and not of every type
+    buffers = dict(objective.named_buffers())
+    shared = process.share({name: buffer.cpu() for name, buffer in buffers.items()})
+    for name, buffer in buffers.items():
+        buffer.copy_(shared[name])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, list(buffers))
     return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
@@ -957,8 +1050,15 @@ class Training:
         self.best, self.validation_loss = math.inf, math.nan
         self.n_seen, self.first_world_size = 0, process.world_size
 
-        if saved is None:
+        if saved is None and process.rank == 0:
             self.initialize_actnorms()
+        self.objective = wrap_ddp(
+            BitsPerDim(self.model, data.n_values, config.bf16),
+            process,
+            data=data.fingerprint,
+            options=asdict(replace(config, data_dir='')),
+            step=saved['step'] if saved else 0,
+        )
         self.average = AveragedModel(self.model)
         self.optimizer = build_optimizer(config, self.model.parameters())
         if saved is not None:
@@ -981,23 +1081,16 @@ class Training:
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()  # steps of one shape share what was compiled for the first
-        self.objective = wrap_ddp(
-            BitsPerDim(self.model, data.n_values, config.bf16),
-            process,
-            data=data.fingerprint,
-            options=asdict(replace(config, data_dir='')),
-            step=self.step,
-        )
 
     def initialize_actnorms(self) -> None:
-        """Initialize the actnorms from the same images and noise on every process."""
+        """Initialize the actnorms from images and noise that the seed decides."""
         images, config = self.data.train.images, self.config
         n = min(len(images), config.batch_size_init)
         x = images[batch_indices(len(images), n, config.seed)]
         generator = seeded_generator('cpu', Stream.INITIALIZATION, config.seed)
         u = torch.rand(x.shape, generator=generator)
         device = self.process.device
-        initialize(self.model, torch.from_numpy(x).to(device), u.to(device))
+        initialize(self.model, torch.from_numpy(x).to(device), u.to(device), config.batch_size)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
         """Take one step. Returns its bits/dim and its gradient norm."""
@@ -1067,7 +1160,7 @@ def train(
         run = Training(config, data, process, saved)
         log = TrainingLog(run, folder, ITEMS, format_score)
         last, best = folder / LAST, folder / BEST
-        if not best.exists():
+        if not process.share(best.exists()):
             run.best = math.inf  # a best score is worth nothing without its weights
 
         with log:
@@ -1082,7 +1175,7 @@ def train(
             save_checkpoint(run, log, last)
             print_how_to_go_on(run, NAME, signals, last)
             return None
-        return load_checkpoint(best if best.exists() else last)
+        return load_on_rank_0(process, lambda: load_checkpoint(best if best.exists() else last))
 
 
 def take_steps(
@@ -1363,7 +1456,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     with exit_on_user_error(NAME):
         mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
-        with setup() as process:
+        with setup(request.device) as process:
             settings = {**options, **vars(request)}
             for path in ('data_dir', 'output_dir', 'restore_file'):
                 settings.pop(path, None)  # may differ from machine to machine

@@ -20,6 +20,9 @@ class Process(Protocol):
     def gather(self, value: T) -> list[T]:
         """Return the value of every process, in the order of ranks."""
 
+    def share(self, value: T) -> T:
+        """Return the value of rank 0 on every process."""
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place."""
 

@@ -25,7 +25,7 @@ GROUPS = {
     'run': 'runs and processes (torchrun or torch.distributed.launch starts several)',
     'output': 'output',
 }
-OPTIONS_OF_EVERY_MODE = ('output_dir', 'restore_file', 'distributed')
+OPTIONS_OF_EVERY_MODE = ('output_dir', 'restore_file', 'device', 'distributed')
 Defaults = dict[str, dict[str, Any]]  # of each data set: {option: value}
 
 
@@ -111,6 +111,9 @@ class RunRequest(Options):
         'run',
         False,
         'slow: stop at the first NaN in a backward pass and name the operation it came from',
+    )
+    device: str = option(
+        'run', '', 'cpu or cuda (default: a GPU if there is one)', choices=('cpu', 'cuda')
     )
     distributed: bool = option('run', False, 'accepted without effect: the launcher decides')
 

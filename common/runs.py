@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -25,18 +26,51 @@ TIME = '%Y-%m-%d_%H-%M-%S'
 TIME_AND_NUMBER = r'\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(-\d+)?'
 
 
-def local_device(local_rank: int, n_processes: int) -> torch.device:
-    """Return the GPU of this process, of ``n_processes`` on this machine, or the CPU."""
-    if not torch.cuda.is_available():
+def require_launcher(script: str) -> None:
+    """Raise ``UserError`` where srun has started processes that know nothing of each other."""
+    n_tasks = os.environ.get('SLURM_NTASKS', '1')
+    n_tasks = os.environ.get('SLURM_STEP_NUM_TASKS', n_tasks)  # of srun, not of the whole job
+    if 'RANK' in os.environ or n_tasks == '1':
+        return
+    raise UserError(
+        f'SLURM has {n_tasks} tasks here, but no launcher joins them: type '
+        'srun --ntasks-per-node=1 torchrun --nnodes=... --nproc_per_node=... '
+        f'--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 {script} ..., or, for one process in a '
+        'batch script, unset SLURM_NTASKS first'
+    )
+
+
+def local_device(name: str, local_rank: int, n_processes: int, store: Any) -> torch.device:
+    """Return the GPU of this process, of ``n_processes`` on this machine, or the CPU.
+
+    ``name`` is the value of ``--device``. Each process may see all GPUs or one of its own. It
+    enters its GPU in the launcher's ``store``, so that two processes on one GPU are found out.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == 'cuda' and not has_gpu:
+        raise UserError('--device=cuda: torch finds no GPU; leave the option out, or use cpu')
+    if name == 'cpu' or not has_gpu:
         return torch.device('cpu')
 
     n_gpus = torch.cuda.device_count()
-    if n_processes > n_gpus:
+    device = torch.device('cuda', local_rank % n_gpus)
+    torch.cuda.set_device(device)
+    if n_processes > n_gpus and not has_own_gpu(device, local_rank, n_processes, store):
         raise UserError(
             f'{n_processes} processes on a machine of {n_gpus} GPUs: lower --nproc_per_node'
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device('cuda', local_rank)
+    return device
+
+
+def has_own_gpu(device: torch.device, local_rank: int, n_processes: int, store: Any) -> bool:
+    """Return whether each process of this machine has a GPU of its own, by the GPUs' UUIDs."""
+    uuid = getattr(torch.cuda.get_device_properties(device), 'uuid', None)
+    if uuid is None:  # before torch 2.5
+        return False
+    prefix = f'GPU on {socket.gethostname()} of local rank'
+    store.set(f'{prefix} {local_rank}', str(uuid))
+    uuids = {store.get(f'{prefix} {other}') for other in range(n_processes)}
+    return len(uuids) == n_processes
 
 
 def require_agreement(process: Process, **values: Any) -> None:
@@ -68,27 +102,52 @@ def load_selected_checkpoint(
     ``format_score`` returns a loss as the text of a score, given the config and the loss. Returns
     None where a training starts from nothing.
     """
-    restarted_from = None
-    if process.store and process.store.check([script]):
-        restarted_from = Path(process.store.get(script).decode())
-    path = select_checkpoint(script, request, mode, restarted_from, dataset)
-    saved = load(path) if path else None
 
-    position = None
-    if saved:
-        position = [saved['step'], saved['validation_loss'], saved['best']]
-    require_agreement(process, checkpoint=position)
+    def select_and_load() -> dict[str, Any] | None:
+        restarted_from = None
+        if process.store and process.store.check([script]):
+            restarted_from = Path(process.store.get(script).decode())
+        path = select_checkpoint(script, request, mode, restarted_from, dataset)
+        return load(path) if path else None
+
+    saved = load_on_rank_0(process, select_and_load, to_train=mode == 'train')
     if saved and process.rank == 0:
         score = 'not validated yet'
         if saved['best'] < math.inf:
             score = f'validation {format_score(saved["config"], saved["validation_loss"])}'
-        print(f'restored {path}: step {saved["step"]}, {score}')
+        print(f'restored {saved["path"]}: step {saved["step"]}, {score}')
         if mode == 'train' and saved['world_size'] != process.world_size:
             print(
                 f'note: {saved["world_size"]} processes before, {process.world_size} now: the '
                 'batch of a step changes with them, what the training sees in all does not'
             )
     return saved
+
+
+def load_on_rank_0(
+    process: Process, load: Callable[[], dict[str, Any] | None], to_train: bool = False
+) -> dict[str, Any] | None:
+    """Return, on every process, the content of a checkpoint that rank 0 loads, or None.
+
+    The file may lie on the disk of rank 0 alone. Unless it is ``to_train`` on, only what evaluation
+    needs is sent. Raises ``UserError`` on every process where rank 0 cannot load it.
+    """
+    saved, error = None, None
+    if process.rank == 0:
+        try:
+            saved = load()
+        except UserError as caught:
+            error = caught
+    error = process.share(error)
+    if error:
+        raise error
+
+    names = list(saved) if saved else []
+    if not to_train:
+        names = [name for name in names if name not in ('model', 'optimizer')]
+    # entry by entry, as each takes several times its size while it is sent
+    content = {name: process.share(saved and saved[name]) for name in process.share(names)}
+    return content or None
 
 
 def select_checkpoint(

@@ -5,10 +5,34 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: tiny models gain nothing from more
 
 import pytest
+import torch
 from helpers import only, people_table
 
 import bnaf
 import glow
+
+
+@pytest.fixture
+def convolutions_of_a_gpu(monkeypatch):
+    """Convolutions and products round their operands to TF32 where it is allowed, as on a GPU."""
+
+    def round_operands(function, backend):
+        def rounded(x, weight, *args, **options):
+            if backend.allow_tf32 and x.dtype == torch.float32:
+                x, weight = round_to_tf32(x), round_to_tf32(weight)
+            return function(x, weight, *args, **options)
+
+        return rounded
+
+    functional, backends = torch.nn.functional, torch.backends
+    for name, backend in (('conv2d', backends.cudnn), ('linear', backends.cuda.matmul)):
+        rounded = round_operands(getattr(functional, name), backend)
+        monkeypatch.setattr(functional, name, rounded)
+
+
+def round_to_tf32(x):
+    """Return float32 values rounded to 10 bits of mantissa."""
+    return ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
 
 
 @pytest.fixture(scope='session')

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,44 @@ def run_command(
     )
     assert done.returncode == exit_code, done.stderr
     return done.stdout, done.stderr
+
+
+def run_on_machines(*words: str | Path, folders: list[Path]) -> list[tuple[int, str, str]]:
+    """Run python with these words as one process per folder, joined to a group.
+
+    Each stands for a machine of its own: they share no files. Returns the exit code, the output and
+    the errors of each.
+    """
+    with socket.create_server(('localhost', 0)) as server:
+        port = server.getsockname()[1]
+    processes = []
+    for rank, folder in enumerate(folders):
+        variables = {
+            'RANK': str(rank),
+            'WORLD_SIZE': str(len(folders)),
+            'GROUP_WORLD_SIZE': str(len(folders)),
+            'LOCAL_RANK': '0',
+            'LOCAL_WORLD_SIZE': '1',
+            'MASTER_ADDR': 'localhost',
+            'MASTER_PORT': str(port),
+            'OMP_NUM_THREADS': '1',
+            'CUDA_VISIBLE_DEVICES': '',
+        }
+        process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', *words],
+            cwd=folder,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+
+    ends = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        ends.append((process.returncode, out, err))
+    return ends
 
 
 def refusal_line(script: ModuleType, capsys: pytest.CaptureFixture, *words: str | Path) -> str:

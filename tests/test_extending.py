@@ -144,6 +144,54 @@ def test_buffers_of_any_type_train_save_and_resume(name, tmp_path, monkeypatch):
     glow.main(['--train', f'--restore_file={run}/checkpoint.pt', '--n_epochs=2'])
 
 
+class Centring(nn.Module):
+    """A layer that the first images set: it subtracts the mean of each channel."""
+
+    def __init__(self, n_channels):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(n_channels, 1, 1))
+        self.sizes = []
+
+    def initialize(self, pieces):
+        total = 0
+        for x in pieces:
+            self.sizes.append(len(x))
+            total = total + x.mean((2, 3), keepdim=True).sum(0)
+        self.mean.copy_(total / sum(self.sizes))
+
+    def forward(self, x):
+        return x - self.mean, x.new_zeros(len(x))
+
+    def inverse(self, z):
+        return z + self.mean, z.new_zeros(len(z))
+
+
+class SecondFirst(nn.Module):
+    """Two layers that run in another order than the one in which they are registered."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        y, logdet_second = self.second(x)
+        z, logdet_first = self.first(y)
+        return z, logdet_second + logdet_first
+
+
+def test_added_layers_are_set_from_the_images_too():
+    model = glow.Glow((1, 8, 8), 1, 1, 4)
+    outer, inner, actnorm = Centring(4), Centring(4), glow.Actnorm(4)
+    model.levels[0].insert(1, outer)
+    model.levels[0].insert(2, SecondFirst(inner, actnorm))
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+    glow.initialize(model, images, batch_size=8)
+
+    assert outer.sizes == inner.sizes == [8, 8, 4] and actnorm.initialized
+    assert outer.mean.abs().max() > 1e-4
+    assert inner.mean.abs().max() < 1e-6  # the actnorm has centred its input
+
+
 def test_priors_and_couplings_are_no_actnorms():
     """Layers with an ``initialize`` are set from data; these are not."""
     prior = glow.LearnedPrior(4)

@@ -3,20 +3,26 @@
 import json
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import faults
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from helpers import CPU, joined_group, only, refusal_line, run_on_machines
 
 import bnaf
 import glow
 from common import checkpoints
 from common.errors import UserError, exit_on_user_error
 from common.logs import ScalarWriter
-from common.runs import lock_run_folder, select_checkpoint
-from datasets import tabular
+from common.options import resolve_config
+from common.runs import local_device, lock_run_folder, select_checkpoint
+from datasets import load_images, tabular
 from datasets.tabular import save_table
 
 # ---------------------------------------------------------------------------- the harness, in short
@@ -132,6 +138,185 @@ def test_a_scalar_that_is_logged_twice_is_found(tmp_path):
     scalars.flush()
     with pytest.raises(AssertionError, match='step 7 is there twice'):
         faults.logged_scalars(tmp_path)
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+def save_first_state(rank, name, folder):
+    """Save the weights and averages of a training that is built from other weights on process 1."""
+    script = faults.SCRIPTS[name]
+    build_model = script.build_model
+
+    def build_differently(config, input_dims):
+        model = build_model(config, input_dims)
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value += rank  # a difference that no rounding explains
+        return model
+
+    script.build_model = build_differently
+    config, data = tiny_training(name)
+    with joined_group(rank, 2, folder):
+        run = script.Training(config, data, script.Process(rank, 2, CPU))
+        state = {**run.model.state_dict(), **run.average.state_dict()}
+    torch.save(state, f'{folder}/{rank}.pt')
+
+
+def tiny_training(name):
+    """Return the config and the data of a small training."""
+    if name == 'bnaf':
+        return bnaf.Config(dataset='rings', n_flows=2, hidden_dim=4), tabular.load_table('rings')
+    options = dict(dataset='digits', depth=1, width=8)
+    return resolve_config(glow.Config, options, glow.DEFAULTS, None, ()), load_images('digits')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', faults.SCRIPTS)
+def test_all_processes_start_from_the_weights_of_the_first(name, tmp_path):
+    """Machines with other processors round the same initial weights differently."""
+    torch.multiprocessing.spawn(save_first_state, (name, tmp_path), nprocs=2)
+    config, data = tiny_training(name)
+    run = faults.SCRIPTS[name].Training(config, data, faults.SCRIPTS[name].Process(0, 1, CPU))
+    expected = {**run.model.state_dict(), **run.average.state_dict()}
+    for rank in (0, 1):
+        state = torch.load(tmp_path / f'{rank}.pt')
+        assert state.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(state[key], value), (rank, key)
+
+
+ALONE = {
+    'glow': [*faults.DIGITS[:-1], '--batch_size=64'],
+    'bnaf': ['--dataset=rings', '--hidden_dim=4', '--batch_size=50'],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ALONE)
+def test_machines_without_a_common_disk(name, tmp_path):
+    """Training, resuming and evaluating; only the first machine has files of the run."""
+    folders = [tmp_path / 'first', tmp_path / 'second']
+    for folder in folders:
+        folder.mkdir()
+    script = faults.SCRIPTS[name].__file__
+    for words in (
+        ['--train', *ALONE[name], '--n_epochs=1'],
+        ['--train', '--resume', '--n_epochs=2'],
+        ['--evaluate'],
+    ):
+        (code, out, err), (other_code, other_out, other_err) = run_on_machines(
+            script, *words, folders=folders
+        )
+        assert code == other_code == 0, err + other_err
+        assert 'two standard errors' in out and not other_out
+    run = only(folders[0].glob('results/*'))
+    last = faults.SCRIPTS[name].load_checkpoint(run / 'checkpoint.pt')
+    assert last['config'].n_epochs == 2
+    assert not list(folders[1].rglob('*.pt'))
+
+    (run / 'checkpoint.pt').write_bytes(b'damaged')
+    (run / 'best.pt').unlink()
+    for words, part in (
+        (['--train', '--resume'], 'checkpoint.pt cannot be read as a checkpoint'),
+        (['--evaluate', '--output_dir=none'], 'no checkpoint of'),
+    ):
+        for code, _, err in run_on_machines(script, *words, folders=folders):
+            (line,) = err.strip().splitlines()
+            assert code == 2 and line.startswith(f'{name}.py: error: ') and part in line
+
+
+def devices_of(uuids, monkeypatch):
+    """Return the device of each process of a machine; ``uuids`` are those of the GPUs it sees."""
+    store, here = dist.HashStore(), threading.local()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: len(here.uuids))
+    monkeypatch.setattr(
+        torch.cuda,
+        'get_device_properties',
+        lambda device: SimpleNamespace(uuid=here.uuids[device.index]),
+    )
+
+    def start(local_rank):
+        here.uuids = uuids[local_rank]
+        return str(local_device('', local_rank, len(uuids), store))
+
+    with ThreadPoolExecutor(len(uuids)) as pool:
+        return list(pool.map(start, range(len(uuids))))
+
+
+@pytest.mark.parametrize(
+    'uuids, devices',
+    [
+        (['a'], ['cuda:0']),
+        (['abc'], ['cuda:0']),
+        (['abc'] * 3, ['cuda:0', 'cuda:1', 'cuda:2']),
+        (['a', 'b', 'c'], ['cuda:0'] * 3),  # as srun --gpus-per-task=1 shows them
+        (['ab', 'ab', 'cd', 'cd'], ['cuda:0', 'cuda:1'] * 2),
+    ],
+)
+def test_each_process_gets_a_gpu_of_its_own(uuids, devices, monkeypatch):
+    assert devices_of(uuids, monkeypatch) == devices
+
+
+@pytest.mark.parametrize('uuids', [['a', 'a'], ['ab'] * 3, ['a', 'b', 'a']])
+def test_two_processes_on_one_gpu_are_refused(uuids, monkeypatch):
+    expected = (
+        f'{len(uuids)} processes on a machine of {len(uuids[0])} GPUs: lower --nproc_per_node'
+    )
+    with pytest.raises(UserError, match=expected):
+        devices_of(uuids, monkeypatch)
+
+
+def test_a_process_that_sees_one_gpu_takes_it_whatever_its_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    assert str(local_device('', 3, 1, None)) == 'cuda:0'
+
+
+@pytest.mark.parametrize('script', faults.SCRIPTS.values(), ids=faults.SCRIPTS)
+def test_the_device_can_be_chosen(script, tmp_path, monkeypatch, capsys):
+    with script.setup('cpu') as process:
+        assert process.device == CPU
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    with script.setup('cpu') as process:
+        assert process.device == CPU
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    words = ['--train', f'--output_dir={tmp_path}']
+    assert 'torch finds no GPU' in refusal_line(script, capsys, *words, '--device=cuda')
+    assert 'must be one of cpu, cuda' in refusal_line(script, capsys, *words, '--device=tpu')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('script', faults.SCRIPTS.values(), ids=faults.SCRIPTS)
+def test_commands_compute_products_in_float32(script, tmp_path, monkeypatch, capsys):
+    torch.set_float32_matmul_precision('high')  # as NVIDIA's containers do
+    refusal_line(script, capsys, '--generate', f'--output_dir={tmp_path}')
+    assert torch.get_float32_matmul_precision() == 'highest'
+
+
+@pytest.mark.parametrize('script', faults.SCRIPTS.values(), ids=faults.SCRIPTS)
+def test_srun_without_a_launcher_is_refused(script, tmp_path, monkeypatch, capsys):
+    def setup_refusal(**variables):
+        for name in ('RANK', 'SLURM_NTASKS', 'SLURM_STEP_NUM_TASKS'):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return refusal_line(script, capsys, '--generate', f'--output_dir={tmp_path}')
+
+    line = setup_refusal(SLURM_NTASKS='4')
+    assert f'--rdzv_endpoint=HOST:29500 {script.NAME}.py' in line and 'unset SLURM_NTASKS' in line
+    assert 'SLURM has 2 tasks' in setup_refusal(SLURM_NTASKS='1', SLURM_STEP_NUM_TASKS='2')
+
+    for variables in (
+        dict(SLURM_NTASKS='1'),
+        dict(SLURM_NTASKS='4', SLURM_STEP_NUM_TASKS='1'),
+        dict(SLURM_NTASKS='4', RANK='0'),
+    ):
+        assert 'train first' in setup_refusal(**variables)
 
 
 # --------------------------------------------------------------------------------------------- logs

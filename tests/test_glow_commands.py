@@ -459,6 +459,42 @@ def test_bf16_after_training_only_when_asked_for(trained_glow):
     assert in_bf16 == pytest.approx(before, abs=0.02)
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=NEEDS_GPU)])
+def test_tf32_changes_nothing_after_training(device, trained_glow, request, capsys):
+    if device == 'cpu':
+        request.getfixturevalue('convolutions_of_a_gpu')
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        results = []
+        for is_allowed in (False, True):
+            torch.backends.cudnn.allow_tf32 = is_allowed
+            torch.backends.cuda.matmul.allow_tf32 = is_allowed
+            results.append(results_of_a_model(trained_glow, torch.device(device)))
+            results[-1].append(capsys.readouterr().out)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = False
+    for in_float32, where_allowed in zip(*results):
+        assert np.array_equal(in_float32, where_allowed)
+
+
+def results_of_a_model(path, device):
+    """Return a score, samples, latents and edits of a model, and print the error of its inverse."""
+    saved, data = glow.load_checkpoint(path), load_images('digits')
+    model = glow.restore_model(saved, device)
+    images = data.test.images[:100]
+    process = glow.Process(rank=0, world_size=1, device=device)
+    score = glow.bits_per_dim(model, images, 64, 50, process)
+    samples = model.sample(8, 0.7, torch.Generator().manual_seed(0)).cpu()
+    z = glow.encode(model, images, device)
+    x, _ = model.inverse(1.5 * z)
+    glow.check(model, data, saved['config'], device)
+    return [score, samples, z.cpu(), x.detach().cpu(), glow.decode(model, 1.5 * z)]
+
+
 def test_directions_are_kept_apart_by_precision(trained_glow, tmp_path):
     """Also of a model that was trained in bf16, which is used in float32 unless asked otherwise."""
     saved = torch.load(trained_glow)

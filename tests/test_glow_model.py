@@ -3,12 +3,14 @@
 import io
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, jacobian, log_det, perturbed
+from helpers import assert_close, jacobian, log_det, perturbed, run_command
 
 import glow
+from common.precision import without_tf32
 
 LAYERS = {
     'Actnorm': lambda c: glow.Actnorm(c),
@@ -195,6 +197,36 @@ def test_initialisation():
     assert_close(var[4:], torch.ones(8), atol=1e-3)
 
 
+def initialize_at_once(model, x, u):
+    """Initialize a model from all images in one pass, each layer as it gets its input."""
+    hooks = []
+    for module in model.modules():
+        if hasattr(module, 'initialize'):
+            hook = module.register_forward_pre_hook(lambda layer, args: layer.initialize(args))
+            hooks.append(hook)
+    with torch.no_grad():
+        model(model.dequantize(x, u)[0])
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 64])
+def test_initialisation_does_not_depend_on_the_size_of_the_pieces(batch_size):
+    x = random_images(24, 3, 8, 8)
+    u = torch.rand(x.shape)
+    x[:, 0], u[:, 0] = 7, 0.5  # a constant channel
+    expected = tiny_glow(input_dims=(3, 8, 8))
+    initialize_at_once(expected, x, u)
+
+    model, sizes = tiny_glow(input_dims=(3, 8, 8)), []
+    for module in model.levels.modules():
+        module.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    glow.initialize(model, x, u, batch_size)
+    assert max(sizes) == min(batch_size, 24)
+    for key, value in expected.state_dict().items():
+        assert_close(model.state_dict()[key], value, atol=1e-5)
+
+
 def test_initialised_once_and_never_after_a_reload():
     model = tiny_glow()
     assert not any(m.initialized for m in model.modules() if type(m) is glow.Actnorm)
@@ -231,6 +263,81 @@ def test_autocast_rounds_the_networks_only():
     assert z.dtype == logdet.dtype == torch.float32
     assert (x - x_back).abs().max() < 1e-3
     assert not torch.equal(z, model(x)[0])  # the networks were in bf16
+
+
+def test_only_the_networks_of_a_training_are_computed_in_tf32(convolutions_of_a_gpu):
+    model = perturbed(tiny_glow(), 0.05).float()
+    x = random_images(8, 1, 4, 4)
+    u = torch.rand(x.shape)
+    losses, latents = [], []
+    for is_allowed in (False, True):
+        torch.backends.cudnn.allow_tf32 = is_allowed  # True is the default
+        losses.append(model.log_prob(x, u))
+        latents.append(model.levels[0][1][1](torch.ones(2, 4, 2, 2))[0])
+    assert not torch.equal(*losses)
+    assert torch.equal(*latents)
+    assert torch.backends.cudnn.allow_tf32  # as it was
+
+    with torch.no_grad():
+        assert torch.equal(model.log_prob(x, u), losses[0])
+    assert torch.equal(model.eval().log_prob(x, u), losses[0])
+
+
+def test_the_flags_of_tf32_are_restored_after_an_error():
+    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    assert flags[0]
+    with pytest.raises(ZeroDivisionError), without_tf32():
+        assert not torch.backends.cudnn.allow_tf32
+        raise ZeroDivisionError
+    assert flags == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+
+
+MIXED_FLAGS = """
+from torch.backends import cuda, cudnn
+import glow
+cudnn.fp32_precision = '{of_all}'
+cudnn.conv.fp32_precision = cuda.matmul.fp32_precision = 'tf32'
+cudnn.rnn.fp32_precision = 'ieee'  # reading cudnn.allow_tf32 fails now
+with glow.without_tf32():
+    print(cudnn.conv.fp32_precision, cuda.matmul.fp32_precision)
+print(cudnn.conv.fp32_precision, cuda.matmul.fp32_precision)
+glow.Glow((1, 4, 4), 1, 1, 4).sample(1)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, 'conv'), reason='this torch has one set of flags only'
+)
+@pytest.mark.parametrize('of_all', ['none', 'tf32'])
+def test_tf32_is_turned_off_whichever_flags_allow_it(of_all, tmp_path):
+    """In a process of its own, because flags cannot be unset again."""
+    code = MIXED_FLAGS.format(of_all=of_all)
+    root = str(Path(glow.__file__).parent)
+    out, _ = run_command('-c', code, cwd=tmp_path, PYTHONPATH=root)
+    assert out.split() == ['ieee', 'ieee', 'tf32', 'tf32']
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 4), (2, 1, 8, 8), (1, 4, 4)])
+def test_images_of_another_shape_have_no_density(shape):
+    with pytest.raises(ValueError, match=r'takes uint8 images of shape \(B, 1, 4, 4\), not'):
+        tiny_glow().log_prob(random_images(*shape))
+
+
+def test_images_of_another_type_have_no_density():
+    with pytest.raises(ValueError, match=r'not torch.float32 of shape \(2, 1, 4, 4\)'):
+        tiny_glow().log_prob(torch.rand(2, 1, 4, 4))
+
+
+def test_no_images_at_all():
+    model = tiny_glow(input_dims=(3, 8, 8))
+    images = random_images(0, 3, 8, 8)
+    assert model.log_prob(images).shape == (0,)
+    assert model.sample(0).shape == images.shape
+
+    z = glow.encode(model, images.numpy(), 'cpu')
+    x, logdet = model.inverse(z)
+    assert z.shape == (0, 192) and x.shape == images.shape and logdet.shape == (0,)
+    assert glow.decode(model, z).shape == images.shape
 
 
 def test_scale_is_bounded_away_from_zero():
