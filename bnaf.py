@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -254,7 +253,7 @@ class Tanh(torch.autograd.Function):
     """y = tanh(x), and its derivative tanh'(x) j where j is that of x (eq. 10).
 
     tanh' is computed as cosh(x)^-2, because 1 - y^2 loses its digits where y is near 1. The
-    gradient reuses what was computed, as tanh'' = -2 y tanh'.
+    gradient reuses what was computed, as tanh'' = -2 y tanh'. It can be differentiated again.
     """
 
     @staticmethod
@@ -266,9 +265,15 @@ class Tanh(torch.autograd.Function):
         return y, j_out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_j: Tensor) -> tuple[Tensor, Tensor]:
         y, slope, j_out = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # the slope is saved as a constant; this adds its derivative by y, and zero
+            zero = y.detach().square() - y.square()
+            slope = slope + zero.view(slope.shape)
+            grad_x = -2 * y * (grad_j * j_out).reshape(y.shape)
+            return grad_x + grad_y * slope.view(y.shape), grad_j * slope
+
         grad_x = (grad_j * j_out).reshape(y.shape).mul_(y).mul_(-2)
         grad_x = grad_x.addcmul_(grad_y, slope.view(y.shape))
         return grad_x, grad_j * slope
@@ -480,7 +485,8 @@ def find_root(
 def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:
     """Return x after one more Newton step, with the gradients of the inverse.
 
-    By the implicit function theorem, dx = (df/dx)^-1 (dz - df/dtheta dtheta).
+    By the implicit function theorem, dx = (df/dx)^-1 (dz - df/dtheta dtheta). df/dx is a constant
+    here, so these gradients cannot be differentiated again.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -493,7 +499,25 @@ def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:
 
     x = x.detach()
     residual = (z - flow(x)[0])[..., None]
-    return x + torch.linalg.solve_triangular(jacobian, residual, upper=False).squeeze(2)
+    step = torch.linalg.solve_triangular(jacobian, residual, upper=False).squeeze(2)
+    return OnceDifferentiable.apply(x + step)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """The identity, which refuses to be differentiated twice rather than to lose derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                'the inverse has first derivatives only: call backward without create_graph, or '
+                'differentiate the forward direction twice'
+            )
+        return grad_x
 
 
 class Flip(nn.Module):

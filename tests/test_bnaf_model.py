@@ -298,13 +298,95 @@ def test_a_latent_out_of_reach_leaves_the_gradients_of_others_alone():
         torch.testing.assert_close(a, b)
 
 
-def test_second_derivatives_are_refused_rather_than_wrong():
-    flow = bnaf.BlockFlow(2, 1, 4)
-    x = torch.randn(3, 2, requires_grad=True)
-    _, logdet = flow(x)
-    (gradient,) = torch.autograd.grad(logdet.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        gradient.sum().backward()
+@pytest.mark.parametrize('checkpoint_grads', [False, True])
+@pytest.mark.parametrize('residual', [None, 'normal', 'gated'])
+def test_second_derivatives(residual, checkpoint_grads):
+    """The Hessian of log p by x, where units are saturated, too, against finite differences."""
+    torch.manual_seed(0)
+    model = bnaf.BNAF(3, 2, 1, 4, residual, checkpoint_grads)
+    model = perturbed(model, 0.3).requires_grad_(False)
+    for x in (randn(1, 3), 4 * randn(1, 3)):
+        hessian = torch.autograd.functional.hessian(model.log_prob, x).view(3, 3)
+        assert hessian.count_nonzero() == 9
+        expected = hessian_by_differences(model, x, 1e-5)
+        torch.testing.assert_close(hessian, expected, rtol=1e-6, atol=1e-8)
+
+
+def hessian_by_differences(model, x, h):
+    """Return the Hessian of log p at one row x (1, D), by finite differences of the gradient."""
+    steps = h * torch.eye(x.shape[1], dtype=x.dtype)
+    rows = torch.cat([x - steps, x + steps]).requires_grad_()
+    (gradients,) = torch.autograd.grad(model.log_prob(rows).sum(), rows)
+    below, above = gradients.chunk(2)
+    return (above - below) / (2 * h)
+
+
+def test_tanh_is_differentiable_many_times():
+    torch.manual_seed(0)
+    x = randn(3, 8).requires_grad_()
+    j = randn(3, 2, 4).requires_grad_()
+    torch.autograd.gradcheck(bnaf.Tanh.apply, (x, j))
+    torch.autograd.gradgradcheck(bnaf.Tanh.apply, (x, j))
+
+    # of the third order, along one direction
+    def second_derivative(x):
+        y, j_out = bnaf.Tanh.apply(x, j.detach())
+        total = y.sum() + j_out.sum()
+        (first,) = torch.autograd.grad(total, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+        return second
+
+    torch.autograd.gradcheck(second_derivative, (x,))
+
+
+@pytest.mark.parametrize('checkpoint_grads', [False, True])
+def test_gradient_penalty(checkpoint_grads):
+    """The gradient of |d log p / dx|^2 by every parameter, against finite differences."""
+    torch.manual_seed(0)
+    model = perturbed(bnaf.BNAF(2, 2, 1, 3, 'gated', checkpoint_grads), 0.3)
+    x = randn(4, 2).requires_grad_()
+
+    def penalty():
+        with torch.enable_grad():
+            log_p = model.log_prob(x).sum()
+            (score,) = torch.autograd.grad(log_p, x, create_graph=True)
+        return score.square().sum()
+
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(penalty(), parameters, materialize_grads=True)
+    for parameter, gradient in zip(parameters, gradients):
+        for k in {0, parameter.numel() - 1}:
+            expected = central_difference(penalty, parameter, k, 1e-5)
+            actual = gradient.reshape(-1)[k].item()
+            assert expected == pytest.approx(actual, abs=1e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize('output', ['x', 'logdet'])
+@pytest.mark.parametrize('by', ['z', 'parameters'])
+def test_second_derivatives_of_the_inverse_are_refused_rather_than_wrong(by, output):
+    torch.manual_seed(0)
+    model = bnaf.BNAF(2, 2, 1, 4).double()
+    z = randn(3, 2).mul(0.5).requires_grad_()
+    x, logdet = model.inverse(z)
+    value = (x if output == 'x' else logdet).sum()
+    inputs = [z] if by == 'z' else list(model.parameters())
+    torch.autograd.grad(value, inputs, retain_graph=True)
+    with pytest.raises(NotImplementedError, match='the inverse has first derivatives only'):
+        torch.autograd.grad(value, inputs, create_graph=True)
+
+
+def test_function_transforms_are_refused_rather_than_wrong():
+    model = bnaf.BNAF(2, 2, 1, 4)
+    row = torch.zeros(2)
+    for function in (
+        lambda x: model.log_prob(x[None])[0],
+        lambda z: model.inverse(z[None])[1][0],
+    ):
+        for transform in (torch.func.grad, torch.func.jacrev):
+            with pytest.raises(RuntimeError):
+                transform(function)(row)
+        with pytest.raises(RuntimeError):
+            torch.func.vmap(function)(row[None])
 
 
 def test_checkpoint_grads_changes_no_gradient():
