@@ -361,11 +361,15 @@ class BlockFlow(nn.Module):
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return x and the log-determinant, both NaN where ``inverse_tol`` is not reached.
 
-        It is not for z outside the range of a flow without a residual, which is bounded. x is
-        solved for in float64; its gradients are those of the implicit function theorem.
+        It is not reached where z is outside the range of a flow without a residual, which is
+        bounded, nor where the slope is so small that the rounding error of z alone moves x by
+        more. x is solved for in float64; its gradients are those of the implicit function
+        theorem. Differentiating these again raises ``NotImplementedError``.
         """
         tol = self.inverse_tol or (1e-5 if z.dtype == torch.float32 else 1e-10)
-        x = solve_inverse(self, z.detach().double(), tol).to(z.dtype)
+        exact_z = z.detach().double()
+        rounding = torch.finfo(z.dtype).eps / 2 * exact_z.abs()
+        x = solve_inverse(self, exact_z, rounding, tol).to(z.dtype)
 
         # what was not found must not reach the gradients of the others
         found = x.isfinite().all(1, keepdim=True)
@@ -380,15 +384,20 @@ class BlockFlow(nn.Module):
 
 
 @torch.no_grad()
-def solve_inverse(flow: BlockFlow, z: Tensor, tol: float) -> Tensor:
-    """Return x (B, D) with flow(x) = z, NaN where it is not found.
+def solve_inverse(flow: BlockFlow, z: Tensor, rounding: Tensor, tol: float) -> Tensor:
+    """Return x (B, D) with flow(x) = z, NaN where it is not found to within ``tol``.
 
-    One variable after the other is solved for. Of each layer only the rows that belong to the
-    new variable are computed.
+    ``rounding`` (B, D) bounds the rounding error of z. One variable after the other is solved
+    for. Of each layer only the rows that belong to the new variable are computed.
     """
     weights = [linear.weights(z.dtype)[0] for linear in flow.linears]
     biases = [linear.bias.to(z.dtype) for linear in flow.linears]
     inputs = [z.new_zeros(len(z), w.shape[1]) for w in weights]  # to each layer, as far as known
+
+    # the last layer rounds as well: it adds up products with tanhs, which are at most 1
+    weight, bias = weights[-1], biases[-1]
+    largest_sum = weight.abs().sum(1) + bias.abs()
+    rounding = rounding + torch.finfo(z.dtype).eps * largest_sum
 
     for i in range(z.shape[1]):
         blocks = []
@@ -401,7 +410,10 @@ def solve_inverse(flow: BlockFlow, z: Tensor, tol: float) -> Tensor:
             blocks.append((earlier, own))
 
         function = partial(evaluate_variable, flow, blocks)
-        u, units = find_root(function, z[:, i : i + 1], tol)
+        column = slice(i, i + 1)
+        u, (_, slope, units) = find_root(function, z[:, column], tol)
+        is_determined = rounding[:, column] <= tol * slope
+        u = torch.where(is_determined, u, math.nan)
         for known, own in zip(inputs, [u, *units]):
             width = own.shape[1]
             known[:, i * width : (i + 1) * width] = own
@@ -432,7 +444,7 @@ def find_root(
     target: Tensor,
     tol: float,
     max_steps: int = 200,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, Tensor, list[Tensor]]]:
     """Solve function(u) = target by Newton's method, safeguarded and for all rows at once.
 
     Arguments:
@@ -442,8 +454,8 @@ def find_root(
         tol: the step, in units of u, below which a row has converged.
         max_steps: the steps after which the search is given up.
 
-    Returns u, NaN where there is no root, and the auxiliary output there. Only rows that have not
-    converged are evaluated.
+    Returns u, NaN where there is no root, and what the function returns there. Only rows that
+    have not converged are evaluated.
 
     A step that leaves the bracket, or is more than half the one before, is replaced by
     a bisection. While there is no bracket yet, a step is at most twice the one before.
@@ -479,7 +491,7 @@ def find_root(
         rows, target = rows[active], target[active]
         u, step = new_u[active], step[active]
         low, high = low[active], high[active]
-    return root, function(root, slice(None))[2]
+    return root, function(root, slice(None))
 
 
 def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 parameters."""
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -228,6 +229,57 @@ def test_tolerance_is_kept():
             x_back, _ = flow.inverse(flow(x)[0])
         error = (x_back[:, 0] - x[:, 0]).abs()
         assert error.max() <= tol
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('residual', ['gated', 'normal', 'none'])
+@pytest.mark.parametrize('tails', ['light', 'heavy'])
+def test_far_outside_the_inverse_is_right_or_nan(tails, residual, dtype):
+    """Slopes are so small there that many rows round to the same latent.
+
+    The tolerance holds for each flow, so the error of the whole model may be somewhat larger.
+    """
+    tol = 1e-5 if dtype == torch.float32 else 1e-10
+    model, near = overfitted(tails, residual)
+    model, near = model.to(dtype), near.to(dtype)
+    rng = np.random.default_rng(0)
+    sign = rng.choice([-1, 1], size=(1000, 2))
+    distance = rng.uniform(20, 200, size=(1000, 2))
+    far = torch.from_numpy(sign * distance).to(dtype)
+    far[:500, 0] /= 100  # inside the data in one of the columns
+    with torch.no_grad():
+        far_error = (model.inverse(model(far)[0])[0] - far).abs()
+        near_error = (model.inverse(model(near)[0])[0] - near).abs()
+    assert near_error.max() <= 10 * tol
+    assert far_error.isnan().any()
+    assert far_error.nan_to_num(0.0).max() <= 100 * tol
+
+
+@functools.cache
+def overfitted(tails, residual):
+    """Return a model after some steps at a high learning rate, and test rows (N, 2).
+
+    The data are strongly correlated, or have the tails of Student's t with 2 degrees of freedom.
+    The test rows are those within 3 standard deviations.
+    """
+    rng = np.random.default_rng(0)
+    if tails == 'heavy':
+        rows = rng.standard_t(2, size=(5000, 2))
+    else:
+        noise = rng.normal(size=(5000, 2))
+        rows = rng.normal(size=(5000, 1)) + 0.1 * noise
+    rows = (rows / rows.std(0)).astype(np.float32)
+    splits = rows[:4000], rows[4000:4500], rows[4500:]
+    columns = ('a', 'b')
+    data = TableData(*splits, columns, np.zeros(2), np.ones(2))
+
+    small = dict(n_flows=3, hidden_dim=8)
+    config = bnaf.Config(residual=residual, lr=0.2, ema_decay=0.0, **small)
+    run = bnaf.Training(config, data, single_process(bnaf))
+    for _ in range(150):
+        run.take_step()
+    is_near = np.abs(data.test).max(1) < 3
+    return run.model, torch.from_numpy(data.test[is_near])
 
 
 @pytest.mark.parametrize('steepness', [1e-6, 1.0, 1e6])
