@@ -330,7 +330,7 @@ class BlockFlow(nn.Module):
             compute = partial(checkpoint, self.forward_with_slope, use_reentrant=False)
 
         z, slope = compute(x)
-        if slope.dtype == torch.float32 and slope.min() < MIN_SLOPE:
+        if slope.dtype == torch.float32 and (slope < MIN_SLOPE).any():
             # terms of so small a slope may have underflowed
             z, slope = compute(x.double())
         # a slope of zero gets a logarithm that is finite
@@ -596,7 +596,12 @@ class BNAF(Sequence):
         self.data_dim = data_dim
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Return log p(x) in nats, of shape (B,), of rows (B, ``data_dim``)."""
+        """Return log p(x) in nats, of shape (B,), of rows (B, ``data_dim``).
+
+        Raises ``ValueError`` for any other shape.
+        """
+        if x.ndim != 2 or x.shape[1] != self.data_dim:
+            raise ValueError(f'log_prob takes rows (B, {self.data_dim}), not {tuple(x.shape)}')
         z, logdet = self(x)
         return log_normal(z) + logdet
 
@@ -624,7 +629,7 @@ def sample_with_log_prob(
     and a z without an x within the tolerance of the inverse is drawn again. Raises ``UserError``
     where hardly any z has an x.
     """
-    rows, log_probs = [], []
+    rows, log_probs = [like.new_empty(0, data_dim)], [like.new_empty(0)]
     n_kept, n_drawn = 0, 0
     while n_kept < n:
         n_now = min(n, ROWS_AT_ONCE)

@@ -191,6 +191,58 @@ def test_saturated_units_are_computed_in_float64():
         assert z.dtype == logdet.dtype == torch.float32
 
 
+# ------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('checkpoint_grads', [False, True])
+@pytest.mark.parametrize('residual', [None, 'normal', 'gated'])
+def test_no_rows(residual, checkpoint_grads, dtype):
+    model = bnaf.BNAF(3, 2, 1, 4, residual, checkpoint_grads).to(dtype)
+    rows = torch.zeros(0, 3, dtype=dtype, requires_grad=True)
+    for direction in (model, model.inverse):
+        for grad_enabled in (False, True):
+            with torch.set_grad_enabled(grad_enabled):
+                out, logdet = direction(rows)
+            assert out.shape == (0, 3)
+            assert logdet.shape == (0,)
+            assert out.dtype == logdet.dtype == dtype
+
+    log_p = model.log_prob(rows)
+    assert log_p.shape == (0,)
+    log_p.sum().backward()
+    assert rows.grad.shape == (0, 3)
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+def test_no_samples():
+    model = bnaf.BNAF(3, 2, 1, 4).double()
+    assert model.sample(0).shape == (0, 3)
+    like = next(model.parameters())
+    for from_noise in (model, model.inverse):
+        x, log_p, n_lost = bnaf.sample_with_log_prob(from_noise, 0, 3, like)
+        assert x.shape == (0, 3)
+        assert log_p.shape == (0,)
+        assert n_lost == 0
+        assert x.dtype == log_p.dtype == torch.float64
+
+
+@pytest.mark.parametrize('dataset', ['8gaussians', 'u1'])
+def test_objective_of_no_rows(dataset):
+    objective = bnaf.Objective(bnaf.BNAF(2, 2, 1, 4), load_table(dataset))
+    assert objective.per_row(torch.zeros(0, 2)).shape == (0,)
+    rows = np.zeros((0, 2), np.float32)
+    assert bnaf.row_losses(objective, rows, single_process(bnaf)).shape == (0,)
+
+
+@pytest.mark.parametrize('shape', [(5, 2), (0, 4), (3,), (1, 5, 3)])
+def test_log_prob_of_rows_of_another_width(shape):
+    model = bnaf.BNAF(3, 2, 1, 4)
+    with pytest.raises(ValueError) as error:
+        model.log_prob(torch.zeros(shape))
+    assert str(error.value) == f'log_prob takes rows (B, 3), not {shape}'
+
+
 # ------------------------------------------------------------------------------------------ inverse
 
 
