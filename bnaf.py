@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
@@ -260,7 +259,7 @@ class Tanh(torch.autograd.Function):
     """y = tanh(x), and its derivative tanh'(x) j where j is that of x (eq. 10).
 
     tanh' is computed as cosh(x)^-2, because 1 - y^2 loses its digits where y is near 1. The
-    gradient reuses what was computed, as tanh'' = -2 y tanh'.
+    gradient reuses what was computed, as tanh'' = -2 y tanh'. It can be differentiated again.
     """
 
     @staticmethod
@@ -272,9 +271,15 @@ class Tanh(torch.autograd.Function):
         return y, j_out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_j: Tensor) -> tuple[Tensor, Tensor]:
         y, slope, j_out = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # the slope is saved as a constant; this adds its derivative by y, and zero
+            zero = y.detach().square() - y.square()
+            slope = slope + zero.view(slope.shape)
+            grad_x = -2 * y * (grad_j * j_out).reshape(y.shape)
+            return grad_x + grad_y * slope.view(y.shape), grad_j * slope
+
         grad_x = (grad_j * j_out).reshape(y.shape).mul_(y).mul_(-2)
         grad_x = grad_x.addcmul_(grad_y, slope.view(y.shape))
         return grad_x, grad_j * slope
@@ -331,7 +336,7 @@ class BlockFlow(nn.Module):
             compute = partial(checkpoint, self.forward_with_slope, use_reentrant=False)
 
         z, slope = compute(x)
-        if slope.dtype == torch.float32 and slope.min() < MIN_SLOPE:
+        if slope.dtype == torch.float32 and (slope < MIN_SLOPE).any():
             # terms of so small a slope may have underflowed
             z, slope = compute(x.double())
         # a slope of zero gets a logarithm that is finite
@@ -362,11 +367,15 @@ class BlockFlow(nn.Module):
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return x and the log-determinant, both NaN where ``inverse_tol`` is not reached.
 
-        It is not for z outside the range of a flow without a residual, which is bounded. x is
-        solved for in float64; its gradients are those of the implicit function theorem.
+        It is not reached where z is outside the range of a flow without a residual, which is
+        bounded, nor where the slope is so small that the rounding error of z alone moves x by
+        more. x is solved for in float64; its gradients are those of the implicit function
+        theorem. Differentiating these again raises ``NotImplementedError``.
         """
         tol = self.inverse_tol or (1e-5 if z.dtype == torch.float32 else 1e-10)
-        x = solve_inverse(self, z.detach().double(), tol).to(z.dtype)
+        exact_z = z.detach().double()
+        rounding = torch.finfo(z.dtype).eps / 2 * exact_z.abs()
+        x = solve_inverse(self, exact_z, rounding, tol).to(z.dtype)
 
         # what was not found must not reach the gradients of the others
         found = x.isfinite().all(1, keepdim=True)
@@ -381,15 +390,20 @@ class BlockFlow(nn.Module):
 
 
 @torch.no_grad()
-def solve_inverse(flow: BlockFlow, z: Tensor, tol: float) -> Tensor:
-    """Return x (B, D) with flow(x) = z, NaN where it is not found.
+def solve_inverse(flow: BlockFlow, z: Tensor, rounding: Tensor, tol: float) -> Tensor:
+    """Return x (B, D) with flow(x) = z, NaN where it is not found to within ``tol``.
 
-    One variable after the other is solved for. Of each layer only the rows that belong to the
-    new variable are computed.
+    ``rounding`` (B, D) bounds the rounding error of z. One variable after the other is solved
+    for. Of each layer only the rows that belong to the new variable are computed.
     """
     weights = [linear.weights(z.dtype)[0] for linear in flow.linears]
     biases = [linear.bias.to(z.dtype) for linear in flow.linears]
     inputs = [z.new_zeros(len(z), w.shape[1]) for w in weights]  # to each layer, as far as known
+
+    # the last layer rounds as well: it adds up products with tanhs, which are at most 1
+    weight, bias = weights[-1], biases[-1]
+    largest_sum = weight.abs().sum(1) + bias.abs()
+    rounding = rounding + torch.finfo(z.dtype).eps * largest_sum
 
     for i in range(z.shape[1]):
         blocks = []
@@ -402,7 +416,10 @@ def solve_inverse(flow: BlockFlow, z: Tensor, tol: float) -> Tensor:
             blocks.append((earlier, own))
 
         function = partial(evaluate_variable, flow, blocks)
-        u, units = find_root(function, z[:, i : i + 1], tol)
+        column = slice(i, i + 1)
+        u, (_, slope, units) = find_root(function, z[:, column], tol)
+        is_determined = rounding[:, column] <= tol * slope
+        u = torch.where(is_determined, u, math.nan)
         for known, own in zip(inputs, [u, *units]):
             width = own.shape[1]
             known[:, i * width : (i + 1) * width] = own
@@ -433,7 +450,7 @@ def find_root(
     target: Tensor,
     tol: float,
     max_steps: int = 200,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, Tensor, list[Tensor]]]:
     """Solve function(u) = target by Newton's method, safeguarded and for all rows at once.
 
     Arguments:
@@ -443,8 +460,8 @@ def find_root(
         tol: the step, in units of u, below which a row has converged.
         max_steps: the steps after which the search is given up.
 
-    Returns u, NaN where there is no root, and the auxiliary output there. Only rows that have not
-    converged are evaluated.
+    Returns u, NaN where there is no root, and what the function returns there. Only rows that
+    have not converged are evaluated.
 
     A step that leaves the bracket, or is more than half the one before, is replaced by
     a bisection. While there is no bracket yet, a step is at most twice the one before.
@@ -480,13 +497,14 @@ def find_root(
         rows, target = rows[active], target[active]
         u, step = new_u[active], step[active]
         low, high = low[active], high[active]
-    return root, function(root, slice(None))[2]
+    return root, function(root, slice(None))
 
 
 def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:
     """Return x after one more Newton step, with the gradients of the inverse.
 
-    By the implicit function theorem, dx = (df/dx)^-1 (dz - df/dtheta dtheta).
+    By the implicit function theorem, dx = (df/dx)^-1 (dz - df/dtheta dtheta). df/dx is a constant
+    here, so these gradients cannot be differentiated again.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -499,7 +517,25 @@ def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:
 
     x = x.detach()
     residual = (z - flow(x)[0])[..., None]
-    return x + torch.linalg.solve_triangular(jacobian, residual, upper=False).squeeze(2)
+    step = torch.linalg.solve_triangular(jacobian, residual, upper=False).squeeze(2)
+    return OnceDifferentiable.apply(x + step)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """The identity, which refuses to be differentiated twice rather than to lose derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                'the inverse has first derivatives only: call backward without create_graph, or '
+                'differentiate the forward direction twice'
+            )
+        return grad_x
 
 
 class Flip(nn.Module):
@@ -566,7 +602,12 @@ class BNAF(Sequence):
         self.data_dim = data_dim
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Return log p(x) in nats, of shape (B,), of rows (B, ``data_dim``)."""
+        """Return log p(x) in nats, of shape (B,), of rows (B, ``data_dim``).
+
+        Raises ``ValueError`` for any other shape.
+        """
+        if x.ndim != 2 or x.shape[1] != self.data_dim:
+            raise ValueError(f'log_prob takes rows (B, {self.data_dim}), not {tuple(x.shape)}')
         z, logdet = self(x)
         return log_normal(z) + logdet
 
@@ -594,7 +635,7 @@ def sample_with_log_prob(
     and a z without an x within the tolerance of the inverse is drawn again. Raises ``UserError``
     where hardly any z has an x.
     """
-    rows, log_probs = [], []
+    rows, log_probs = [like.new_empty(0, data_dim)], [like.new_empty(0)]
     n_kept, n_drawn = 0, 0
     while n_kept < n:
         n_now = min(n, ROWS_AT_ONCE)

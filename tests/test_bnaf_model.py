@@ -2,6 +2,7 @@
 parameters."""
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -190,6 +191,58 @@ def test_saturated_units_are_computed_in_float64():
         assert z.dtype == logdet.dtype == torch.float32
 
 
+# ------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('checkpoint_grads', [False, True])
+@pytest.mark.parametrize('residual', [None, 'normal', 'gated'])
+def test_no_rows(residual, checkpoint_grads, dtype):
+    model = bnaf.BNAF(3, 2, 1, 4, residual, checkpoint_grads).to(dtype)
+    rows = torch.zeros(0, 3, dtype=dtype, requires_grad=True)
+    for direction in (model, model.inverse):
+        for grad_enabled in (False, True):
+            with torch.set_grad_enabled(grad_enabled):
+                out, logdet = direction(rows)
+            assert out.shape == (0, 3)
+            assert logdet.shape == (0,)
+            assert out.dtype == logdet.dtype == dtype
+
+    log_p = model.log_prob(rows)
+    assert log_p.shape == (0,)
+    log_p.sum().backward()
+    assert rows.grad.shape == (0, 3)
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+def test_no_samples():
+    model = bnaf.BNAF(3, 2, 1, 4).double()
+    assert model.sample(0).shape == (0, 3)
+    like = next(model.parameters())
+    for from_noise in (model, model.inverse):
+        x, log_p, n_lost = bnaf.sample_with_log_prob(from_noise, 0, 3, like)
+        assert x.shape == (0, 3)
+        assert log_p.shape == (0,)
+        assert n_lost == 0
+        assert x.dtype == log_p.dtype == torch.float64
+
+
+@pytest.mark.parametrize('dataset', ['8gaussians', 'u1'])
+def test_objective_of_no_rows(dataset):
+    objective = bnaf.Objective(bnaf.BNAF(2, 2, 1, 4), load_table(dataset))
+    assert objective.per_row(torch.zeros(0, 2)).shape == (0,)
+    rows = np.zeros((0, 2), np.float32)
+    assert bnaf.row_losses(objective, rows, single_process(bnaf)).shape == (0,)
+
+
+@pytest.mark.parametrize('shape', [(5, 2), (0, 4), (3,), (1, 5, 3)])
+def test_log_prob_of_rows_of_another_width(shape):
+    model = bnaf.BNAF(3, 2, 1, 4)
+    with pytest.raises(ValueError) as error:
+        model.log_prob(torch.zeros(shape))
+    assert str(error.value) == f'log_prob takes rows (B, 3), not {shape}'
+
+
 # ------------------------------------------------------------------------------------------ inverse
 
 
@@ -228,6 +281,57 @@ def test_tolerance_is_kept():
             x_back, _ = flow.inverse(flow(x)[0])
         error = (x_back[:, 0] - x[:, 0]).abs()
         assert error.max() <= tol
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('residual', ['gated', 'normal', 'none'])
+@pytest.mark.parametrize('tails', ['light', 'heavy'])
+def test_far_outside_the_inverse_is_right_or_nan(tails, residual, dtype):
+    """Slopes are so small there that many rows round to the same latent.
+
+    The tolerance holds for each flow, so the error of the whole model may be somewhat larger.
+    """
+    tol = 1e-5 if dtype == torch.float32 else 1e-10
+    model, near = overfitted(tails, residual)
+    model, near = model.to(dtype), near.to(dtype)
+    rng = np.random.default_rng(0)
+    sign = rng.choice([-1, 1], size=(1000, 2))
+    distance = rng.uniform(20, 200, size=(1000, 2))
+    far = torch.from_numpy(sign * distance).to(dtype)
+    far[:500, 0] /= 100  # inside the data in one of the columns
+    with torch.no_grad():
+        far_error = (model.inverse(model(far)[0])[0] - far).abs()
+        near_error = (model.inverse(model(near)[0])[0] - near).abs()
+    assert near_error.max() <= 10 * tol
+    assert far_error.isnan().any()
+    assert far_error.nan_to_num(0.0).max() <= 100 * tol
+
+
+@functools.cache
+def overfitted(tails, residual):
+    """Return a model after some steps at a high learning rate, and test rows (N, 2).
+
+    The data are strongly correlated, or have the tails of Student's t with 2 degrees of freedom.
+    The test rows are those within 3 standard deviations.
+    """
+    rng = np.random.default_rng(0)
+    if tails == 'heavy':
+        rows = rng.standard_t(2, size=(5000, 2))
+    else:
+        noise = rng.normal(size=(5000, 2))
+        rows = rng.normal(size=(5000, 1)) + 0.1 * noise
+    rows = (rows / rows.std(0)).astype(np.float32)
+    splits = rows[:4000], rows[4000:4500], rows[4500:]
+    columns = ('a', 'b')
+    data = TableData(*splits, columns, np.zeros(2), np.ones(2))
+
+    small = dict(n_flows=3, hidden_dim=8)
+    config = bnaf.Config(residual=residual, lr=0.2, ema_decay=0.0, **small)
+    run = bnaf.Training(config, data, single_process(bnaf))
+    for _ in range(150):
+        run.take_step()
+    is_near = np.abs(data.test).max(1) < 3
+    return run.model, torch.from_numpy(data.test[is_near])
 
 
 @pytest.mark.parametrize('steepness', [1e-6, 1.0, 1e6])
@@ -298,13 +402,95 @@ def test_a_latent_out_of_reach_leaves_the_gradients_of_others_alone():
         torch.testing.assert_close(a, b)
 
 
-def test_second_derivatives_are_refused_rather_than_wrong():
-    flow = bnaf.BlockFlow(2, 1, 4)
-    x = torch.randn(3, 2, requires_grad=True)
-    _, logdet = flow(x)
-    (gradient,) = torch.autograd.grad(logdet.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        gradient.sum().backward()
+@pytest.mark.parametrize('checkpoint_grads', [False, True])
+@pytest.mark.parametrize('residual', [None, 'normal', 'gated'])
+def test_second_derivatives(residual, checkpoint_grads):
+    """The Hessian of log p by x, where units are saturated, too, against finite differences."""
+    torch.manual_seed(0)
+    model = bnaf.BNAF(3, 2, 1, 4, residual, checkpoint_grads)
+    model = perturbed(model, 0.3).requires_grad_(False)
+    for x in (randn(1, 3), 4 * randn(1, 3)):
+        hessian = torch.autograd.functional.hessian(model.log_prob, x).view(3, 3)
+        assert hessian.count_nonzero() == 9
+        expected = hessian_by_differences(model, x, 1e-5)
+        torch.testing.assert_close(hessian, expected, rtol=1e-6, atol=1e-8)
+
+
+def hessian_by_differences(model, x, h):
+    """Return the Hessian of log p at one row x (1, D), by finite differences of the gradient."""
+    steps = h * torch.eye(x.shape[1], dtype=x.dtype)
+    rows = torch.cat([x - steps, x + steps]).requires_grad_()
+    (gradients,) = torch.autograd.grad(model.log_prob(rows).sum(), rows)
+    below, above = gradients.chunk(2)
+    return (above - below) / (2 * h)
+
+
+def test_tanh_is_differentiable_many_times():
+    torch.manual_seed(0)
+    x = randn(3, 8).requires_grad_()
+    j = randn(3, 2, 4).requires_grad_()
+    torch.autograd.gradcheck(bnaf.Tanh.apply, (x, j))
+    torch.autograd.gradgradcheck(bnaf.Tanh.apply, (x, j))
+
+    # of the third order, along one direction
+    def second_derivative(x):
+        y, j_out = bnaf.Tanh.apply(x, j.detach())
+        total = y.sum() + j_out.sum()
+        (first,) = torch.autograd.grad(total, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+        return second
+
+    torch.autograd.gradcheck(second_derivative, (x,))
+
+
+@pytest.mark.parametrize('checkpoint_grads', [False, True])
+def test_gradient_penalty(checkpoint_grads):
+    """The gradient of |d log p / dx|^2 by every parameter, against finite differences."""
+    torch.manual_seed(0)
+    model = perturbed(bnaf.BNAF(2, 2, 1, 3, 'gated', checkpoint_grads), 0.3)
+    x = randn(4, 2).requires_grad_()
+
+    def penalty():
+        with torch.enable_grad():
+            log_p = model.log_prob(x).sum()
+            (score,) = torch.autograd.grad(log_p, x, create_graph=True)
+        return score.square().sum()
+
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(penalty(), parameters, materialize_grads=True)
+    for parameter, gradient in zip(parameters, gradients):
+        for k in {0, parameter.numel() - 1}:
+            expected = central_difference(penalty, parameter, k, 1e-5)
+            actual = gradient.reshape(-1)[k].item()
+            assert expected == pytest.approx(actual, abs=1e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize('output', ['x', 'logdet'])
+@pytest.mark.parametrize('by', ['z', 'parameters'])
+def test_second_derivatives_of_the_inverse_are_refused_rather_than_wrong(by, output):
+    torch.manual_seed(0)
+    model = bnaf.BNAF(2, 2, 1, 4).double()
+    z = randn(3, 2).mul(0.5).requires_grad_()
+    x, logdet = model.inverse(z)
+    value = (x if output == 'x' else logdet).sum()
+    inputs = [z] if by == 'z' else list(model.parameters())
+    torch.autograd.grad(value, inputs, retain_graph=True)
+    with pytest.raises(NotImplementedError, match='the inverse has first derivatives only'):
+        torch.autograd.grad(value, inputs, create_graph=True)
+
+
+def test_function_transforms_are_refused_rather_than_wrong():
+    model = bnaf.BNAF(2, 2, 1, 4)
+    row = torch.zeros(2)
+    for function in (
+        lambda x: model.log_prob(x[None])[0],
+        lambda z: model.inverse(z[None])[1][0],
+    ):
+        for transform in (torch.func.grad, torch.func.jacrev):
+            with pytest.raises(RuntimeError):
+                transform(function)(row)
+        with pytest.raises(RuntimeError):
+            torch.func.vmap(function)(row[None])
 
 
 def test_checkpoint_grads_changes_no_gradient():
