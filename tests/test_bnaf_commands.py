@@ -573,8 +573,8 @@ def test_only_own_tables_replace_each_other(moved_run, trained_bnaf, tmp_path, c
         (trained_bnaf, '--dataset=power'),
         (trained_bnaf, f'--test_file={tmp_path}/test.csv'),  # it was trained without one
         (moved_run[0], '--test_file='),
-        (SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf.pt', f'--dataset={people}'),
-        (SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf.pt', '--dataset=moons'),
+        (SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf_2.pt', f'--dataset={people}'),
+        (SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf_2.pt', '--dataset=moons'),
     ]
     for checkpoint, word in contradictions:
         for mode in bnaf.MODES:

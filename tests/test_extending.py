@@ -242,20 +242,35 @@ def score(script, path):
     return -bnaf.row_losses(bnaf.Objective(model, data), data.test[:1000], process).mean().item()
 
 
-@pytest.mark.parametrize('script', SCRIPTS.values(), ids=SCRIPTS)
-def test_the_stored_checkpoint_loads_and_scores_the_same(script):
+STORED_FILES = [
+    (script, number)
+    for script in SCRIPTS.values()
+    for number in range(1, script.CHECKPOINT.number + 1)
+]
+
+
+@pytest.mark.parametrize('script, number', STORED_FILES)
+def test_stored_checkpoints_of_all_formats_load_and_score_the_same(script, number, tmp_path):
     """If this has to change, raise the number of the format and store a new file."""
-    expected = json.loads((STORED / 'scores.json').read_text())[script.NAME]
-    path = STORED / f'{script.NAME}.pt'
-    assert load_tensors(path)['format'] <= script.CHECKPOINT.number
+    path = STORED / f'{script.NAME}_{number}.pt'
+    expected = json.loads((STORED / 'scores.json').read_text())[path.stem]
+    assert load_tensors(path)['format'] == number
     assert score(script, path) == pytest.approx(expected, rel=1e-4)
+
+    copy = tmp_path / 'checkpoint.pt'
+    copy.write_bytes(path.read_bytes())
+    step = script.load_checkpoint(copy)['step']
+    n_epochs = script.load_checkpoint(copy)['config'].n_epochs + 1
+    script.main(['--train', f'--restore_file={copy}', f'--n_epochs={n_epochs}'])
+    assert script.load_checkpoint(copy)['step'] > step
+    assert load_tensors(copy)['format'] == script.CHECKPOINT.number
 
 
 @pytest.mark.parametrize(
     'number, advice', [(0, 'train again'), (None, 'train again'), (9, 'update the code')]
 )
 def test_other_formats_are_refused_by_name(number, advice, tmp_path):
-    saved = load_tensors(STORED / 'glow.pt')
+    saved = load_tensors(STORED / 'glow_1.pt')
     saved['format'] = number
     if number is None:
         del saved['format']
@@ -273,12 +288,12 @@ def test_added_fields_and_options_leave_older_checkpoints_readable(monkeypatch):
     added = {**glow.CHECKPOINT.fields, 'added_field': float}
     changes = dict(config_class=Config, fields=added, defaults={'added_field': 0.5})
     monkeypatch.setattr(glow, 'CHECKPOINT', replace(glow.CHECKPOINT, **changes))
-    saved = glow.load_checkpoint(STORED / 'glow.pt')
+    saved = glow.load_checkpoint(STORED / 'glow_1.pt')
     assert saved['config'].added_option == 3 and saved['added_field'] == 0.5
 
     without = replace(glow.CHECKPOINT, defaults={})
     with pytest.raises(UserError, match='added_field'):
-        without.read(STORED / 'glow.pt')
+        without.read(STORED / 'glow_1.pt')
 
 
 def test_every_part_of_the_format_is_described():
