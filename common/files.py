@@ -111,11 +111,22 @@ def fsync_path(path: Path) -> None:
 
 
 def make_new_folder(path: Path) -> Path:
-    """Make the folder ``path`` or, if it exists, the first free of ``path-2``, ``path-3``, ..."""
+    """Make the folder ``path`` or, if it exists, the first free of ``path-2``, ``path-3``, ...
+
+    Raises ``UserError`` where something else than a folder is in the place of a parent.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f'{path.parent} cannot be made: it or a folder above it is a file, or a link to a '
+            'folder that does not exist'
+        ) from error
+
     for n in itertools.count(1):
         folder = path if n == 1 else path.with_name(f'{path.name}-{n}')
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             continue
         return folder

@@ -1,23 +1,36 @@
 """A short form of tests/faults.py, tests of its own checks, and of what a run leaves behind."""
 
+import errno
+import inspect
+import io
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import faults
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import tqdm
+from helpers import only, run_command, single_process
 
 import bnaf
 import glow
-from common import checkpoints
+from common import checkpoints, errors, files, tensors
 from common.errors import UserError, exit_on_user_error
-from common.logs import ScalarWriter
-from common.runs import lock_run_folder, select_checkpoint
+from common.files import file_lock, make_new_folder
+from common.logs import ScalarWriter, TrainingLog, progress_bar
+from common.runs import catch_stop_signals, lock_run_folder, select_checkpoint
 from datasets import tabular
 from datasets.tabular import save_table
+
+needs_posix = pytest.mark.skipif(os.name != 'posix', reason='signals, links and pipes of POSIX')
 
 # ---------------------------------------------------------------------------- the harness, in short
 
@@ -266,6 +279,16 @@ def test_a_picture_that_fails_does_not_end_a_training(tmp_path, monkeypatch, cap
     glow.main(['--train', *faults.DIGITS, *words])
     assert 'no picture: samples are not finite' in capsys.readouterr().out
     assert list(tmp_path.glob('*/best.pt'))
+
+
+@needs_posix
+@pytest.mark.parametrize('parent', ['file', 'link', 'file/results', 'link/results'])
+def test_a_folder_of_runs_in_a_place_that_is_taken(parent, tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+    monkeypatch.setattr(files, 'itertools', SimpleNamespace(count=lambda n: range(n, 9)))
+    with pytest.raises(UserError, match=f'{parent} cannot be made: it or a folder above it'):
+        make_new_folder(tmp_path / parent / 'run')
 
 
 # ------------------------------------------------------------------------------------------- errors
