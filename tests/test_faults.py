@@ -291,6 +291,54 @@ def test_a_folder_of_runs_in_a_place_that_is_taken(parent, tmp_path, monkeypatch
         make_new_folder(tmp_path / parent / 'run')
 
 
+HOLD_A_LOCK = """
+import errno, fcntl, os, sys, time
+from pathlib import Path
+
+def no_flock(*args):
+    raise OSError(int(sys.argv[1]), 'not supported')
+
+fcntl.flock = no_flock
+from common.files import file_lock
+
+with file_lock(Path(sys.argv[2]), 'another process trains'):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_locks_on_a_file_system_without_flock(number, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl', reason='Windows has locks of its own')
+
+    def no_flock(*args):
+        raise OSError(number, 'not supported')
+
+    monkeypatch.setattr(fcntl, 'flock', no_flock)
+    path = tmp_path / '.lock'
+    words = [sys.executable, '-c', HOLD_A_LOCK, str(number), str(path)]
+    root = Path(glow.__file__).parent
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=root) as other:
+        assert other.stdout.readline() == b'held\n'
+        marker = only(file for file in tmp_path.iterdir() if file.stat().st_size)
+        content = marker.read_text().splitlines()
+        with pytest.raises(UserError, match='another process trains'):
+            with file_lock(path, 'another process trains', wait=False):
+                pass
+        other.kill()
+
+    with file_lock(path, 'another process trains', wait=False):
+        assert marker.read_text().startswith(f'{os.getpid()}\n')
+    assert not marker.exists()
+
+    # nobody here can know whether a process of another machine is gone
+    marker.write_text('\n'.join([content[0], 'elsewhere', *content[2:], '']))
+    with pytest.raises(UserError, match=f'{re.escape(str(marker))}.* if it is gone, remove'):
+        with file_lock(path, 'another process trains', wait=False):
+            pass
+    assert marker.exists()
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 
