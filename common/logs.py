@@ -26,7 +26,25 @@ MIN_EMA_TIME_CONSTANTS = 3  # with fewer, the average keeps over 5% of the first
 def progress_bar(*args: Any, **options: Any) -> tqdm:
     """Return a tqdm bar that is updated rarely where its output goes to a file."""
     interval = 0.5 if sys.stderr.isatty() else 15
-    return tqdm(*args, dynamic_ncols=True, mininterval=interval, **options)
+    # tqdm would find its own miniters from the fastest steps, and stand still in slower ones
+    return tqdm(*args, dynamic_ncols=True, mininterval=interval, miniters=1, **options)
+
+
+def busy_note(device: torch.device) -> str | None:
+    """Return a recommendation where threads of this process would wait for each other's cores."""
+    if device.type != 'cpu' or 'OMP_NUM_THREADS' in os.environ:
+        return None
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none
+        return None
+    n_cores = os.cpu_count() or 1
+    if load <= n_cores:
+        return None
+    return (
+        f'note: other work keeps the {n_cores} cores of this machine busy (load {load:.1f}): '
+        'set OMP_NUM_THREADS=1, or steps may be several times as slow'
+    )
 
 
 class ScalarWriter:
@@ -84,6 +102,7 @@ class TrainingLog(ScalarWriter):
     def __init__(self, run: Training, folder: Path, unit: str, items: str) -> None:
         super().__init__(folder if run.process.rank == 0 else None, run.step + 1)
         self.run, self.unit, self.items = run, unit, items
+        self.shows_loss = False
         self.restart_clock()
 
     def __enter__(self) -> 'TrainingLog':
@@ -96,6 +115,8 @@ class TrainingLog(ScalarWriter):
                     'note: after so few steps the averaged weights, which are scored, '
                     'lag behind: lower --ema_decay'
                 )
+            if note := busy_note(run.process.device):
+                print(note)
         self.bar = progress_bar(
             total=run.n_steps, initial=run.step, disable=not self.writer, unit='step'
         )
@@ -124,10 +145,14 @@ class TrainingLog(ScalarWriter):
         return n_items / (time.perf_counter() - self.clock_time)
 
     def log_step(self, loss: torch.Tensor, norm: torch.Tensor, every: int) -> None:
-        """Count a step of the optimizer. Every so many steps, show its loss and gradient norm."""
+        """Count a step of the optimizer. Every so many steps, show its loss and gradient norm.
+
+        The loss of the first step is shown at once. Others are not read from the device.
+        """
         run = self.run
         self.bar.update()
-        if run.step % every or run.skips_in_a_row:
+        is_logged = run.step % every == 0
+        if run.skips_in_a_row or (self.shows_loss and not is_logged):
             return
 
         speed = self.items_per_second()
@@ -135,8 +160,13 @@ class TrainingLog(ScalarWriter):
         if run.best < math.inf:
             validation = f' (validation: {run.validation_loss:.3f})'
         self.bar.set_postfix_str(
-            f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s', refresh=False
+            f'{loss:.3f} {self.unit}{validation}, {speed:.0f} {self.items}/s',
+            refresh=not self.shows_loss,
         )
+        self.shows_loss = True
+        if not is_logged:
+            return
+
         scalars = {
             f'{run.score_name}/train': loss.item(),
             'gradient_norm': norm.item(),

@@ -150,6 +150,90 @@ def test_a_scalar_that_is_logged_twice_is_found(tmp_path):
 # --------------------------------------------------------------------------------------------- logs
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_progress_bar_keeps_moving_when_steps_get_slower(monkeypatch):
+    """Each step of a second is shown, after a thousand fast ones, and fast ones twice a second."""
+    monkeypatch.setattr(tqdm.std, 'time', lambda: clock[0])
+    clock, screen = [0.0], Terminal()
+    monkeypatch.setattr(sys, 'stderr', screen)
+    bar = progress_bar(total=1010)
+
+    def draws_of_steps(n, seconds):
+        before = screen.getvalue().count('\r')
+        for _ in range(n):
+            clock[0] += seconds
+            bar.update()
+        return screen.getvalue().count('\r') - before
+
+    assert draws_of_steps(1000, 0.004) in (7, 8)
+    assert draws_of_steps(9, 1.0) == 9
+
+
+class Loss:
+    """Counts the steps at which it is read from the device."""
+
+    def __init__(self, run):
+        self.run, self.read_at = run, []
+
+    def __format__(self, spec):
+        self.read_at.append(self.run.step)
+        return '1.234'
+
+    def item(self):
+        self.read_at.append(self.run.step)
+        return 1.234
+
+
+def test_the_first_loss_is_shown_at_once_and_others_are_rarely_read(tmp_path, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, 'stderr', screen)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    run = SimpleNamespace(
+        process=single_process(glow),
+        config=SimpleNamespace(batch_size=1, ema_decay=0.0),
+        model=torch.nn.ParameterList([parameter]),
+        optimizer=torch.optim.SGD([parameter], lr=1.0),
+        score_name='score',
+        step=40,
+        n_steps=100,
+        n_skipped=0,
+        skips_in_a_row=0,
+        best=float('inf'),
+        validation_loss=0.0,
+    )
+    loss, norm = Loss(run), torch.zeros(())
+    with TrainingLog(run, tmp_path, 'nats', 'rows') as log:
+        for run.step in range(41, 82):
+            log.log_step(loss, norm, every=20)
+            if run.step == 41:
+                shown = screen.getvalue().split('\r')[-1]
+                assert '41/100' in shown and '1.234 nats' in shown and 'rows/s' in shown
+    assert sorted(set(loss.read_at)) == [41, 60, 80]
+    assert {step for _, step in faults.logged_scalars(tmp_path)} == {60, 80}
+
+
+def test_a_busy_machine_is_noted(tmp_path, monkeypatch, capsys):
+    words = ['--train', *faults.TOY, '--n_epochs=1', '--batch_size=50', f'--output_dir={tmp_path}']
+    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
+    monkeypatch.setattr(os, 'getloadavg', lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    bnaf.main(words)
+    assert 'OMP_NUM_THREADS' not in capsys.readouterr().out
+
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    bnaf.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert 'set OMP_NUM_THREADS=1' in only(line for line in lines if 'load 1000.0' in line)
+
+    monkeypatch.setattr(os, 'getloadavg', lambda: (0.1, 1000.0, 1000.0))
+    bnaf.main(words)
+    assert 'OMP_NUM_THREADS' not in capsys.readouterr().out
+
+
 def test_scalars_are_on_the_disk_before_a_checkpoint_of_their_step(tmp_path, monkeypatch):
     """So that after a kill nothing is missing that a resumed training does not log again."""
     save_tensors, steps = checkpoints.save_tensors, []
