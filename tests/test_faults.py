@@ -423,6 +423,23 @@ def test_locks_on_a_file_system_without_flock(number, tmp_path, monkeypatch):
     assert marker.exists()
 
 
+def test_a_training_is_saved_when_its_terminal_is_closed():
+    hang_up = getattr(signal, 'SIGHUP', None) or pytest.skip('Windows has no SIGHUP')
+    ended = []
+    before = signal.signal(hang_up, lambda *args: ended.append('by the signal'))
+    try:
+        with catch_stop_signals() as signals:
+            signal.raise_signal(hang_up)
+        assert signals == ['SIGHUP'] and not ended
+
+        signal.signal(hang_up, signal.SIG_IGN)  # as nohup does
+        with catch_stop_signals() as signals:
+            signal.raise_signal(hang_up)
+        assert not signals
+    finally:
+        signal.signal(hang_up, before)
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 
@@ -468,3 +485,159 @@ def test_other_errors_keep_their_traceback(message, world_size, monkeypatch, cap
     with pytest.raises(RuntimeError), exit_on_user_error('glow'):
         raise RuntimeError(message)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('script', [glow, bnaf])
+@pytest.mark.parametrize('rank', ['0', '1'])
+def test_an_error_of_several_processes_is_printed_once(script, rank, monkeypatch, capsys):
+    """By the first that has it, whichever that is. Those that lose it then have nothing to add."""
+    monkeypatch.setenv('LOCAL_RANK', rank)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    store = dist.HashStore()
+
+    def lines_of(error):
+        with pytest.raises(SystemExit), exit_on_user_error(script.NAME):
+            try:
+                raise error
+            except Exception as error:
+                errors.report_error(script.NAME, error, store)
+                raise
+        return capsys.readouterr().err.splitlines()
+
+    lost = 'Gloo: closed by peer'
+    assert 'lost, or never reached' in only(lines_of(RuntimeError(lost)))
+    assert lines_of(UserError('no data')) == [f'{script.NAME}.py: error: no data']
+    assert not lines_of(UserError('no data'))
+    assert not lines_of(RuntimeError(lost))
+    assert lines_of(OSError('no disk')) == [f'{script.NAME}.py: error: no disk']
+
+    class LostStore:
+        def add(self, key, value):
+            raise dist.DistNetworkError('Connection reset by peer')
+
+    store = LostStore()
+    assert lines_of(UserError('no data')) == [f'{script.NAME}.py: error: no data']
+
+
+FAIL_ON_SOME_RANKS = """
+import os
+
+import {script}
+from common.errors import UserError
+
+
+def fail(mode, options, request, process):
+    if process.rank in map(int, os.environ['FAILING'].split()):
+        raise UserError('this process cannot go on')
+    process.gather(None)
+
+
+{script}.run_mode = fail
+{script}.main(['--evaluate'])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script, module', [('glow', 'launch'), ('bnaf', 'run')])
+@pytest.mark.parametrize('failing', ['1', '0 1'])
+def test_an_error_of_some_ranks_is_one_line(script, module, failing, tmp_path):
+    path = tmp_path / 'fail.py'
+    path.write_text(FAIL_ON_SOME_RANKS.format(script=script))
+    root = str(Path(glow.__file__).parent)
+    words = ['-m', f'torch.distributed.{module}', '--nproc_per_node=2', path]
+    _, output = run_command(*words, cwd=tmp_path, exit_code=1, FAILING=failing, PYTHONPATH=root)
+    lines = [line for line in output.splitlines() if ': error: ' in line]
+    assert lines == [f'{script}.py: error: this process cannot go on'], output
+
+
+def allocate_with_torch():
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def allocate_with_numpy():
+    np.empty(2**60, dtype=np.uint8)
+
+
+def allocate_on_windows():
+    raise RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried to ...')
+
+
+@pytest.mark.parametrize('run', [allocate_with_torch, allocate_with_numpy, allocate_on_windows])
+def test_too_little_memory_is_reported_in_one_line(run, capsys):
+    with pytest.raises(SystemExit, match='2'), exit_on_user_error('glow'):
+        run()
+    line = only(capsys.readouterr().err.splitlines())
+    assert line.startswith('glow.py: error: out of memory: lower --batch_size')
+
+
+def test_too_little_memory_is_no_damaged_file(tmp_path, monkeypatch):
+    tensors.save_tensors(tmp_path / 'x.pt', {'x': torch.zeros(2)})
+    monkeypatch.setattr(torch, 'load', lambda *args, **options: allocate_with_torch())
+    with pytest.raises(RuntimeError, match='allocate'):
+        tensors.load_tensors(tmp_path / 'x.pt')
+
+
+@needs_posix
+@pytest.mark.parametrize('script', [glow, bnaf])
+def test_an_interrupt_while_a_script_is_imported(script, tmp_path):
+    """Also where an imported package turns the interrupt into another error."""
+    code = """
+    import time
+    print('importing', flush=True)
+    try:
+        time.sleep(60)
+    except BaseException:
+        raise ImportError('numpy could not be loaded')
+    """
+    (tmp_path / 'numpy.py').write_text(inspect.cleandoc(code))
+    with subprocess.Popen(
+        [sys.executable, script.__file__, '--help'],
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout.readline() == b'importing\n'
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 2
+        assert process.stderr.read().decode() == f'{script.NAME}.py: error: interrupted\n'
+
+
+class BrokenStream(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+
+def test_a_training_goes_on_without_its_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
+    words = ['--train', *faults.TOY, '--n_epochs=1', '--batch_size=50']
+
+    def train(name, stdout, stderr):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'stdout', stdout)
+            patch.setattr(sys, 'stderr', stderr)
+            bnaf.main([*words, f'--output_dir={tmp_path / name}'])
+
+    train('closed', None, None)
+    train('no errors', sys.stdout, BrokenStream())
+    with pytest.raises(SystemExit, match='2'):
+        train('no output', BrokenStream(), sys.stderr)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == 'bnaf.py: error: the output cannot be written: Broken pipe'
+    for name in ('closed', 'no errors', 'no output'):
+        best = only((tmp_path / name).glob('*/best.pt'))
+        assert bnaf.load_checkpoint(best)['step'] == 2
+
+
+@needs_posix
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_output_that_is_not_read_is_one_line(unbuffered, trained_bnaf):
+    """Such as that of ``python bnaf.py --evaluate | true``."""
+    words = [sys.executable, bnaf.__file__, '--evaluate', f'--restore_file={trained_bnaf}']
+    environment = {**os.environ, 'PYTHONUNBUFFERED': unbuffered}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        line = 'bnaf.py: error: the output cannot be written: Broken pipe\n'
+        assert process.stderr.read().decode() == line
+        assert process.wait() == 2
