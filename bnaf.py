@@ -17,6 +17,11 @@ The layers inside a flow map d blocks of a units each, (B, d a), one block per v
 them they carry j (B, d, a), the derivative of each unit with respect to its block's own variable.
 """
 
+if __name__ == '__main__':
+    from common.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()  # the imports below take seconds
+
 import contextlib
 import math
 import os
@@ -43,7 +48,7 @@ from tqdm import tqdm
 from common.averages import moving_average
 from common.batches import Stream, batch_indices, seed_sequence, seeded_generator
 from common.checkpoints import CheckpointFormat
-from common.errors import UserError, exit_on_user_error
+from common.errors import UserError, exit_on_user_error, report_error
 from common.files import write_json
 from common.logs import TrainingLog, progress_bar
 from common.options import CommandLine, Options, RunRequest, option, resolve_config
@@ -760,7 +765,7 @@ def setup(device_type: str = '') -> Iterator[Process]:
     n_restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT')
     n_local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
-    store = None
+    store = start_store = None
     if world_size > 1 or n_restarts:
         store, _, _ = next(dist.rendezvous('env://'))
         store = getattr(store, 'underlying_store', store)  # torch 2.4 wraps it for each start
@@ -769,16 +774,21 @@ def setup(device_type: str = '') -> Iterator[Process]:
         # torchrun's store outlives the processes. A prefix for each start keeps new ones from
         # finding the addresses of dead ones. (Several nodes have no common count of starts.)
         prefix = f'start {n_restarts if n_nodes == 1 else 0}'
+        start_store = dist.PrefixStore(prefix, store)
         dist.init_process_group(
             'nccl' if device.type == 'cuda' else 'gloo',
             timeout=timedelta(minutes=30),
-            store=dist.PrefixStore(prefix, store),
+            store=start_store,
             rank=rank,
             world_size=world_size,
         )
 
     try:
         yield Process(rank, world_size, device, store)
+    except Exception as error:
+        # at once, as the launcher ends all processes when the first has ended
+        report_error(NAME, error, start_store)
+        raise
     finally:
         # after an error of torch another process may be lost, and the teardown would wait for it
         if world_size > 1 and not isinstance(sys.exc_info()[1], RuntimeError):

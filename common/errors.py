@@ -8,10 +8,12 @@ import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
+
+from .terminal import lossy_output, raise_interrupts
 
 
 class UserError(Exception):
@@ -38,37 +40,87 @@ class UserErrorParser(argparse.ArgumentParser):
 def exit_on_user_error(script: str) -> Iterator[None]:
     """Turn expected errors into one line on stderr and exit code 2.
 
-    An error that all processes have in common is printed by the first process of each machine
-    only. Any other exception passes through: it is a bug, and its traceback is wanted.
+    Output that cannot be written is such an error too, but does not interrupt the work. Any other
+    exception passes through: it is a bug, and its traceback is wanted.
+    """
+    with lossy_output() as output:
+        try:
+            with raise_interrupts():
+                yield
+                output.flush()
+                if output.error:
+                    raise UserError(f'the output cannot be written: {output.error.strerror}')
+        except (Exception, KeyboardInterrupt) as error:
+            if error_line(error) is None:
+                raise
+            report_error(script, error)
+            sys.exit(2)
+
+
+def report_error(script: str, error: BaseException, store: Any = None) -> None:
+    """Print the line of an expected error, unless this or another process has printed it.
+
+    ``store`` is shared by the processes of one start. Without it, the first process of each machine
+    prints what all processes have in common.
+    """
+    line = error_line(error)
+    if line is None or getattr(error, 'is_reported', False):
+        return
+    error.is_reported = True  # type: ignore[attr-defined]
+
+    if store is not None:
+        is_ours = claim_report(line, is_lost_connection(error), store)
+    else:
+        is_common = isinstance(error, (UserError, KeyboardInterrupt))
+        is_ours = not is_common or int(os.environ.get('LOCAL_RANK', 0)) == 0
+    if is_ours:
+        print(f'{script}.py: error: {line}', file=sys.stderr)
+
+
+def claim_report(line: str, is_lost: bool, store: Any) -> bool:
+    """Return whether this process is the one to print a line.
+
+    The first process that has the line prints it. A lost connection (``is_lost``) is worth a line
+    only if no process has reported why it ended.
     """
     try:
-        yield
-        return
-    except UserError as error:
-        message, is_common = str(error), True
-    except KeyboardInterrupt:
-        message, is_common = 'interrupted', True
-    except (OSError, torch.linalg.LinAlgError) as error:
-        message, is_common = str(error), False
-    except torch.cuda.OutOfMemoryError:
-        message = 'out of GPU memory: lower --batch_size or the model, or add --checkpoint_grads'
-        is_common = False
-    except (RuntimeError, ValueError) as error:
-        if not is_lost_connection(error):
-            raise
+        if is_lost:
+            return store.add('errors', 0) == 0
+        store.add('errors', 1)
+        return store.add(f'error: {line}', 1) == 1
+    except RuntimeError:  # the store is gone, and with it the launcher or the first process
+        return True
+
+
+def error_line(error: BaseException) -> str | None:
+    """Return what to print of an expected error, and None of a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return 'interrupted'
+    if isinstance(error, (UserError, OSError, torch.linalg.LinAlgError)):
+        return str(error)
+    advice = 'lower --batch_size or the model, or add --checkpoint_grads'
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return f'out of GPU memory: {advice}'
+    if is_out_of_memory(error):
+        return f'out of memory: {advice}'
+    if is_lost_connection(error):
         process = f'process {os.environ.get("RANK", 0)} on {socket.gethostname()}'
-        message = f'{process} lost, or never reached, another process: {one_line(error)}'
-        is_common = False
-
-    if not is_common or int(os.environ.get('LOCAL_RANK', 0)) == 0:
-        print(f'{script}.py: error: {message}', file=sys.stderr)
-    sys.exit(2)
+        return f'{process} lost, or never reached, another process: {one_line(error)}'
+    return None
 
 
-def is_lost_connection(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is too little memory, other than a GPU's."""
+    words = 'DefaultCPUAllocator|not enough memory|std::bad_alloc'
+    is_of_torch = isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+    return is_of_torch or isinstance(error, MemoryError)
+
+
+def is_lost_connection(error: BaseException) -> bool:
     """Return whether an error of torch.distributed says that another process is gone."""
     words = 'gloo|nccl|connect|clients|rendezvous'
-    return 'WORLD_SIZE' in os.environ and bool(re.search(words, str(error), re.IGNORECASE))
+    is_of_torch = isinstance(error, (RuntimeError, ValueError)) and 'WORLD_SIZE' in os.environ
+    return is_of_torch and bool(re.search(words, str(error), re.IGNORECASE))
 
 
 @contextlib.contextmanager

@@ -7,17 +7,25 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from .errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has locks of its own
+    fcntl = None  # type: ignore[assignment]
+
 FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+NO_LOCKS = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK
+LOCK_SECONDS = 0.2  # the first attempt may only remove the lock of a process that is gone
 
 
 def first_existing(data_dir: Path, name: str, candidates: Iterable[str]) -> Path | None:
@@ -54,15 +62,22 @@ def digest(values: Any, arrays: Iterable[Any] = ()) -> str:
 
 @contextlib.contextmanager
 def file_lock(path: Path, holder: str, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file. The system frees it when its holder dies.
+    """Hold a lock file. It is free again when its holder dies.
 
     ``holder`` describes the process that may have the lock, such as ``'another process trains in
     ...'``. It is printed while this process waits or, with ``wait=False``, raised as ``UserError``.
     """
-    lock = FileLock(path)
+    lock: BaseFileLock = FileLock(path)
+    if not supports_flock(path.parent):
+        # a file that exists while the lock is held, and names the process and its machine
+        path = path.with_name(f'{path.name}.held')
+        lock = SoftFileLock(path)
+
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
+        if isinstance(lock, SoftFileLock):
+            holder += f' ({path} names it: if it is gone, remove that file)'
         if not wait:
             raise UserError(f'{holder}: wait until it is done, or stop it') from error
         print(f'{holder}: waiting until it is done', file=sys.stderr)
@@ -72,6 +87,20 @@ def file_lock(path: Path, holder: str, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def supports_flock(folder: Path) -> bool:
+    """Return whether the system can lock files in a folder, as some network file systems cannot."""
+    if fcntl is None:
+        return True
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return False
+            raise
+    return True
 
 
 @contextlib.contextmanager
@@ -120,11 +149,22 @@ def fsync_path(path: Path) -> None:
 
 
 def make_new_folder(path: Path) -> Path:
-    """Make the folder ``path`` or, if it exists, the first free of ``path-2``, ``path-3``, ..."""
+    """Make the folder ``path`` or, if it exists, the first free of ``path-2``, ``path-3``, ...
+
+    Raises ``UserError`` where something else than a folder is in the place of a parent.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f'{path.parent} cannot be made: it or a folder above it is a file, or a link to a '
+            'folder that does not exist'
+        ) from error
+
     for n in itertools.count(1):
         folder = path if n == 1 else path.with_name(f'{path.name}-{n}')
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             continue
         return folder

@@ -27,7 +27,25 @@ FLUSH_SECONDS = 30
 def progress_bar(*args: Any, **options: Any) -> tqdm:
     """Return a tqdm bar that is updated rarely where its output goes to a file."""
     interval = 0.5 if sys.stderr.isatty() else 15
-    return tqdm(*args, dynamic_ncols=True, mininterval=interval, **options)
+    # tqdm would find its own miniters from the fastest steps, and stand still in slower ones
+    return tqdm(*args, dynamic_ncols=True, mininterval=interval, miniters=1, **options)
+
+
+def busy_note(device: torch.device) -> str | None:
+    """Return a recommendation where threads of this process would wait for each other's cores."""
+    if device.type != 'cpu' or 'OMP_NUM_THREADS' in os.environ:
+        return None
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none
+        return None
+    n_cores = os.cpu_count() or 1
+    if load <= n_cores:
+        return None
+    return (
+        f'note: other work keeps the {n_cores} cores of this machine busy (load {load:.1f}): '
+        'set OMP_NUM_THREADS=1, or steps may be several times as slow'
+    )
 
 
 class ScalarWriter:
@@ -92,6 +110,7 @@ class TrainingLog(ScalarWriter):
         super().__init__(folder if run.process.rank == 0 else None, run.step + 1)
         self.run, self.items = run, items
         self.format_score = partial(format_score, run.config)
+        self.shows_loss = False
         self.restart_clock()
 
     def __enter__(self) -> 'TrainingLog':
@@ -101,6 +120,8 @@ class TrainingLog(ScalarWriter):
         if self.writer:
             n_parameters = sum(p.numel() for p in run.model.parameters())
             print(f'{n_parameters:,} parameters, step {run.step:,} of at most {n_steps:,}')
+            if note := busy_note(run.process.device):
+                print(note)
         self.bar = progress_bar(
             total=n_steps, initial=run.step, disable=not self.writer, unit='step'
         )
@@ -128,10 +149,14 @@ class TrainingLog(ScalarWriter):
         return n_items / (time.perf_counter() - self.clock_time)
 
     def log_step(self, loss: torch.Tensor, norm: torch.Tensor, every: int) -> None:
-        """Count a step of the optimizer. Every so many steps, show its loss and gradient norm."""
+        """Count a step of the optimizer. Every so many steps, show its loss and gradient norm.
+
+        The loss of the first step is shown at once. Others are not read from the device.
+        """
         run = self.run
         self.bar.update()
-        if run.step % every or run.skips_in_a_row:
+        is_logged = run.step % every == 0
+        if run.skips_in_a_row or (self.shows_loss and not is_logged):
             return
 
         speed = self.items_per_second()
@@ -139,7 +164,13 @@ class TrainingLog(ScalarWriter):
         if run.best < math.inf:
             validation = f' (validation: {self.format_score(run.validation_loss)})'
         score = self.format_score(loss.item())
-        self.bar.set_postfix_str(f'{score}{validation}, {speed:.0f} {self.items}/s', refresh=False)
+        self.bar.set_postfix_str(
+            f'{score}{validation}, {speed:.0f} {self.items}/s', refresh=not self.shows_loss
+        )
+        self.shows_loss = True
+        if not is_logged:
+            return
+
         scalars = {
             f'{run.score_name}/train': run.score_sign * loss.item(),
             'gradient_norm': norm.item(),

@@ -263,17 +263,21 @@ def lock_run_folder(folder: Path, is_new: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[list[str]]:
-    """Collect the names of SIGTERM and SIGINT in a list instead of ending the process.
+    """Collect the names of SIGTERM, SIGINT and SIGHUP in a list instead of ending the process.
 
-    The training looks at the list after each step, so that the step is finished and saved.
+    The training looks at the list after each step, so that the step is finished and saved. SIGHUP
+    comes when the terminal is closed. Where it is ignored, as under nohup, it stays so.
     """
     caught: list[str] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(number).name)
 
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         handlers[number] = signal.signal(number, remember)
     try:
         yield caught

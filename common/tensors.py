@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 from .files import write_atomically
 
 # What zipfile, pickle and torch.load raise for files that are damaged or that only look like theirs
@@ -75,6 +75,8 @@ def load_tensors(path: Path) -> Any:
             # a tensor larger than its storage would expose the bytes behind it
             raise ValueError('its tensors do not have the sizes of their storages')
     except DAMAGED_FILE_ERRORS as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise  # the file is inspected by then, and not larger than it should be
         raise UserError(
             f'{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than '
             f'tensors and plain values ({type(error).__name__})'

@@ -1,6 +1,8 @@
 """Arrays that are prepared once, kept on disk, and memory-mapped from then on."""
 
+import errno
 import math
+import os
 import shutil
 import tokenize
 from collections.abc import Callable
@@ -12,6 +14,8 @@ import numpy.typing as npt
 
 from common.errors import UserError, one_line
 from common.files import digest, file_lock, make_writable, write_atomically
+
+NO_RESERVATION = errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS
 
 Shape = tuple[int, ...]
 CreateArray = Callable[[Shape, npt.DTypeLike], np.memmap]
@@ -92,8 +96,9 @@ def load_valid(path: Path, fits: IsValid) -> np.ndarray | None:
 def create_array(path: Path, shape: Shape, dtype: npt.DTypeLike, name: str) -> np.memmap:
     """Create a .npy file and return its array, memory-mapped for writing.
 
-    Raises ``UserError`` where the disk has too little space. Without this check, writing to the
-    memory-mapped array would end the process by a signal (SIGBUS) instead of an error.
+    Raises ``UserError`` or, where other processes take the space meanwhile, ``OSError`` where the
+    disk has too little. Without reserving the space, writing to the memory-mapped array could end
+    the process by a signal (SIGBUS) instead of an error.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     free = shutil.disk_usage(path.parent).free
@@ -102,7 +107,21 @@ def create_array(path: Path, shape: Shape, dtype: npt.DTypeLike, name: str) -> n
             f'the cache of {name} takes {size / 1e9:.1f} GB, '
             f'{path.parent} has {free / 1e9:.1f} left'
         )
-    return np.lib.format.open_memmap(path, 'w+', dtype, shape)
+    array = np.lib.format.open_memmap(path, 'w+', dtype, shape)
+    reserve_space(path)
+    return array
+
+
+def reserve_space(path: Path) -> None:
+    """Reserve space on the disk for all of a file, where the file system supports it."""
+    if not hasattr(os, 'posix_fallocate'):
+        return
+    with open(path, 'r+b') as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in NO_RESERVATION:
+                raise
 
 
 def remove_other_versions(folder: Path, name: str) -> None:

@@ -1,8 +1,14 @@
 """A short form of tests/faults.py, tests of its own checks, and of what a run leaves behind."""
 
+import errno
+import inspect
+import io
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,17 +19,29 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import CPU, joined_group, only, refusal_line, run_on_machines
+import tqdm
+from helpers import (
+    CPU,
+    joined_group,
+    only,
+    refusal_line,
+    run_command,
+    run_on_machines,
+    single_process,
+)
 
 import bnaf
 import glow
-from common import checkpoints
+from common import checkpoints, errors, files, tensors
 from common.errors import UserError, exit_on_user_error
-from common.logs import ScalarWriter
+from common.files import file_lock, make_new_folder
+from common.logs import ScalarWriter, TrainingLog, progress_bar
 from common.options import resolve_config
-from common.runs import local_device, lock_run_folder, select_checkpoint
+from common.runs import catch_stop_signals, local_device, lock_run_folder, select_checkpoint
 from datasets import load_images, tabular
 from datasets.tabular import save_table
+
+needs_posix = pytest.mark.skipif(os.name != 'posix', reason='signals, links and pipes of POSIX')
 
 # ---------------------------------------------------------------------------- the harness, in short
 
@@ -322,6 +340,90 @@ def test_srun_without_a_launcher_is_refused(script, tmp_path, monkeypatch, capsy
 # --------------------------------------------------------------------------------------------- logs
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_progress_bar_keeps_moving_when_steps_get_slower(monkeypatch):
+    """Each step of a second is shown, after a thousand fast ones, and fast ones twice a second."""
+    monkeypatch.setattr(tqdm.std, 'time', lambda: clock[0])
+    clock, screen = [0.0], Terminal()
+    monkeypatch.setattr(sys, 'stderr', screen)
+    bar = progress_bar(total=1010)
+
+    def draws_of_steps(n, seconds):
+        before = screen.getvalue().count('\r')
+        for _ in range(n):
+            clock[0] += seconds
+            bar.update()
+        return screen.getvalue().count('\r') - before
+
+    assert draws_of_steps(1000, 0.004) in (7, 8)
+    assert draws_of_steps(9, 1.0) == 9
+
+
+class Loss:
+    """Counts the steps at which it is read from the device."""
+
+    def __init__(self, run):
+        self.run, self.read_at = run, []
+
+    def __format__(self, spec):
+        self.read_at.append(self.run.step)
+        return '1.234'
+
+    def item(self):
+        self.read_at.append(self.run.step)
+        return 1.234
+
+
+def test_the_first_loss_is_shown_at_once_and_others_are_rarely_read(tmp_path, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, 'stderr', screen)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    run = SimpleNamespace(
+        process=single_process(glow),
+        config=SimpleNamespace(batch_size=1, ema_decay=0.0),
+        model=torch.nn.ParameterList([parameter]),
+        optimizer=torch.optim.SGD([parameter], lr=1.0),
+        score_name='score',
+        step=40,
+        n_steps=100,
+        n_skipped=0,
+        skips_in_a_row=0,
+        best=float('inf'),
+        validation_loss=0.0,
+    )
+    loss, norm = Loss(run), torch.zeros(())
+    with TrainingLog(run, tmp_path, 'nats', 'rows') as log:
+        for run.step in range(41, 82):
+            log.log_step(loss, norm, every=20)
+            if run.step == 41:
+                shown = screen.getvalue().split('\r')[-1]
+                assert '41/100' in shown and '1.234 nats' in shown and 'rows/s' in shown
+    assert sorted(set(loss.read_at)) == [41, 60, 80]
+    assert {step for _, step in faults.logged_scalars(tmp_path)} == {60, 80}
+
+
+def test_a_busy_machine_is_noted(tmp_path, monkeypatch, capsys):
+    words = ['--train', *faults.TOY, '--n_epochs=1', '--batch_size=50', f'--output_dir={tmp_path}']
+    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
+    monkeypatch.setattr(os, 'getloadavg', lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    bnaf.main(words)
+    assert 'OMP_NUM_THREADS' not in capsys.readouterr().out
+
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    bnaf.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert 'set OMP_NUM_THREADS=1' in only(line for line in lines if 'load 1000.0' in line)
+
+    monkeypatch.setattr(os, 'getloadavg', lambda: (0.1, 1000.0, 1000.0))
+    bnaf.main(words)
+    assert 'OMP_NUM_THREADS' not in capsys.readouterr().out
+
+
 def test_scalars_are_on_the_disk_before_a_checkpoint_of_their_step(tmp_path, monkeypatch):
     """So that after a kill nothing is missing that a resumed training does not log again."""
     save_tensors, steps = checkpoints.save_tensors, []
@@ -453,6 +555,81 @@ def test_a_picture_that_fails_does_not_end_a_training(tmp_path, monkeypatch, cap
     assert list(tmp_path.glob('*/best.pt'))
 
 
+@needs_posix
+@pytest.mark.parametrize('parent', ['file', 'link', 'file/results', 'link/results'])
+def test_a_folder_of_runs_in_a_place_that_is_taken(parent, tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+    monkeypatch.setattr(files, 'itertools', SimpleNamespace(count=lambda n: range(n, 9)))
+    with pytest.raises(UserError, match=f'{parent} cannot be made: it or a folder above it'):
+        make_new_folder(tmp_path / parent / 'run')
+
+
+HOLD_A_LOCK = """
+import errno, fcntl, os, sys, time
+from pathlib import Path
+
+def no_flock(*args):
+    raise OSError(int(sys.argv[1]), 'not supported')
+
+fcntl.flock = no_flock
+from common.files import file_lock
+
+with file_lock(Path(sys.argv[2]), 'another process trains'):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_locks_on_a_file_system_without_flock(number, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl', reason='Windows has locks of its own')
+
+    def no_flock(*args):
+        raise OSError(number, 'not supported')
+
+    monkeypatch.setattr(fcntl, 'flock', no_flock)
+    path = tmp_path / '.lock'
+    words = [sys.executable, '-c', HOLD_A_LOCK, str(number), str(path)]
+    root = Path(glow.__file__).parent
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=root) as other:
+        assert other.stdout.readline() == b'held\n'
+        marker = only(file for file in tmp_path.iterdir() if file.stat().st_size)
+        content = marker.read_text().splitlines()
+        with pytest.raises(UserError, match='another process trains'):
+            with file_lock(path, 'another process trains', wait=False):
+                pass
+        other.kill()
+
+    with file_lock(path, 'another process trains', wait=False):
+        assert marker.read_text().startswith(f'{os.getpid()}\n')
+    assert not marker.exists()
+
+    # nobody here can know whether a process of another machine is gone
+    marker.write_text('\n'.join([content[0], 'elsewhere', *content[2:], '']))
+    with pytest.raises(UserError, match=f'{re.escape(str(marker))}.* if it is gone, remove'):
+        with file_lock(path, 'another process trains', wait=False):
+            pass
+    assert marker.exists()
+
+
+def test_a_training_is_saved_when_its_terminal_is_closed():
+    hang_up = getattr(signal, 'SIGHUP', None) or pytest.skip('Windows has no SIGHUP')
+    ended = []
+    before = signal.signal(hang_up, lambda *args: ended.append('by the signal'))
+    try:
+        with catch_stop_signals() as signals:
+            signal.raise_signal(hang_up)
+        assert signals == ['SIGHUP'] and not ended
+
+        signal.signal(hang_up, signal.SIG_IGN)  # as nohup does
+        with catch_stop_signals() as signals:
+            signal.raise_signal(hang_up)
+        assert not signals
+    finally:
+        signal.signal(hang_up, before)
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 
@@ -498,3 +675,159 @@ def test_other_errors_keep_their_traceback(message, world_size, monkeypatch, cap
     with pytest.raises(RuntimeError), exit_on_user_error('glow'):
         raise RuntimeError(message)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('script', [glow, bnaf])
+@pytest.mark.parametrize('rank', ['0', '1'])
+def test_an_error_of_several_processes_is_printed_once(script, rank, monkeypatch, capsys):
+    """By the first that has it, whichever that is. Those that lose it then have nothing to add."""
+    monkeypatch.setenv('LOCAL_RANK', rank)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    store = dist.HashStore()
+
+    def lines_of(error):
+        with pytest.raises(SystemExit), exit_on_user_error(script.NAME):
+            try:
+                raise error
+            except Exception as error:
+                errors.report_error(script.NAME, error, store)
+                raise
+        return capsys.readouterr().err.splitlines()
+
+    lost = 'Gloo: closed by peer'
+    assert 'lost, or never reached' in only(lines_of(RuntimeError(lost)))
+    assert lines_of(UserError('no data')) == [f'{script.NAME}.py: error: no data']
+    assert not lines_of(UserError('no data'))
+    assert not lines_of(RuntimeError(lost))
+    assert lines_of(OSError('no disk')) == [f'{script.NAME}.py: error: no disk']
+
+    class LostStore:
+        def add(self, key, value):
+            raise dist.DistNetworkError('Connection reset by peer')
+
+    store = LostStore()
+    assert lines_of(UserError('no data')) == [f'{script.NAME}.py: error: no data']
+
+
+FAIL_ON_SOME_RANKS = """
+import os
+
+import {script}
+from common.errors import UserError
+
+
+def fail(mode, options, request, process):
+    if process.rank in map(int, os.environ['FAILING'].split()):
+        raise UserError('this process cannot go on')
+    process.gather(None)
+
+
+{script}.run_mode = fail
+{script}.main(['--evaluate'])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script, module', [('glow', 'launch'), ('bnaf', 'run')])
+@pytest.mark.parametrize('failing', ['1', '0 1'])
+def test_an_error_of_some_ranks_is_one_line(script, module, failing, tmp_path):
+    path = tmp_path / 'fail.py'
+    path.write_text(FAIL_ON_SOME_RANKS.format(script=script))
+    root = str(Path(glow.__file__).parent)
+    words = ['-m', f'torch.distributed.{module}', '--nproc_per_node=2', path]
+    _, output = run_command(*words, cwd=tmp_path, exit_code=1, FAILING=failing, PYTHONPATH=root)
+    lines = [line for line in output.splitlines() if ': error: ' in line]
+    assert lines == [f'{script}.py: error: this process cannot go on'], output
+
+
+def allocate_with_torch():
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def allocate_with_numpy():
+    np.empty(2**60, dtype=np.uint8)
+
+
+def allocate_on_windows():
+    raise RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried to ...')
+
+
+@pytest.mark.parametrize('run', [allocate_with_torch, allocate_with_numpy, allocate_on_windows])
+def test_too_little_memory_is_reported_in_one_line(run, capsys):
+    with pytest.raises(SystemExit, match='2'), exit_on_user_error('glow'):
+        run()
+    line = only(capsys.readouterr().err.splitlines())
+    assert line.startswith('glow.py: error: out of memory: lower --batch_size')
+
+
+def test_too_little_memory_is_no_damaged_file(tmp_path, monkeypatch):
+    tensors.save_tensors(tmp_path / 'x.pt', {'x': torch.zeros(2)})
+    monkeypatch.setattr(torch, 'load', lambda *args, **options: allocate_with_torch())
+    with pytest.raises(RuntimeError, match='allocate'):
+        tensors.load_tensors(tmp_path / 'x.pt')
+
+
+@needs_posix
+@pytest.mark.parametrize('script', [glow, bnaf])
+def test_an_interrupt_while_a_script_is_imported(script, tmp_path):
+    """Also where an imported package turns the interrupt into another error."""
+    code = """
+    import time
+    print('importing', flush=True)
+    try:
+        time.sleep(60)
+    except BaseException:
+        raise ImportError('numpy could not be loaded')
+    """
+    (tmp_path / 'numpy.py').write_text(inspect.cleandoc(code))
+    with subprocess.Popen(
+        [sys.executable, script.__file__, '--help'],
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout.readline() == b'importing\n'
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 2
+        assert process.stderr.read().decode() == f'{script.NAME}.py: error: interrupted\n'
+
+
+class BrokenStream(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+
+def test_a_training_goes_on_without_its_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
+    words = ['--train', *faults.TOY, '--n_epochs=1', '--batch_size=50']
+
+    def train(name, stdout, stderr):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'stdout', stdout)
+            patch.setattr(sys, 'stderr', stderr)
+            bnaf.main([*words, f'--output_dir={tmp_path / name}'])
+
+    train('closed', None, None)
+    train('no errors', sys.stdout, BrokenStream())
+    with pytest.raises(SystemExit, match='2'):
+        train('no output', BrokenStream(), sys.stderr)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == 'bnaf.py: error: the output cannot be written: Broken pipe'
+    for name in ('closed', 'no errors', 'no output'):
+        best = only((tmp_path / name).glob('*/best.pt'))
+        assert bnaf.load_checkpoint(best)['step'] == 2
+
+
+@needs_posix
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_output_that_is_not_read_is_one_line(unbuffered, trained_bnaf):
+    """Such as that of ``python bnaf.py --evaluate | true``."""
+    words = [sys.executable, bnaf.__file__, '--evaluate', f'--restore_file={trained_bnaf}']
+    environment = {**os.environ, 'PYTHONUNBUFFERED': unbuffered}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        line = 'bnaf.py: error: the output cannot be written: Broken pipe\n'
+        assert process.stderr.read().decode() == line
+        assert process.wait() == 2

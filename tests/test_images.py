@@ -1,5 +1,6 @@
 """Image data sets: splits and pixels, the cache, and clear errors for damaged or hostile files."""
 
+import errno
 import gzip
 import multiprocessing
 import os
@@ -770,6 +771,32 @@ def test_data_that_cannot_be_written_to_is_cached_elsewhere(folder, tmp_path, mo
     load_images('folder', folder, 16)
     assert not (folder / '.cache').exists()
     assert len(list((tmp_path / 'data' / '.cache').glob('folder_16_*.npy'))) == 1
+
+
+def test_a_disk_that_others_fill_meanwhile(folder, monkeypatch):
+    """The space is reserved first. To write to a mapped file on a full disk ends by SIGBUS."""
+
+    def fill_disk(*args):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, 'posix_fallocate', fill_disk, raising=False)
+    with pytest.raises(UserError, match='folder_16_.*cannot be written.*No space left'):
+        load_images('folder', folder, 16)
+    assert [path.suffix for path in (folder / '.cache').iterdir()] == ['.lock']
+
+
+@pytest.mark.parametrize('number', [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_that_cannot_reserve_space(number, folder, monkeypatch):
+    reserved = []
+
+    def refuse(descriptor, start, size):
+        reserved.append(size)
+        raise OSError(number, 'not supported')
+
+    monkeypatch.setattr(os, 'posix_fallocate', refuse, raising=False)
+    load_images('folder', folder, 16)
+    (cache,) = (folder / '.cache').glob('*.npy')
+    assert reserved == [cache.stat().st_size]
 
 
 def load_and_kill(folder, seconds):
