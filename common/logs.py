@@ -163,7 +163,8 @@ class TrainingLog(ScalarWriter):
         validation = ''
         if run.best < math.inf:
             validation = f' (validation: {self.format_score(run.validation_loss)})'
-        score = self.format_score(loss.item())
+        value = loss.item()
+        score = self.format_score(value)
         self.bar.set_postfix_str(
             f'{score}{validation}, {speed:.0f} {self.items}/s', refresh=not self.shows_loss
         )
@@ -172,7 +173,7 @@ class TrainingLog(ScalarWriter):
             return
 
         scalars = {
-            f'{run.score_name}/train': run.score_sign * loss.item(),
+            f'{run.score_name}/train': run.score_sign * value,
             'gradient_norm': norm.item(),
             'lr': run.optimizer.param_groups[0]['lr'],
             f'{self.items}_per_s': speed,

@@ -384,19 +384,22 @@ def test_the_first_loss_is_shown_at_once_and_others_are_rarely_read(tmp_path, mo
     parameter = torch.nn.Parameter(torch.zeros(1))
     run = SimpleNamespace(
         process=single_process(glow),
-        config=SimpleNamespace(batch_size=1, ema_decay=0.0),
+        config=SimpleNamespace(n_epochs=1),
         model=torch.nn.ParameterList([parameter]),
         optimizer=torch.optim.SGD([parameter], lr=1.0),
         score_name='score',
+        score_sign=1,
         step=40,
-        n_steps=100,
+        n_seen=40,
+        n_per_step=1,
+        n_per_epoch=100,
         n_skipped=0,
         skips_in_a_row=0,
         best=float('inf'),
         validation_loss=0.0,
     )
     loss, norm = Loss(run), torch.zeros(())
-    with TrainingLog(run, tmp_path, 'nats', 'rows') as log:
+    with TrainingLog(run, tmp_path, 'rows', lambda config, loss: f'{loss:.3f} nats') as log:
         for run.step in range(41, 82):
             log.log_step(loss, norm, every=20)
             if run.step == 41:
@@ -408,7 +411,7 @@ def test_the_first_loss_is_shown_at_once_and_others_are_rarely_read(tmp_path, mo
 
 def test_a_busy_machine_is_noted(tmp_path, monkeypatch, capsys):
     words = ['--train', *faults.TOY, '--n_epochs=1', '--batch_size=50', f'--output_dir={tmp_path}']
-    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
+    monkeypatch.setattr(bnaf, 'EPOCH_BATCHES', 2)
     monkeypatch.setattr(os, 'getloadavg', lambda: (1000.0, 0.0, 0.0))
     monkeypatch.setenv('OMP_NUM_THREADS', '2')
     bnaf.main(words)
@@ -799,7 +802,7 @@ class BrokenStream(io.StringIO):
 
 
 def test_a_training_goes_on_without_its_output(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bnaf, 'EPOCH_STEPS', 2)
+    monkeypatch.setattr(bnaf, 'EPOCH_BATCHES', 2)
     words = ['--train', *faults.TOY, '--n_epochs=1', '--batch_size=50']
 
     def train(name, stdout, stderr):
