@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from common.averages import moving_average
 from common.batches import Stream, batch_indices, seed_sequence, seeded_generator
-from common.checkpoints import CheckpointFormat
+from common.checkpoints import CheckpointFormat, require_entries
 from common.errors import UserError, exit_on_user_error, report_error
 from common.files import write_json
 from common.logs import TrainingLog, progress_bar
@@ -249,8 +249,7 @@ class MaskedLinear(nn.Module):
         lower = (self.mask * self.lower).to(dtype).view(d, b, d, a)
         positive = self.log_diagonal.to(dtype).exp().permute(1, 2, 0)
         v = torch.diagonal_scatter(lower, positive, dim1=0, dim2=2).view(d * b, d * a)
-        # this is what torch.nn.utils.weight_norm calls
-        w = torch._weight_norm(v, self.log_g.to(dtype).exp(), 0)
+        w = WeightNorm.apply(v, self.log_g.to(dtype).exp())
         return w, w.view(d, b, d, a).diagonal(dim1=0, dim2=2)
 
     def forward(self, x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,6 +257,30 @@ class MaskedLinear(nn.Module):
         w, diagonal = self.weights(x.dtype)
         y = F.linear(x, w, self.bias.to(x.dtype))
         return y, torch.einsum('bad,nda->ndb', diagonal, j)
+
+
+class WeightNorm(torch.autograd.Function):
+    """Rows w = g v / |v|, of v (M, N) and g (M, 1) (eq. 8).
+
+    torch computes it as for its own weight normalization, whose gradient cannot be differentiated
+    again: it takes |v| for a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:
+        w, norm = torch._weight_norm_interface(v, g, 0)
+        ctx.save_for_backward(v, g, norm)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor, Tensor]:
+        v, g, norm = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return torch.ops.aten._weight_norm_interface_backward(grad_w, v, g, norm, 0)
+
+        norm = v.norm(dim=1, keepdim=True)
+        grad_g = (grad_w * v).sum(1, keepdim=True) / norm
+        return g / norm * (grad_w - v * grad_g / norm), grad_g
 
 
 class Tanh(torch.autograd.Function):
@@ -279,7 +302,7 @@ class Tanh(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_j: Tensor) -> tuple[Tensor, Tensor]:
         y, slope, j_out = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # the slope is saved as a constant; this adds its derivative by y, and zero
+            # the saved slope is a constant: add 0 in a form that has the derivative of 1 - y^2
             zero = y.detach().square() - y.square()
             slope = slope + zero.view(slope.shape)
             grad_x = -2 * y * (grad_j * j_out).reshape(y.shape)
@@ -820,10 +843,14 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a checkpoint of format 1 as that of format 2."""
-    saved = dict(saved)
+    require_entries(saved, {'config': dict, 'step': int, 'world_size': int})
+    require_entries(saved, {'best_step': int, 'n_annealing': float, 'units': dict})
+    config = {'batch_size': Config.batch_size, **saved['config']}
+    require_entries(config, {'batch_size': int})
+
+    saved, units = dict(saved), saved['units']
     world_size, best_step = saved['world_size'], saved.pop('best_step')
-    n_per_step = saved['config'].get('batch_size', Config.batch_size) * world_size
-    units = saved['units']
+    n_per_step = config['batch_size'] * world_size
     return {
         **saved,
         'units': {**units, 'levels': [[] for _ in units['columns']]},  # not known
@@ -937,6 +964,19 @@ class Plateau(ReduceLROnPlateau):
         return {key: getattr(self, key) for key in PLATEAU}
 
 
+def build_scheduler(config: Config, optimizer: torch.optim.Optimizer) -> Plateau:
+    """Build what halves the learning rate, after each validation."""
+    return Plateau(
+        optimizer,
+        factor=0.5,
+        patience=config.lr_patience,
+        cooldown=10,
+        min_lr=config.min_lr,
+        threshold=1e-4,
+        threshold_mode='abs',
+    )
+
+
 class Training:
     """A training: the weights, their average, the optimizer, and where it stands."""
 
@@ -954,7 +994,8 @@ class Training:
         self.input_dims = [len(data.columns)]
         self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
         self.best, self.n_seen_at_best, self.validation_loss = math.inf, 0, math.nan
-        self.n_seen, self.first_world_size = 0, process.world_size
+        self.n_seen = 0
+        self.first_world_size = saved['first_world_size'] if saved else process.world_size
 
         self.model = build_model(config, self.input_dims).to(process.device)
         self.objective = wrap_ddp(
@@ -966,22 +1007,15 @@ class Training:
         )
         self.average = AveragedModel(self.model)
         self.optimizer = build_optimizer(config, self.model.parameters())
-        self.scheduler = Plateau(
-            self.optimizer,
-            factor=0.5,
-            patience=config.lr_patience,
-            cooldown=10,
-            min_lr=config.min_lr,
-            threshold=1e-4,
-            threshold_mode='abs',
-        )
+        self.scheduler = build_scheduler(config, self.optimizer)
 
         self.rows = None
         self.n_per_step = config.batch_size * process.world_size
         self.n_per_epoch = config.batch_size * EPOCH_BATCHES
         if not data.sampler:
             self.rows = torch.from_numpy(np.array(data.train)).to(process.device)
-            self.n_per_epoch = len(data.train)
+            # at least a step, of the processes that the run began with
+            self.n_per_epoch = max(len(data.train), config.batch_size * self.first_world_size)
         self.n_per_validation = self.n_per_epoch
         # kept by the checkpoint, so that more epochs later do not stretch the annealing
         self.n_annealing = float(config.annealing * config.n_epochs * self.n_per_epoch)
@@ -997,9 +1031,10 @@ class Training:
 
     @property
     def n_to_see(self) -> int:
-        """The number of rows after which training ends, unless the score improves before."""
-        patience = self.config.early_stop * self.n_per_epoch
-        return min(self.config.n_epochs * self.n_per_epoch, self.n_seen_at_best + patience)
+        """The number of rows after which training ends. It grows with each better score."""
+        best_epoch = self.n_seen_at_best // self.n_per_epoch
+        n_epochs = min(self.config.n_epochs, best_epoch + self.config.early_stop)
+        return n_epochs * self.n_per_epoch
 
     def take_step(self) -> tuple[Tensor, Tensor]:
         """Take one step. Returns its loss and its gradient norm."""

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from common.averages import moving_average
 from common.batches import Stream, batch_indices, seeded_generator
-from common.checkpoints import CheckpointFormat
+from common.checkpoints import CheckpointFormat, require_entries
 from common.errors import UserError, exit_on_user_error, report_error, warn_on_error
 from common.files import digest, write_json
 from common.logs import TrainingLog, progress_bar
@@ -883,15 +883,18 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a checkpoint of format 1 as that of format 2."""
+    require_entries(saved, {'config': dict, 'step': int, 'world_size': int})
+    config = {'batch_size': Config.batch_size, **saved['config']}
+    require_entries(config, {'batch_size': int})
+
     world_size = saved['world_size']
-    n_per_step = saved['config'].get('batch_size', Config.batch_size) * world_size
     return {
         **saved,
         'fingerprint': '',  # not known
         'split_bounds': [],  # a folder is then split at random, as it was
         'files': torch.zeros(0, 2, dtype=torch.int64),
         'first_world_size': world_size,
-        'n_seen': saved['step'] * n_per_step,
+        'n_seen': saved['step'] * config['batch_size'] * world_size,
     }
 
 
@@ -1073,13 +1076,15 @@ class Training:
         self.optimizer = build_optimizer(config, self.model.parameters())
         if saved is not None:
             CHECKPOINT.restore(self, saved)
+            if saved['fingerprint'] not in ('', data.fingerprint):
+                self.best = math.inf  # the score of other images
         # not those of the checkpoint: the run goes on with these images
         self.fingerprint, self.files = data.fingerprint, data.files
         self.split_bounds = data.split_bounds
 
         n_per_first_step = config.batch_size * self.first_world_size
         self.n_per_step = config.batch_size * process.world_size
-        self.n_per_epoch = len(data.train.images)
+        self.n_per_epoch = max(len(data.train.images), n_per_first_step)  # at least a step
         self.n_to_see = config.n_epochs * self.n_per_epoch
         self.n_per_validation = self.n_per_epoch * math.ceil(
             VALIDATE_STEPS * n_per_first_step / self.n_per_epoch

@@ -10,8 +10,8 @@ def moving_average(decay: float, n_batches: float = 1.0) -> Callable:
     """Return the function by which ``AveragedModel`` updates an exponential moving average.
 
     After n updates the average decays by min(``decay``, (1 + n) / (10 + n)), so that it soon
-    forgets the first weights. An update counts for ``n_batches`` of them: with twice as many
-    processes as a training began with, one step replaces two.
+    forgets the first weights. Each update decays it as ``n_batches`` of them would: with twice as
+    many processes as a training began with, one step stands for two.
     """
 
     @torch.no_grad()

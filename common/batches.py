@@ -50,9 +50,9 @@ def batch_indices(
     """Return which rows a process takes at a step, of shape ``(batch_size,)``.
 
     The epochs follow each other without a gap. Each of them shuffles the rows anew and takes each
-    row once; a batch may hold the end of one and the beginning of the next. Of all the rows to
-    come, ``n_seen`` have been taken at earlier steps, and ``rank`` batches belong to the processes
-    before this one. The number of processes may therefore change at any step.
+    row once; a batch may hold the end of one and the beginning of the next. Earlier steps have
+    taken the first ``n_seen`` rows of this sequence, and the next ``rank`` batches belong to the
+    processes of lower rank. The number of processes may therefore change at any step.
     """
     first = n_seen + rank * batch_size
     epochs, places = np.divmod(np.arange(first, first + batch_size), n_rows)

@@ -122,7 +122,7 @@ class CheckpointFormat:
     def upgrade(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Return the content of a checkpoint of an older number as that of the present one.
 
-        Raises ``ValueError`` where it has not the entries of its number.
+        Raises ``ValueError`` where it lacks an entry that files of its number have.
         """
         for number in range(saved['format'], self.number):
             try:
@@ -149,6 +149,9 @@ class CheckpointFormat:
             if not has_schema(saved[name], expected):
                 raise ValueError(f'{name} has the wrong type or contents')
 
+        for name in ('world_size', 'first_world_size'):
+            if saved.get(name, 1) < 1:
+                raise ValueError(f'its {name} is 0')
         dims = saved['input_dims']
         if len(dims) != self.n_dims:
             raise ValueError(f'its inputs have {len(dims)} dimensions')
@@ -197,6 +200,16 @@ class CheckpointFormat:
             for name, value in values.items():
                 if isinstance(value, torch.Tensor) and not is_finite(value):
                     raise ValueError(f'its weights are not finite: {name}')
+
+
+def require_entries(values: dict[Any, Any], schema: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless values have these entries, of these types (``has_schema``).
+
+    They may have others besides.
+    """
+    for name, expected in schema.items():
+        if name not in values or not has_schema(values[name], expected):
+            raise ValueError(f'{name} is missing, or has the wrong type or contents')
 
 
 def has_schema(value: Any, schema: Any) -> bool:

@@ -116,7 +116,7 @@ class TrainingLog(ScalarWriter):
     def __enter__(self) -> 'TrainingLog':
         run = self.run
         n_most = run.config.n_epochs * run.n_per_epoch
-        n_steps = run.step + math.ceil((n_most - run.n_seen) / run.n_per_step)
+        n_steps = run.step + max(0, math.ceil((n_most - run.n_seen) / run.n_per_step))
         if self.writer:
             n_parameters = sum(p.numel() for p in run.model.parameters())
             print(f'{n_parameters:,} parameters, step {run.step:,} of at most {n_steps:,}')

@@ -118,8 +118,8 @@ def load_selected_checkpoint(
         print(f'restored {saved["path"]}: step {saved["step"]}, {score}')
         if mode == 'train' and saved['world_size'] != process.world_size:
             print(
-                f'note: {saved["world_size"]} processes before, {process.world_size} now: the '
-                'batch of a step changes with them, what the training sees in all does not'
+                f'note: {saved["world_size"]} processes before, {process.world_size} now: each '
+                'step takes more or fewer at once, and the number of epochs stays the same'
             )
     return saved
 

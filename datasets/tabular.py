@@ -303,7 +303,10 @@ def require_tables(config: TableOptions) -> None:
     """Raise ``UserError`` where the user's own tables are not where a saved run had them."""
     for option, path in (('dataset', config.dataset), ('test_file', config.test_file)):
         if is_own_table(path) and not Path(path).is_file():
-            raise UserError(f'{path}: no such table; if it has moved, give --{option}=NEWPATH')
+            raise UserError(
+                f'{path}: no such table; if it has moved, give --{option}=NEWPATH and the '
+                "run's --restore_file"
+            )
 
 
 def load_toy_problem(name: str) -> TableData:

@@ -2,6 +2,7 @@
 and output, bad input."""
 
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -224,6 +225,24 @@ def test_early_stopping_keeps_the_best(tmp_path, capsys):
     assert last['step'] == best['step'] + 5 * 4 < 2000 * 4
     assert best['validation_loss'] == last['best'] < last['validation_loss']
     assert 'training ends early, as 5 epochs have not brought' in capsys.readouterr().out
+
+
+def test_training_ends_early_at_the_end_of_an_epoch(tmp_path):
+    write_rows(tmp_path / 'my.npy', 330)
+    config = bnaf.Config(dataset=str(tmp_path / 'my.npy'), batch_size=100, early_stop=4)
+    run = bnaf.Training(config, tabular.load_run_table(config, None), single_process(bnaf))
+    for epoch in (1, 2, 3):
+        step = math.ceil(epoch * 264 / 100)
+        run.n_seen_at_best = 100 * step
+        assert run.n_to_see == (epoch + 4) * 264
+
+
+def test_an_epoch_of_few_rows_is_a_step(tmp_path):
+    write_rows(tmp_path / 'my.npy', 50)
+    config = bnaf.Config(dataset=str(tmp_path / 'my.npy'), batch_size=100, n_epochs=30)
+    run = bnaf.Training(config, tabular.load_run_table(config, None), single_process(bnaf))
+    assert run.n_per_epoch == run.n_per_validation == 100
+    assert run.n_to_see == 30 * 100
 
 
 def test_fewer_rows_on_request(tmp_path):

@@ -425,6 +425,46 @@ def hessian_by_differences(model, x, h):
     return (above - below) / (2 * h)
 
 
+def test_second_derivatives_by_the_weights():
+    torch.manual_seed(0)
+    model = perturbed(bnaf.BNAF(2, 2, 1, 3), 0.3)
+    x = randn(4, 2)
+    parameters = list(model.parameters())
+
+    def gradient_along(direction, h):
+        """Return the gradient of log p in all weights, moved by h along a direction."""
+        with torch.no_grad():
+            for parameter, part in zip(parameters, direction):
+                parameter += h * part
+        gradients = torch.autograd.grad(model.log_prob(x).sum(), parameters)
+        with torch.no_grad():
+            for parameter, part in zip(parameters, direction):
+                parameter -= h * part
+        return gradients
+
+    direction = [randn(*parameter.shape) for parameter in parameters]
+    gradients = torch.autograd.grad(model.log_prob(x).sum(), parameters, create_graph=True)
+    slope = sum((g * part).sum() for g, part in zip(gradients, direction))
+    hessian_times_direction = torch.autograd.grad(slope, parameters)
+    above, below = gradient_along(direction, 1e-6), gradient_along(direction, -1e-6)
+    for exact, a, b in zip(hessian_times_direction, above, below):
+        torch.testing.assert_close(exact, (a - b) / 2e-6, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_norm_equals_that_of_torch_and_is_differentiable_twice():
+    v, g = randn(4, 3).requires_grad_(), randn(4, 1).exp().requires_grad_()
+    torch.autograd.gradcheck(bnaf.WeightNorm.apply, (v, g))
+    torch.autograd.gradgradcheck(bnaf.WeightNorm.apply, (v, g))
+
+    weights, gradients = [], []
+    for function in (bnaf.WeightNorm.apply, lambda v, g: torch._weight_norm(v, g, 0)):
+        w = function(v.float(), g.float())
+        weights.append(w)
+        gradients.append(torch.autograd.grad(w.sin().sum(), (v, g)))
+    assert torch.equal(*weights)
+    assert all(map(torch.equal, *gradients))
+
+
 def test_tanh_is_differentiable_many_times():
     torch.manual_seed(0)
     x = randn(3, 8).requires_grad_()

@@ -237,6 +237,13 @@ def test_what_follows_from_the_images_seen_on_four_processes(tmp_path, monkeypat
         assert run.n_seen == 15 * 128 + 128 * world_size
 
 
+def test_fewer_epochs_than_were_trained(tmp_path, capsys):
+    glow.main(training_words(tmp_path, '--n_epochs=3'))
+    checkpoint = only(tmp_path.rglob('checkpoint.pt'))
+    glow.main(['--train', f'--restore_file={checkpoint}', '--n_epochs=1'])
+    assert 'step 34 of at most 34' in capsys.readouterr().out
+
+
 def test_the_average_soon_forgets_the_first_weights():
     update = moving_average(decay=0.999)
     averages, values = [torch.zeros(2)], [torch.ones(2)]
@@ -675,6 +682,8 @@ def test_a_training_goes_on_with_changed_images_only_where_they_are_accepted(
     assert after['step'] > before['step'] and len(after['files']) == 29
     assert after['split_bounds'] == before['split_bounds']
     assert after['fingerprint'] != before['fingerprint']
+    best = glow.load_checkpoint(photo_run.with_name('best.pt'))
+    assert best['fingerprint'] == after['fingerprint']  # not one that other images validated
     capsys.readouterr()
     glow.main(['--train', f'--restore_file={photo_run}', '--n_epochs=3'])
     assert not note_lines(capsys)

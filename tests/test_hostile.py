@@ -603,7 +603,8 @@ def bad_entries(saved: dict) -> Iterable[tuple[str, Any]]:
     entries += [('input_dims', dims) for dims in BAD_INPUT_DIMS]
     entries += [('format', number) for number in BAD_FORMATS]
     entries += [('step', count) for count in BAD_COUNTS]
-    entries += [('world_size', count) for count in BAD_COUNTS]
+    for name in ('world_size', 'first_world_size'):
+        entries += [(name, count) for count in [*BAD_COUNTS, 0]]
     entries += [('best', loss) for loss in BAD_LOSSES]
     for part in ('model', 'average', 'optimizer', 'script'):
         entries += [(part, value) for value in BAD_PARTS]
@@ -625,6 +626,32 @@ def test_bad_entries(script, checkpoints, tmp_path):
         others = {other: value for other, value in saved.items() if other != name}
         torch.save(others, file)
         refusal(load, file)
+
+
+ODD_CONTENT_OF_FORMAT_1 = [
+    ({'step': 10**15}, {'batch_size': 'a'}),
+    ({'step': 10**25}, {'batch_size': 'a' * 1000}),
+    ({'step': 2**2000}, {'batch_size': 1.5}),
+    ({'world_size': 2**2000}, {}),
+    ({}, {'batch_size': 2**2000}),
+    ({'step': torch.ones(2), 'world_size': torch.ones(3)}, {}),
+    ({'world_size': 0}, {}),
+    ({'config': []}, {}),
+]
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_odd_content_is_not_upgraded(script, tmp_path):
+    saved = torch.load(Path(__file__).parent / 'checkpoints' / f'{script}_1.pt')
+    file = tmp_path / 'bad.pt'
+    for entries, options in ODD_CONTENT_OF_FORMAT_1:
+        content = {**saved, 'config': {**saved['config'], **options}, **entries}
+        torch.save(content, file)
+        assert 'another version' in refusal(SCRIPTS[script].load_checkpoint, file)
+    for name in saved.keys() - {'script', 'format'}:
+        content = {other: value for other, value in saved.items() if other != name}
+        torch.save(content, file)
+        assert 'another version' in refusal(SCRIPTS[script].load_checkpoint, file)
 
 
 def large_glows(saved: dict) -> list[tuple[dict, list[int]]]:
