@@ -1,4 +1,4 @@
-"""Put small trainings through faults: kills, signals, full disks, disagreement and bad numbers.
+"""Put small trainings through faults: kills, signals, full disks, moved data, bad numbers and more.
 
     python tests/faults.py --kills=100                 check every promise
     python tests/faults.py --only=preempted,numbers    check some of them
@@ -41,6 +41,7 @@ from timing import cpu_name, progress
 
 import bnaf
 import glow
+from datasets.images import load_run_images
 
 ROOT = Path(__file__).resolve().parent.parent
 Figures = dict[str, Any]  # what a check measured, as it goes into faults.json
@@ -113,8 +114,8 @@ def read_environment(path: Path) -> dict[str, str]:
 class Job:
     """A program that runs in a folder, as one process or as several under torchrun.
 
-    What it prints goes to the files ``out`` and ``err`` of the folder. ``file_limit`` is the
-    largest file it can write, in bytes.
+    What it prints goes to the files ``out`` and ``err`` of the folder. ``prepare`` is called in the
+    new process before the program starts.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Job:
         words: Sequence[str],
         n_processes: int = 1,
         max_restarts: int = 0,
-        file_limit: int | None = None,
+        prepare: Callable[[], None] | None = None,
     ):
         self.folder = folder
         self.mark = uuid.uuid4().hex  # its processes are found by this word in their environment
@@ -150,7 +151,7 @@ class Job:
                 env={**os.environ, **variables},
                 stdout=out,
                 stderr=err,
-                preexec_fn=file_size_limit(file_limit) if file_limit else None,
+                preexec_fn=prepare,
             )
 
     def find_processes(self) -> dict[int, int]:
@@ -182,12 +183,13 @@ class Job:
     ) -> float:
         """Wait for a condition and return how many seconds it took.
 
-        Raises ``AssertionError`` if it takes more than ``seconds``.
+        Kills the program and raises ``AssertionError`` if it takes more than ``seconds``.
         """
         start = time.perf_counter()
         while not condition():
-            is_late = time.perf_counter() > start + seconds
-            require(not is_late, f'waited {seconds} s in {self.folder}: {self.errors()}')
+            if time.perf_counter() > start + seconds:
+                self.kill()
+                require(False, f'waited {seconds} s in {self.folder}: {self.errors()}')
             time.sleep(interval)
         return time.perf_counter() - start
 
@@ -205,7 +207,7 @@ class Job:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            self.is_running()  # removes the dead child from /proc
+        self.process.wait()  # removes the dead child from /proc
 
     def output(self) -> str:
         """Return what it has written to the standard output so far."""
@@ -229,6 +231,10 @@ class Job:
         """Wait for an exit with code 2 and return the one line of the error."""
         require(self.wait() == 2, f'the exit code is not 2: {self.errors()}')
         require('Traceback' not in self.errors(), f'a traceback: {self.errors()}')
+        return self.error_line()
+
+    def error_line(self) -> str:
+        """Return the one line of an error that its processes have printed together."""
         lines = re.split('[\r\n]+', self.errors())
         lines = [line for line in lines if ': error: ' in line]  # the others are progress
         require(len(lines) == 1, f'not one line: {self.errors()}')
@@ -336,11 +342,11 @@ class Harness:
         constants: dict[str, float] | None = None,
         preamble: str = '',
         write_delay: float = 0.0,
-        **limits: int,
+        **options: Any,
     ) -> Job:
         """Start a script with these words; see ``program`` and ``Job`` for the other arguments."""
         code = program(script, {**CONSTANTS, **(constants or {})}, preamble, write_delay)
-        return Job(folder or self.new_folder(script), code, words, n_processes, **limits)
+        return Job(folder or self.new_folder(script), code, words, n_processes, **options)
 
     def train(
         self,
@@ -583,10 +589,12 @@ def summarize_lost_process(figures: Figures) -> str:
 # -------------------------------------------------------------------------------- disks and folders
 
 
-def read_files(run: Path) -> dict[str, bytes]:
-    """Return the contents of a run folder except its lock and events."""
-    paths = [path for path in run.iterdir() if path.name != '.lock']
-    return {path.name: path.read_bytes() for path in paths if 'tfevents' not in path.name}
+def read_files(run: Path, with_events: bool = False) -> dict[str, bytes]:
+    """Return the contents of a run folder except its lock and, unless asked for, its events."""
+    paths = [path for path in run.iterdir() if not path.name.startswith('.lock')]
+    if not with_events:
+        paths = [path for path in paths if 'tfevents' not in path.name]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def check_full_disk(harness: Harness, cases: Sequence[str] = tuple(CASES)) -> Figures:
@@ -608,7 +616,8 @@ def check_full_disk(harness: Harness, cases: Sequence[str] = tuple(CASES)) -> Fi
             (['--generate'], {}),  # at the samples
         ]
         for words, constants in attempts:
-            job = harness.run(script, words, folder, constants=constants, file_limit=FILE_LIMIT)
+            limit = file_size_limit(FILE_LIMIT)
+            job = harness.run(script, words, folder, constants=constants, prepare=limit)
             line = job.refusal()
             require(' cannot be written' in line, line)
             require(read_files(run) == before, f'{words}: a file in {run} has changed')
@@ -677,6 +686,464 @@ def check_disagreement(harness: Harness, which: slice = slice(None)) -> Figures:
 def summarize_disagreement(figures: Figures) -> str:
     seconds = range_of(figures['seconds from start to end'])
     return f'{figures["refusals"]} refused, {seconds} after the start'
+
+
+# ---------------------------------------------------------------- other processes, runs and places
+
+
+STOP = """
+import signal
+take_step = {script}.Training.take_step
+def take_step_and_stop(run):
+    result = take_step(run)
+    if run.n_seen >= {n_seen} and run.process.rank == run.process.world_size - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return result
+{script}.Training.take_step = take_step_and_stop"""
+
+
+def check_resizing(
+    harness: Harness, cases: Sequence[str] = tuple(CASES), sizes: Sequence[int] = (1, 4, 2)
+) -> Figures:
+    """A training that is stopped and resumed on other numbers of processes ends after as many
+    images or rows as an unbroken one, to one batch of all processes, with a finite result."""
+    figures = {}
+    for case in cases:
+        unbroken = harness.reference(case, sizes[0]).outcome['checkpoint.pt']['n_seen']
+        figures[case] = {'unbroken': unbroken, 'resized': resize(harness, case, sizes, unbroken)}
+    return {'processes': list(sizes), 'images or rows after each start': figures}
+
+
+def resize(harness: Harness, case: str, sizes: Sequence[int], n_to_see: int) -> list[int]:
+    """Train on each of these numbers of processes; return what had been seen at the end of each."""
+    script, words, _ = CASES[case]
+    batch_size = int(re.search(r'--batch_size=(\d+)', ' '.join(words))[1])
+    folder = harness.new_folder(case)
+    seen, step = [0], 0
+    for n_processes in sizes:
+        is_last = len(seen) == len(sizes)
+        n_seen = 10**9 if is_last else n_to_see * len(seen) // len(sizes)
+        preamble = STOP.format(script=script, n_seen=n_seen)
+        job = harness.train(case, n_processes, folder, ['--resume'], preamble=preamble)
+        require(job.wait() == 0, job.errors())
+        was_stopped = 'stopped after step' in job.output()
+        require(was_stopped != is_last, f'{case}: on {n_processes} processes: {job.output()}')
+
+        saved = torch.load(job.run_folder() / 'checkpoint.pt', weights_only=True)
+        n_new = (saved['step'] - step) * batch_size * n_processes
+        step = saved['step']
+        require(saved['n_seen'] == seen[-1] + n_new, f'{case}: it has miscounted at step {step}')
+        worlds = saved['first_world_size'], saved['world_size']
+        require(worlds == (sizes[0], n_processes), f'{case}: numbers of processes: {worlds}')
+        seen.append(saved['n_seen'])
+
+    is_right_end = abs(seen[-1] - n_to_see) < batch_size * max(sizes[0], sizes[-1])
+    require(is_right_end, f'{case}: it has seen {seen}, one without a stop {n_to_see}')
+    score = read_score(job.run_folder() / 'results.json')
+    require(math.isfinite(score), f'{case}: the result is {score}')
+    return seen[1:]
+
+
+def summarize_resizing(figures: Figures) -> str:
+    cases = figures['images or rows after each start'].values()
+    ends = [f'{case["resized"][-1]:,} for {case["unbroken"]:,}' for case in cases]
+    sizes = ', then '.join(map(str, figures['processes']))
+    return f'{sizes} processes: {", ".join(ends)} images or rows'
+
+
+CHOICES = {  # options of two trainings of each script on different data
+    'glow': (DIGITS[:3], [*PICTURES, '--data_dir=pictures']),
+    'bnaf': (
+        ['--dataset=rows.npy', *TABLE[1:3]],
+        ['--dataset=rows_2.npy', *TABLE[1:3]],  # whose run folders begin with the same words
+    ),
+}
+
+
+def check_choice(harness: Harness, scripts: Sequence[str] = tuple(CHOICES)) -> Figures:
+    """`--train --resume`, `--evaluate` and `--generate` take the newest run of a folder or, with
+    `--dataset`, the newest run of that data set."""
+    n_commands = 0
+    for script in scripts:
+        folder = harness.new_folder('choose')
+        write_pictures(folder / 'pictures', 20)
+        np.save(folder / 'rows.npy', harness.table)
+        np.save(folder / 'rows_2.npy', harness.table + 1)
+        first, second = CHOICES[script]
+        runs = []
+        for words in (first, first, second):
+            words = ['--train', *words, '--batch_size=256', '--n_epochs=1']
+            job = harness.run(script, words, folder)
+            runs.append(chosen_run(job, r'the model is (\S+)/best.pt'))
+
+        resume = ['--train', '--resume', '--n_epochs=2']
+        commands = [  # and which of the three runs it should take
+            (['--evaluate', *first[:1]], 1),
+            (['--evaluate'], 2),
+            (['--generate', *first[:1]], 1),
+            (['--generate'], 2),
+            ([*resume], 2),
+            ([*resume, *first[:1]], 1),  # this run is the newest from here on
+            (['--evaluate'], 1),
+        ]
+        for words, expected in commands:
+            run = chosen_run(harness.run(script, words, folder), r'restored (\S+)/\w+\.pt: step')
+            require(run == runs[expected], f'{script} {words}: it took {run} of {runs}')
+        n_runs = len(list(folder.glob('results/*')))
+        require(n_runs == len(set(runs)) == 3, f'{script}: there are {n_runs} runs')
+        n_commands += len(commands)
+    return {'commands that took the right run': n_commands}
+
+
+def chosen_run(job: Job, pattern: str) -> str:
+    """Wait for the end and return the folder of a run that a line of its output names."""
+    require(job.wait() == 0, job.errors())
+    runs = re.findall(pattern, job.output())
+    require(len(runs) == 1, f'the output does not name one run: {job.output()}')
+    return runs[0]
+
+
+def summarize_choice(figures: Figures) -> str:
+    return f'{figures["commands that took the right run"]} commands took the right one'
+
+
+MOVES = {  # the script, its options, the one that says where the data is, and where it is in turn
+    'a table': ('bnaf', [*TABLE, '--batch_size=20'], 'dataset', 'table.npy', 'new/table.npy'),
+    'a folder of images': (
+        'glow',
+        [*PICTURES, '--n_epochs=10', '--batch_size=8'],
+        'data_dir',
+        'pictures',
+        'new/photos',
+    ),
+}
+
+
+def check_moved_data(harness: Harness, names: Sequence[str] = tuple(MOVES)) -> Figures:
+    """A training whose data moves while it is stopped goes on with the new path, and leaves what it
+    would have left undisturbed. Other rows in the new place are refused."""
+    lines = []
+    for name in names:
+        script, words, option, old, new = MOVES[name]
+        folder = harness.new_folder('move')
+        write_pictures(folder / 'pictures', 40)
+        np.save(folder / 'table.npy', harness.table)
+        (folder / 'new').mkdir()
+        train = ['--train', '--resume', *words]
+        in_old_place = [*train, f'--{option}={folder / old}']
+        in_new_place = [*train, f'--{option}={folder / new}']
+        undisturbed = harness.run(script, in_old_place)
+        require(undisturbed.wait() == 0, undisturbed.errors())
+
+        stop = STOP.format(script=script, n_seen=200)
+        stopped = harness.run(script, in_old_place, folder, preamble=stop)
+        require(stopped.wait() == 0 and 'stopped after' in stopped.output(), stopped.errors())
+        (folder / old).rename(folder / new)
+        if name == 'a table':
+            lines.append(refuse_other_rows(harness, in_new_place, folder, folder / new))
+        resumed = harness.run(script, in_new_place, folder)
+        require(resumed.wait() == 0, resumed.errors())
+
+        left = [outcome_without(option, job.run_folder()) for job in (undisturbed, resumed)]
+        different = ', '.join(differences(*left)[:5])
+        require(not different, f'{name}: differs from the undisturbed training in {different}')
+    return {'trainings that ended equal to the bit': len(names), 'lines about other rows': lines}
+
+
+def outcome_without(option: str, run: Path) -> dict[str, Any]:
+    """Return all that a training left, except an option and the name of its data."""
+    left = outcome(run)
+    for name in ('checkpoint.pt', 'best.pt'):
+        del left[name]['config'][option]
+    del left['results.json']['dataset']
+    return left
+
+
+def refuse_other_rows(harness: Harness, words: list[str], folder: Path, table: Path) -> str:
+    """Change a table that has moved, in one value, and back; return the line that refuses it."""
+    rows = np.load(table)
+    changed = rows.copy()
+    changed[-1, -1] += 1e-9
+    np.save(table, changed)
+    line = refuse_unchanged(harness, 'bnaf', words, folder)
+    require('is not what it was when the model was trained' in line, line)
+    np.save(table, rows)
+    return line.replace(f'{folder}/', '')
+
+
+def refuse_unchanged(harness: Harness, script: str, words: list[str], folder: Path) -> str:
+    """Return the line that refuses a command. The run folder must stay as it is."""
+    (run,) = folder.glob('results/*')
+    before = read_files(run, with_events=True)
+    line = harness.run(script, words, folder).refusal()
+    require(list(folder.glob('results/*')) == [run], f'{words}: another run was started')
+    is_same = read_files(run, with_events=True) == before
+    require(is_same, f'{words}: a file in {run} has changed')
+    return line
+
+
+def summarize_moved_data(figures: Figures) -> str:
+    n = figures['trainings that ended equal to the bit']
+    n_refused = len(figures['lines about other rows'])
+    return f'{n} trainings ended, all equal to the bit; {n_refused} refused'
+
+
+def splits_of(run: Path) -> dict[bytes, str]:
+    """Return which split of a run's data each of its images is in."""
+    saved = glow.load_checkpoint(run / 'checkpoint.pt')
+    data = load_run_images(saved['config'], saved)
+    names = ('train', 'validation', 'test')
+    return {image.tobytes(): name for name in names for image in getattr(data, name).images}
+
+
+def check_changed_images(harness: Harness, n: int = 100, n_added: int = 50) -> Figures:
+    """When images are added to the folder of a run, all that it had stay in their split.
+    `--evaluate` says how many are new, and training goes on only with `--accept_changed_data`."""
+    folder = harness.new_folder('change')
+    write_pictures(folder / 'pictures', n)
+    words = ['--train', '--resume', *PICTURES, f'--data_dir={folder}/pictures', '--n_epochs=4']
+    words += ['--batch_size=8']
+    stop = STOP.format(script='glow', n_seen=100)
+    stopped = harness.run('glow', words, folder, preamble=stop)
+    require(stopped.wait() == 0 and 'stopped after' in stopped.output(), stopped.errors())
+    run = stopped.run_folder()
+    before = splits_of(run)
+    require(len(before) == n, f'the splits have {len(before)} of {n} images')
+
+    write_pictures(folder / 'pictures' / 'more', n_added, seed=1)
+    evaluated = harness.run('glow', ['--evaluate'], folder)
+    require(evaluated.wait() == 0, evaluated.errors())
+    note = f'have changed since training: {n_added} new, 0 changed, 0 gone'
+    require(note in evaluated.output(), f'no word of new images: {evaluated.output()}')
+    after = require_same_splits(before, run)
+
+    line = refuse_unchanged(harness, 'glow', words, folder)
+    require('add --accept_changed_data' in line, line)
+    resumed = harness.run('glow', [*words, '--accept_changed_data'], folder)
+    require(resumed.wait() == 0, resumed.errors())
+    require(require_same_splits(before, run) == after, 'the training has split them otherwise')
+    return {
+        'images before': dict(Counter(before.values())),
+        'images after': dict(Counter(after.values())),
+        'line without --accept_changed_data': line.replace(f'{folder}/', ''),
+    }
+
+
+def require_same_splits(before: dict[bytes, str], run: Path) -> dict[bytes, str]:
+    """Return ``splits_of(run)``. Each image must be where it was, and the test split be scored."""
+    after = splits_of(run)
+    n_moved = sum(after.get(image) != split for image, split in before.items())
+    require(n_moved == 0, f'{n_moved} of {len(before)} images are in another split')
+
+    n_test = list(after.values()).count('test')
+    n_scored = json.loads((run / 'results.json').read_text())['n_images']
+    require(
+        n_scored == n_test, f'{n_scored} images were scored, and {n_test} are in the test split'
+    )
+    return after
+
+
+def summarize_changed_images(figures: Figures) -> str:
+    n_before, n_after = (sum(figures[f'images {time}'].values()) for time in ('before', 'after'))
+    return f'{n_after - n_before} images added to {n_before}, all of which stayed in their split'
+
+
+# ------------------------------------------------------------------------------------- surroundings
+
+
+EQUAL = 'equal to the bit'
+
+NO_FLOCK = """
+import errno, fcntl
+def flock(*args):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = flock"""
+
+TOO_LITTLE_MEMORY = """
+import torch
+take_step = {script}.Training.take_step
+def take_step_or_fail(run):
+    return torch.empty(2**50, dtype=torch.uint8) if run.step == 10 else take_step(run)
+{script}.Training.take_step = take_step_or_fail"""
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+class Interrupt:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has it ignored
+sys.meta_path.insert(0, Interrupt)
+runpy.run_path({path!r}, run_name='__main__')"""
+
+
+def meet_dangling_link(harness: Harness, case: str) -> str:
+    """Train where ``results`` is a link to nowhere."""
+    folder = harness.new_folder(case)
+    (folder / 'results').symlink_to('nowhere')
+    line = harness.train(case, folder=folder).refusal()
+    require('results cannot be made' in line, line)
+    return line
+
+
+def meet_dead_holder(harness: Harness, case: str) -> str:
+    """Train, on a file system without flock, where a process that was killed has left its lock."""
+    first = harness.train(case, preamble=NO_FLOCK)
+    first.wait_for_middle()
+    os.kill(first.pid_of(0), signal.SIGSTOP)  # so that it does not end before the second one begins
+    second = harness.train(case, 1, first.folder, ['--resume'], preamble=NO_FLOCK)
+    require('another process trains in' in second.refusal(), second.errors())
+    first.kill()
+
+    third = harness.train(case, 1, first.folder, ['--resume'], preamble=NO_FLOCK)
+    require(third.wait() == 0, third.errors())
+    harness.require_equal(third, case)
+    return EQUAL
+
+
+def meet_error_of_one_process(harness: Harness, case: str) -> str:
+    """Train on two processes, the second of which does not find the table."""
+    script, words, _ = CASES[case]
+    folder = harness.new_folder(case)
+    (folder / 'other').mkdir()
+    np.save(folder / 'table.npy', harness.table)
+    preamble = "if os.environ['RANK'] == '1': os.chdir('other')"
+    job = harness.run(script, ['--train', *words], folder, 2, preamble=preamble)
+    require(job.wait() != 0, 'it trained')
+
+    line = job.error_line()
+    require('other/table.npy' in line, line)
+    n_tracebacks = job.errors().count('Traceback')
+    require(n_tracebacks <= 1, f'a traceback beside that of torchrun: {job.errors()}')
+    require(re.search(r'exitcode *: 2 ', job.errors()), f'not exit code 2: {job.errors()}')
+    return line
+
+
+def meet_too_little_memory(harness: Harness, case: str) -> str:
+    """Train until a step needs more memory than there is, and go on where there is more."""
+    preamble = TOO_LITTLE_MEMORY.format(script=CASES[case].script)
+    job = harness.train(case, preamble=preamble)
+    line = job.refusal()
+    require('out of memory' in line, line)
+
+    resumed = harness.train(case, folder=job.folder, words=['--resume'])
+    require(resumed.wait() == 0, resumed.errors())
+    harness.require_equal(resumed, case)
+    return line
+
+
+def meet_interrupt(harness: Harness, script: str, module: str) -> str:
+    """Interrupt a script while it imports a module."""
+    path = str(ROOT / f'{script}.py')
+    code = INTERRUPTED_IMPORT.format(module=module, path=path)
+    job = Job(harness.new_folder('interrupt'), code, ['--train'])
+    line = job.refusal()
+    require(job.errors() == f'{script}.py: error: interrupted\n', job.errors())
+    return line
+
+
+def meet_lost_errors(harness: Harness, case: str, lose: Callable[[], None]) -> str:
+    """Train without a standard error."""
+    job = harness.train(case, prepare=lose)
+    require(job.wait() == 0, f'the exit code is {job.wait()}: {job.output()}')
+    harness.require_equal(job, case)
+    return EQUAL
+
+
+def break_pipe_of_errors() -> None:
+    """Make the standard error a pipe that nobody reads."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    os.dup2(write_end, 2)
+
+
+SURROUNDINGS = {
+    'a dangling link called results': partial(meet_dangling_link, case='bnaf, a table'),
+    'a lock of a dead process, without flock': partial(meet_dead_holder, case='glow, digits'),
+    'no table on one of two processes': partial(meet_error_of_one_process, case='bnaf, a table'),
+    'too little memory': partial(meet_too_little_memory, case='glow, digits'),
+    'an interrupt while glow.py imports': partial(meet_interrupt, script='glow', module='torch'),
+    'an interrupt while bnaf.py imports': partial(meet_interrupt, script='bnaf', module='tqdm'),
+    'a closed standard error': partial(
+        meet_lost_errors, case='glow, digits', lose=partial(os.close, 2)
+    ),
+    'a standard error that nobody reads': partial(
+        meet_lost_errors, case='bnaf, a table', lose=break_pipe_of_errors
+    ),
+}
+
+
+def check_surroundings(harness: Harness, only: Sequence[str] = ()) -> Figures:
+    """Too little memory, an interrupted start, a closed standard error, a dead process's lock and
+    the like end a training with one line, or change nothing of what it leaves."""
+    return {'result or line': {name: SURROUNDINGS[name](harness) for name in only or SURROUNDINGS}}
+
+
+def summarize_surroundings(figures: Figures) -> str:
+    ends = list(figures['result or line'].values())
+    n_equal = ends.count(EQUAL)
+    return f'{len(ends)} faults: {len(ends) - n_equal} lines, {n_equal} trainings equal to the bit'
+
+
+ROUND_OTHERWISE = """
+import math, torch
+build_model = {script}.build_model
+def build_otherwise(config, input_dims):
+    model = build_model(config, input_dims)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.nextafter(value, torch.full_like(value, math.inf)))
+    return model
+if os.environ['RANK'] == '1':
+    {script}.build_model = build_otherwise"""
+
+WITHOUT_COMMON_FILES = """
+if os.environ['RANK'] == '1':
+    os.mkdir('other')
+    os.chdir('other')"""
+
+SRUN_ALONE = """
+os.environ.pop('SLURM_STEP_NUM_TASKS', None)
+os.environ['SLURM_NTASKS'] = '2'"""
+
+
+def check_start(
+    harness: Harness,
+    rounded: Sequence[str] = tuple(CASES),
+    apart: Sequence[str] = ('glow, digits', 'bnaf, a toy'),
+    alone: Sequence[str] = ('glow, digits', 'bnaf, a toy'),
+) -> Figures:
+    """Processes whose initial weights differ in the last bits, or that share no files, leave what
+    those of one machine do. Processes that `srun` starts without `torchrun` are refused."""
+    for case in rounded:
+        preamble = ROUND_OTHERWISE.format(script=CASES[case].script)
+        job = harness.train(case, 2, preamble=preamble)
+        require(job.wait() == 0, job.errors())
+        harness.require_equal(job, case, 2)
+
+    for case in apart:
+        job = harness.train(case, 2, preamble=WITHOUT_COMMON_FILES)
+        require(job.wait() == 0, job.errors())
+        harness.require_equal(job, case, 2)
+        others = list((job.folder / 'other').iterdir())
+        require(not others, f'process 1 has written {others}')
+
+    for case in alone:
+        job = harness.train(case, preamble=SRUN_ALONE)
+        line = job.refusal()
+        require('srun' in line and 'torchrun' in line, line)
+        require(not (job.folder / 'results').exists(), 'it has made a run folder')
+    return {
+        'from other initial weights, equal to the bit': len(rounded),
+        'without common files, equal to the bit': len(apart),
+        'refusals': len(alone),
+    }
+
+
+def summarize_start(figures: Figures) -> str:
+    n_equal = sum(n for name, n in figures.items() if name.endswith('equal to the bit'))
+    return f'{n_equal} trainings, all equal to the bit; {figures["refusals"]} refused'
 
 
 # ------------------------------------------------------------------------------- memory and numbers
@@ -852,6 +1319,12 @@ PROMISES = {
     'disagreeing': Promise(check_disagreement, summarize_disagreement),
     'growing': Promise(check_growth, summarize_growth),
     'numbers': Promise(check_numbers, summarize_numbers),
+    'resized': Promise(check_resizing, summarize_resizing),
+    'chosen': Promise(check_choice, summarize_choice),
+    'moved': Promise(check_moved_data, summarize_moved_data),
+    'changed': Promise(check_changed_images, summarize_changed_images),
+    'surroundings': Promise(check_surroundings, summarize_surroundings),
+    'started': Promise(check_start, summarize_start),
 }
 
 

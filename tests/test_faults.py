@@ -110,6 +110,44 @@ def test_numbers(harness):
     assert lines == ['a table, lr x 10,000', 'test 1e200']
 
 
+@pytest.mark.slow
+def test_other_numbers_of_processes(harness):
+    figures = faults.check_resizing(harness, ['bnaf, a toy'], sizes=(1, 2))
+    (case,) = figures['images or rows after each start'].values()
+    assert case['unbroken'] == 5000 and case['resized'][0] == 2500
+
+
+@pytest.mark.slow
+def test_which_run_is_meant(harness):
+    assert faults.check_choice(harness, ['bnaf']) == {'commands that took the right run': 7}
+
+
+@pytest.mark.slow
+def test_data_that_moves(harness):
+    figures = faults.check_moved_data(harness, ['a table'])
+    assert len(figures['lines about other rows']) == 1
+
+
+@pytest.mark.slow
+def test_images_that_are_added(harness):
+    figures = faults.check_changed_images(harness, n=40, n_added=20)
+    assert figures['images before'] == {'train': 32, 'validation': 4, 'test': 4}
+
+
+@pytest.mark.slow
+def test_surroundings(harness):
+    names = ['no table on one of two processes', 'an interrupt while glow.py imports']
+    names += ['a closed standard error']
+    ends = faults.check_surroundings(harness, names)['result or line'].values()
+    assert [end == faults.EQUAL for end in ends] == [False, False, True]
+
+
+@pytest.mark.slow
+def test_processes_on_other_machines(harness):
+    case = ['bnaf, a toy']
+    assert faults.check_start(harness, rounded=case, apart=[], alone=case)['refusals'] == 1
+
+
 # ------------------------------------------------------------------------------- the harness itself
 
 
