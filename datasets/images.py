@@ -7,6 +7,7 @@ memory-mapped from then on. A photo of the user's own is cropped alike.
 
 import csv
 import gzip
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -79,6 +80,8 @@ FIRST_TEST_FACE = 4
 SPLIT_NAMES = {'train': 0, 'validation': 1, 'val': 1, 'valid': 1, 'test': 2}
 MAX_ATTRIBUTES = 1000
 DECODE_CHUNK = 64  # images that a worker process decodes at a time
+# Of the files of celeba and folder, so many are read for the fingerprint, and so much of each
+N_SAMPLED_FILES, N_SAMPLED_BYTES = 64, 2**16
 
 GRID_CELL = 128  # pixels to which small images are enlarged in a grid
 GRID_MARGIN = 8
@@ -133,7 +136,7 @@ class ImageData:
             mnist: its 28x28 images are padded to 32x32, and 784 values count.
         max_shift: By how many pixels training images may be shifted at random.
         fingerprint: Digest that identifies the images, in whichever folder of whichever machine.
-            Of celeba and folder, it is one of names, sizes and tables, not of pixels.
+            Of celeba and folder, it is one of names, sizes, tables and the content of some files.
         cache_key: Digest of what the images were made from, with the times of the files, and of
             their split. What is computed from the images is stale when it changes.
         split_bounds: The two numbers by which a folder was split (``split_by_hash``), or none.
@@ -249,8 +252,8 @@ def describe_change(config: ImageOptions, files: torch.Tensor, saved: dict[str, 
     n_changed = sum(now[path] != then[path] for path in now.keys() & then.keys())
     if not n_new and not n_changed and not n_gone:
         return (
-            f'{config.data_dir}/attributes.csv has changed since training; if its splits have, '
-            'test images may have been trained on'
+            f'attributes.csv or the content of images in {config.data_dir} has changed since '
+            'training; if splits have, test images may have been trained on'
         )
     counts = f'{n_new:,} new, {n_changed:,} changed, {n_gone:,} gone'
     change = f'the images in {config.data_dir} have changed since training: {counts}'
@@ -779,7 +782,7 @@ def load_celeba(data_dir: Path, image_size: int | None) -> ImageData:
     images, images_digest = load_decoded(data_dir, 'celeba', paths, signatures, size, CELEBA_CROP)
     source = [images_digest, [file_signature(attribute_path), file_signature(partition_path)]]
     file_sizes = [n_bytes for _, n_bytes, _ in signatures]
-    identity = ['celeba', file_names, file_sizes, attribute_names, words]
+    identity = ['celeba', file_names, file_sizes, sampled_content(paths), attribute_names, words]
     fingerprint = digest(identity, [attributes])
     return make_image_data(images, attributes, attribute_names, parts, source, fingerprint)
 
@@ -850,10 +853,21 @@ def load_folder(
 
     images, images_digest = load_decoded(data_dir, 'folder', files, signatures, image_size or 64)
     source = [images_digest, table_lines, bounds]
-    sorted_rows = file_rows[np.lexsort(file_rows.T)]  # the files' own order depends on the platform
-    fingerprint = digest(['folder', table_lines], [sorted_rows])
+    order = np.lexsort(file_rows.T)  # the files' own order depends on the platform
+    content = sampled_content([files[i] for i in order])
+    fingerprint = digest(['folder', table_lines, content], [file_rows[order]])
     data = make_image_data(images, attributes, names, parts, source, fingerprint)
     return replace(data, split_bounds=bounds, files=torch.from_numpy(file_rows))
+
+
+def sampled_content(paths: Sequence[Path]) -> list[str]:
+    """Return digests of the beginnings of some of the files, at equal distances."""
+    digests = []
+    for path in paths[:: max(1, len(paths) // N_SAMPLED_FILES)]:
+        with open(path, 'rb') as file:
+            beginning = file.read(N_SAMPLED_BYTES)
+        digests.append(hashlib.sha256(beginning).hexdigest())
+    return digests
 
 
 def describe_files(relative_paths: Sequence[Path], signatures: Sequence[Signature]) -> np.ndarray:

@@ -387,7 +387,8 @@ def trained_on_discrete(tmp_path_factory):
 
 @pytest.mark.slow
 def test_samples_have_the_values_of_discrete_columns(trained_on_discrete, tmp_path):
-    """Their mean and deviation are those of the table, within three standard errors."""
+    """Their moments are those of the table, within three standard errors and what so short a
+    training may miss: a tenth of a deviation. The noise would add half a step."""
     output = f'--output={tmp_path}/new.csv'
     bnaf.main(['--generate', f'--restore_file={trained_on_discrete}', '--n_samples=4000', output])
     table, drawn = discrete_table(), pd.read_csv(tmp_path / 'new.csv')
@@ -396,10 +397,11 @@ def test_samples_have_the_values_of_discrete_columns(trained_on_discrete, tmp_pa
     for name in LEVELS:
         column, new = table[name], drawn[name]
         error = column.std() * np.sqrt(1 / len(column) + 1 / len(new))
-        assert new.mean() == pytest.approx(column.mean(), abs=3 * error), name
+        missed = column.std() / 10
+        assert new.mean() == pytest.approx(column.mean(), abs=3 * error + missed), name
         kurtosis = ((column - column.mean()) ** 4).mean() / column.std() ** 4
         error *= np.sqrt((kurtosis - 1) / 4)
-        assert new.std() == pytest.approx(column.std(), abs=3 * error), name
+        assert new.std() == pytest.approx(column.std(), abs=3 * error + missed), name
 
 
 @pytest.mark.slow

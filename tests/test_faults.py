@@ -277,9 +277,10 @@ def test_machines_without_a_common_disk(name, tmp_path):
         (['--train', '--resume'], 'checkpoint.pt cannot be read as a checkpoint'),
         (['--evaluate', '--output_dir=none'], 'no checkpoint of'),
     ):
-        for code, _, err in run_on_machines(script, *words, folders=folders):
-            (line,) = err.strip().splitlines()
-            assert code == 2 and line.startswith(f'{name}.py: error: ') and part in line
+        ends = run_on_machines(script, *words, folders=folders)
+        assert [code for code, _, _ in ends] == [2, 2]
+        (line,) = ''.join(err for _, _, err in ends).strip().splitlines()
+        assert line.startswith(f'{name}.py: error: ') and part in line
 
 
 def devices_of(uuids, monkeypatch):

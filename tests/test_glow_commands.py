@@ -714,7 +714,7 @@ def test_attributes_that_are_added_later_are_noted(photo_run, tmp_path, capsys):
     write_table(tmp_path / 'photos', attribute_rows())
     glow.main(['--visualize', f'--restore_file={photo_run}'])
     (note,) = note_lines(capsys)
-    assert f'{tmp_path}/photos/attributes.csv has changed since training; if its splits' in note
+    assert f'attributes.csv or the content of images in {tmp_path}/photos has changed' in note
 
 
 def test_other_data_of_the_same_name(tmp_path, monkeypatch, capsys):
