@@ -1017,7 +1017,7 @@ def meet_error_of_one_process(harness: Harness, case: str) -> str:
     n_tracebacks = job.errors().count('Traceback')
     require(n_tracebacks <= 1, f'a traceback beside that of torchrun: {job.errors()}')
     require(re.search(r'exitcode *: 2 ', job.errors()), f'not exit code 2: {job.errors()}')
-    return line
+    return line.replace(f'{folder}/', '')
 
 
 def meet_too_little_memory(harness: Harness, case: str) -> str:
