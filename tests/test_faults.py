@@ -112,9 +112,9 @@ def test_numbers(harness):
 
 @pytest.mark.slow
 def test_other_numbers_of_processes(harness):
-    figures = faults.check_resizing(harness, ['bnaf, a toy'], sizes=(1, 2))
+    figures = faults.check_resizing(harness, ['bnaf, a toy'], sizes=(1, 4, 2))
     (case,) = figures['images or rows after each start'].values()
-    assert case['unbroken'] == 5000 and case['resized'][0] == 2500
+    assert case['unbroken'] == case['resized'][-1] == 5000
 
 
 @pytest.mark.slow
@@ -242,22 +242,15 @@ def test_all_processes_start_from_the_weights_of_the_first(name, tmp_path):
             assert torch.equal(state[key], value), (rank, key)
 
 
-ALONE = {
-    'glow': [*faults.DIGITS[:-1], '--batch_size=64'],
-    'bnaf': ['--dataset=rings', '--hidden_dim=4', '--batch_size=50'],
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ALONE)
-def test_machines_without_a_common_disk(name, tmp_path):
+def test_machines_without_a_common_disk(tmp_path):
     """Training, resuming and evaluating; only the first machine has files of the run."""
     folders = [tmp_path / 'first', tmp_path / 'second']
     for folder in folders:
         folder.mkdir()
-    script = faults.SCRIPTS[name].__file__
+    script = glow.__file__
     for words in (
-        ['--train', *ALONE[name], '--n_epochs=1'],
+        ['--train', *faults.DIGITS[:-1], '--batch_size=64', '--n_epochs=1'],
         ['--train', '--resume', '--n_epochs=2'],
         ['--evaluate'],
     ):
@@ -267,7 +260,7 @@ def test_machines_without_a_common_disk(name, tmp_path):
         assert code == other_code == 0, err + other_err
         assert 'two standard errors' in out and not other_out
     run = only(folders[0].glob('results/*'))
-    last = faults.SCRIPTS[name].load_checkpoint(run / 'checkpoint.pt')
+    last = glow.load_checkpoint(run / 'checkpoint.pt')
     assert last['config'].n_epochs == 2
     assert not list(folders[1].rglob('*.pt'))
 
@@ -280,7 +273,7 @@ def test_machines_without_a_common_disk(name, tmp_path):
         ends = run_on_machines(script, *words, folders=folders)
         assert [code for code, _, _ in ends] == [2, 2]
         (line,) = ''.join(err for _, _, err in ends).strip().splitlines()
-        assert line.startswith(f'{name}.py: error: ') and part in line
+        assert line.startswith('glow.py: error: ') and part in line
 
 
 def devices_of(uuids, monkeypatch):
