@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from common.averages import moving_average
 from common.batches import Stream, batch_indices, seed_sequence, seeded_generator
-from common.checkpoints import CheckpointFormat, require_entries
+from common.checkpoints import CheckpointFormat, batch_of_all_processes, require_entries
 from common.errors import UserError, exit_on_user_error, report_error
 from common.files import write_json
 from common.logs import TrainingLog, progress_bar
@@ -843,19 +843,15 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a checkpoint of format 1 as that of format 2."""
-    require_entries(saved, {'config': dict, 'step': int, 'world_size': int})
-    require_entries(saved, {'best_step': int, 'n_annealing': float, 'units': dict})
-    config = {'batch_size': Config.batch_size, **saved['config']}
-    require_entries(config, {'batch_size': int})
-
+    n_per_step = batch_of_all_processes(saved, Config)
+    require_entries(saved, {'step': int, 'best_step': int, 'n_annealing': float, 'units': dict})
     saved, units = dict(saved), saved['units']
-    world_size, best_step = saved['world_size'], saved.pop('best_step')
-    n_per_step = config['batch_size'] * world_size
+    best_step = saved.pop('best_step')
     return {
         **saved,
         'units': {**units, 'levels': [[] for _ in units['columns']]},  # not known
         'fingerprint': '',  # not known
-        'first_world_size': world_size,
+        'first_world_size': saved['world_size'],
         'n_seen': saved['step'] * n_per_step,
         'n_seen_at_best': best_step * n_per_step,
         'n_annealing': saved['n_annealing'] * n_per_step,

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from common.averages import moving_average
 from common.batches import Stream, batch_indices, seeded_generator
-from common.checkpoints import CheckpointFormat, require_entries
+from common.checkpoints import CheckpointFormat, batch_of_all_processes, require_entries
 from common.errors import UserError, exit_on_user_error, report_error, warn_on_error
 from common.files import digest, write_json
 from common.logs import TrainingLog, progress_bar
@@ -883,18 +883,15 @@ def wrap_ddp(objective: nn.Module, process: Process, **values: Any) -> nn.Module
 
 def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a checkpoint of format 1 as that of format 2."""
-    require_entries(saved, {'config': dict, 'step': int, 'world_size': int})
-    config = {'batch_size': Config.batch_size, **saved['config']}
-    require_entries(config, {'batch_size': int})
-
-    world_size = saved['world_size']
+    n_per_step = batch_of_all_processes(saved, Config)
+    require_entries(saved, {'step': int})
     return {
         **saved,
         'fingerprint': '',  # not known
         'split_bounds': [],  # a folder is then split at random, as it was
         'files': torch.zeros(0, 2, dtype=torch.int64),
-        'first_world_size': world_size,
-        'n_seen': saved['step'] * config['batch_size'] * world_size,
+        'first_world_size': saved['world_size'],
+        'n_seen': saved['step'] * n_per_step,
     }
 
 

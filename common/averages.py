@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+Tensors = list[torch.Tensor]
+
 
 def moving_average(decay: float, n_batches: float = 1.0) -> Callable:
     """Return the function by which ``AveragedModel`` updates an exponential moving average.
@@ -15,7 +17,7 @@ def moving_average(decay: float, n_batches: float = 1.0) -> Callable:
     """
 
     @torch.no_grad()
-    def update(averages: list[torch.Tensor], values: list[torch.Tensor], n_updates: Any) -> None:
+    def update(averages: Tensors, values: Tensors, n_updates: Any) -> None:
         n = int(n_updates)
         decay_now = min(decay, (1 + n) / (10 + n)) ** n_batches
         torch._foreach_lerp_(averages, values, 1 - decay_now)

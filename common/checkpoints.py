@@ -212,6 +212,17 @@ def require_entries(values: dict[Any, Any], schema: dict[str, Any]) -> None:
             raise ValueError(f'{name} is missing, or has the wrong type or contents')
 
 
+def batch_of_all_processes(saved: dict[str, Any], config_class: type[Any]) -> int:
+    """Return how many images or rows a step of a checkpoint took, over all its processes.
+
+    Raises ``ValueError`` where the entries that say so are missing or of the wrong type.
+    """
+    require_entries(saved, {'config': dict, 'world_size': int})
+    config = {'batch_size': config_class.batch_size, **saved['config']}
+    require_entries(config, {'batch_size': int})
+    return config['batch_size'] * saved['world_size']
+
+
 def has_schema(value: Any, schema: Any) -> bool:
     """Return whether a value is of the type ``schema``.
 
