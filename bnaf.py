@@ -45,16 +45,19 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common.averages import moving_average
+from common.averages import MovingAverage
 from common.batches import Stream, batch_indices, seed_sequence, seeded_generator
 from common.checkpoints import CheckpointFormat, batch_of_all_processes, require_entries
+from common.devices import to_device
 from common.errors import UserError, exit_on_user_error, report_error
 from common.files import write_json
+from common.graphs import CapturedStep, can_capture
 from common.logs import TrainingLog, progress_bar
 from common.options import CommandLine, Options, RunRequest, option, resolve_config
 from common.runs import (
     BEST,
     LAST,
+    StopQuestion,
     catch_stop_signals,
     load_on_rank_0,
     load_selected_checkpoint,
@@ -119,6 +122,9 @@ class Config(Options):
     )
     checkpoint_grads: bool = option(
         'optimization', False, 'less memory, slower: the backward pass recomputes activations'
+    )
+    no_cuda_graph: bool = option(
+        'optimization', False, 'launch the kernels of a step one by one, on a single GPU too'
     )
     n_epochs: int = option(
         'optimization', 1000, 'epochs, at most; of 100 batches where each is drawn anew', low=1
@@ -189,8 +195,8 @@ MODES = {
 # Training without a checkpoint takes all options of Config as well
 TABLE_PATHS = {'dataset', 'test_file'}  # they may only change from one own table to another
 MODE_OPTIONS = {
-    'train': {'data_dir', *TABLE_PATHS, 'checkpoint_grads', 'n_epochs', 'early_stop'}
-    | {'resume', 'max_skips', 'detect_anomaly', 'scores'},
+    'train': {'data_dir', *TABLE_PATHS, 'checkpoint_grads', 'no_cuda_graph', 'n_epochs'}
+    | {'early_stop', 'resume', 'max_skips', 'detect_anomaly', 'scores'},
     'evaluate': {'data_dir', *TABLE_PATHS, 'input', 'scores'},
     'generate': {'data_dir', *TABLE_PATHS, 'seed', 'z_std'}
     | {'n_samples', 'output', 'inverse_tol'},
@@ -704,14 +710,14 @@ class Objective(nn.Module):
         self.energy = data.energy
         self.constant = float(data.log_z + np.log(data.std).sum())
 
-    def per_row(self, x: Tensor, beta: float = 1.0) -> Tensor:
+    def per_row(self, x: Tensor, beta: Tensor | float = 1.0) -> Tensor:
         """Return the objective of each row. ``beta`` multiplies an energy."""
         if self.energy is None:
             return self.constant - self.model.log_prob(x)
         y, logdet = self.model(x)
         return self.constant + log_normal(x) - logdet + beta * self.energy(y)
 
-    def forward(self, x: Tensor, beta: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, beta: Tensor | float = 1.0) -> Tensor:
         return self.per_row(x, beta).mean()
 
 
@@ -988,9 +994,11 @@ class Training:
         if data.energy:
             self.score_name, self.score_sign = 'kl', 1
         self.input_dims = [len(data.columns)]
-        self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
+        self.step, self.n_seen = 0, 0
+        self.n_skipped, self.skips_in_a_row = torch.zeros(
+            2, dtype=torch.int64, device=process.device
+        )
         self.best, self.n_seen_at_best, self.validation_loss = math.inf, 0, math.nan
-        self.n_seen = 0
         self.first_world_size = saved['first_world_size'] if saved else process.world_size
 
         self.model = build_model(config, self.input_dims).to(process.device)
@@ -1001,7 +1009,9 @@ class Training:
             data=data.fingerprint,
             step=saved['step'] if saved else 0,
         )
-        self.average = AveragedModel(self.model)
+        self.average = MovingAverage(
+            self.model, config.ema_decay, process.world_size / self.first_world_size
+        )
         self.optimizer = build_optimizer(config, self.model.parameters())
         self.scheduler = build_scheduler(config, self.optimizer)
 
@@ -1021,9 +1031,10 @@ class Training:
         # not those of the checkpoint, which may be older and not know the levels or the rows
         self.units = table_units(data)
         self.fingerprint = data.fingerprint
-        self.average.multi_avg_fn = moving_average(
-            config.ema_decay, process.world_size / self.first_world_size
-        )
+
+        self.compute = self.forward_and_update
+        if can_capture(process) and not config.no_cuda_graph:
+            self.compute = CapturedStep(self.compute, self.optimizer)
 
     @property
     def n_to_see(self) -> int:
@@ -1040,11 +1051,19 @@ class Training:
             self.optimizer.param_groups[0]['lr'] = self.config.lr * fraction
 
         batch = training_batch(self.data, self.config, self.n_seen, self.process)
-        batch = torch.from_numpy(batch).to(self.process.device)
-        x = batch if self.rows is None else self.rows[batch]
+        x = to_device(batch, self.process.device)
+        if self.rows is not None:
+            x = self.rows[x]
 
         # an energy is turned on gradually, so that the flow does not collapse onto one of its modes
         beta = min(1.0, 0.01 + self.n_seen / max(1.0, self.n_annealing))
+        loss, norm = self.compute(x, to_device(np.array(beta, np.float32), self.process.device))
+        self.step += 1
+        self.n_seen += self.n_per_step
+        return loss, norm
+
+    def forward_and_update(self, x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the objective and change the weights: what a GPU captures of a step."""
         return update(self, self.objective(x, beta))
 
     def validate(self, folder: Path) -> None:
@@ -1066,22 +1085,26 @@ class Training:
 
 
 def update(run: Training, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Take one step of the optimizer. Returns the loss and the gradient norm.
+    """Change the weights by a loss. Returns the loss and the gradient norm.
 
-    Where these are not finite on one process, no process changes its weights.
+    Where these are not finite on one process, no process changes its weights. What happens is
+    decided where the tensors are, so that the CPU never waits for a GPU.
     """
     run.optimizer.zero_grad()
     loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))  # NaN reaches all processes
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_norm_clip)
-    if norm.isfinite():
-        run.skips_in_a_row = 0
-        run.optimizer.step()
-        run.average.update_parameters(run.model)
-    else:
-        run.skips_in_a_row += 1
-        run.n_skipped += 1
-    run.step += 1
-    run.n_seen += run.n_per_step
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    is_skipped = ~norm.isfinite()
+
+    # fused Adam divides the gradients by the one, and changes nothing where the other is 1
+    run.optimizer.grad_scale = (norm / run.config.grad_norm_clip).clamp(min=1).float()
+    run.optimizer.found_inf = is_skipped.float()
+    run.optimizer.step()
+
+    run.average.update(is_skipped)
+    run.n_skipped += is_skipped
+    run.skips_in_a_row += 1
+    run.skips_in_a_row *= is_skipped
     return loss.detach(), norm
 
 
@@ -1129,7 +1152,8 @@ def take_steps(
     """Train, validate and save until the last step, or until a signal comes to any process."""
     last, best = folder / LAST, folder / BEST
     saved_at = time.monotonic()
-    while run.n_seen < run.n_to_see and not run.process.any(signals):
+    stop = StopQuestion(run.process, signals, LOG_STEPS)
+    while run.n_seen < run.n_to_see and not stop.is_wanted():
         loss, norm = run.take_step()
         log.log_step(loss, norm, LOG_STEPS)
 
@@ -1138,7 +1162,8 @@ def take_steps(
         if validates:
             run.validate(folder)
             log.log_validation()
-        stop_if_diverged(run, validates, max_skips, last)
+        if validates or run.step % LOG_STEPS == 0:
+            stop_if_diverged(run, validates, max_skips, last)
 
         if validates and run.validation_loss < run.best:
             run.best = run.validation_loss

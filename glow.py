@@ -41,17 +41,20 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common.averages import moving_average
+from common.averages import MovingAverage
 from common.batches import Stream, batch_indices, seeded_generator
 from common.checkpoints import CheckpointFormat, batch_of_all_processes, require_entries
+from common.devices import keep_on_device, to_device
 from common.errors import UserError, exit_on_user_error, report_error, warn_on_error
 from common.files import digest, write_json
+from common.graphs import CapturedStep, can_capture
 from common.logs import TrainingLog, progress_bar
 from common.options import CommandLine, Options, RunRequest, option, resolve_config
 from common.precision import without_tf32
 from common.runs import (
     BEST,
     LAST,
+    StopQuestion,
     catch_stop_signals,
     load_on_rank_0,
     load_selected_checkpoint,
@@ -115,6 +118,9 @@ class Config(Options):
     )
     compile: bool = option(
         'optimization', False, 'compile the step of flow: half a minute at the start, then faster'
+    )
+    no_cuda_graph: bool = option(
+        'optimization', False, 'launch the kernels of a step one by one, on a single GPU too'
     )
     n_epochs: int = option('optimization', 100, 'epochs', low=1)
     n_epochs_warmup: float = option(
@@ -190,7 +196,7 @@ MODES = {
 }
 # Training without a checkpoint takes all options of Config as well
 MODE_OPTIONS = {
-    'train': {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'n_epochs'}
+    'train': {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'no_cuda_graph', 'n_epochs'}
     | {'resume', 'max_skips', 'detect_anomaly', 'accept_changed_data'},
     'evaluate': {'data_dir', 'batch_size', 'bf16'},
     'generate': {'seed', 'bf16', 'z_std', 'n_samples'},
@@ -949,20 +955,29 @@ def restore_model(saved: dict[str, Any], device: torch.device) -> nn.Module:
 
 
 def training_batch(
-    data: ImageData, config: Config, n_seen: int, process: Process
+    data: ImageData,
+    config: Config,
+    n_seen: int,
+    process: Process,
+    images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return this process's uint8 images and dequantization noise of the next step.
 
-    Both are functions of the seed, the number of images seen before, and the rank.
+    Both are functions of the seed, the number of images seen before, and the rank. ``images``
+    are the training images, where they are on the device already.
     """
-    rank = process.rank
+    rank, device = process.rank, process.device
     n_images = len(data.train.images)
     indices = batch_indices(n_images, config.batch_size, config.seed, n_seen, rank)
-    generator = seeded_generator(process.device, Stream.TRAINING, config.seed, n_seen, rank)
-    x = torch.from_numpy(data.train.images[indices]).to(process.device)
+    if images is None:
+        x = to_device(data.train.images[indices], device)
+    else:
+        x = images[to_device(indices, device)]
+
+    generator = seeded_generator(device, Stream.TRAINING, config.seed, n_seen, rank)
     if data.max_shift:
         x = shift_randomly(x, data.max_shift, generator)
-    return x, torch.rand(x.shape, device=process.device, generator=generator)
+    return x, torch.rand(x.shape, device=device, generator=generator)
 
 
 @torch.no_grad()
@@ -1056,9 +1071,12 @@ class Training:
         self.config, self.data, self.process = config, data, process
         self.input_dims = list(data.train.images.shape[1:])
         self.model = build_model(config, self.input_dims).to(process.device)
-        self.step, self.n_skipped, self.skips_in_a_row = 0, 0, 0
+        self.step, self.n_seen = 0, 0
+        self.n_skipped, self.skips_in_a_row = torch.zeros(
+            2, dtype=torch.int64, device=process.device
+        )
         self.best, self.validation_loss = math.inf, math.nan
-        self.n_seen, self.first_world_size = 0, process.world_size
+        self.first_world_size = saved['first_world_size'] if saved else process.world_size
 
         if saved is None and process.rank == 0:
             self.initialize_actnorms()
@@ -1069,7 +1087,9 @@ class Training:
             options=asdict(replace(config, data_dir='')),
             step=saved['step'] if saved else 0,
         )
-        self.average = AveragedModel(self.model)
+        self.average = MovingAverage(
+            self.model, config.ema_decay, process.world_size / self.first_world_size
+        )
         self.optimizer = build_optimizer(config, self.model.parameters())
         if saved is not None:
             CHECKPOINT.restore(self, saved)
@@ -1086,10 +1106,11 @@ class Training:
         self.n_per_validation = self.n_per_epoch * math.ceil(
             VALIDATE_STEPS * n_per_first_step / self.n_per_epoch
         )
-        self.average.multi_avg_fn = moving_average(
-            config.ema_decay, self.n_per_step / n_per_first_step
-        )
 
+        self.images = keep_on_device(data.train.images, process.device)
+        self.compute = self.forward_and_update
+        if can_capture(process) and not config.no_cuda_graph:
+            self.compute = CapturedStep(self.compute, self.optimizer)
         for module in self.model.modules():
             if config.compile and isinstance(module, FlowStep):
                 module.compile()  # steps of one shape share what was compiled for the first
@@ -1108,7 +1129,14 @@ class Training:
         """Take one step. Returns its bits/dim and its gradient norm."""
         lr = learning_rate(self.config, self.n_seen, self.n_per_step, self.n_per_epoch)
         self.optimizer.param_groups[0]['lr'] = lr
-        x, u = training_batch(self.data, self.config, self.n_seen, self.process)
+        x, u = training_batch(self.data, self.config, self.n_seen, self.process, self.images)
+        loss, norm = self.compute(x, u)
+        self.step += 1
+        self.n_seen += self.n_per_step
+        return loss, norm
+
+    def forward_and_update(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the objective and change the weights: what a GPU captures of a step."""
         return update(self, self.objective(x, u))
 
     def validate(self, folder: Path) -> None:
@@ -1133,22 +1161,26 @@ class Training:
 
 
 def update(run: Training, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Take one step of the optimizer. Returns the loss and the gradient norm.
+    """Change the weights by a loss. Returns the loss and the gradient norm.
 
-    Where these are not finite on one process, no process changes its weights.
+    Where these are not finite on one process, no process changes its weights. What happens is
+    decided where the tensors are, so that the CPU never waits for a GPU.
     """
     run.optimizer.zero_grad()
     loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))  # NaN reaches all processes
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_norm_clip)
-    if norm.isfinite():
-        run.skips_in_a_row = 0
-        run.optimizer.step()
-        run.average.update_parameters(run.model)
-    else:
-        run.skips_in_a_row += 1
-        run.n_skipped += 1
-    run.step += 1
-    run.n_seen += run.n_per_step
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    is_skipped = ~norm.isfinite()
+
+    # fused Adam divides the gradients by the one, and changes nothing where the other is 1
+    run.optimizer.grad_scale = (norm / run.config.grad_norm_clip).clamp(min=1).float()
+    run.optimizer.found_inf = is_skipped.float()
+    run.optimizer.step()
+
+    run.average.update(is_skipped)
+    run.n_skipped += is_skipped
+    run.skips_in_a_row += 1
+    run.skips_in_a_row *= is_skipped
     return loss.detach(), norm
 
 
@@ -1196,7 +1228,8 @@ def take_steps(
     """Train, validate and save until the last step, or until a signal comes to any process."""
     last, best = folder / LAST, folder / BEST
     saved_at = time.monotonic()
-    while run.n_seen < run.n_to_see and not run.process.any(signals):
+    stop = StopQuestion(run.process, signals, LOG_STEPS)
+    while run.n_seen < run.n_to_see and not stop.is_wanted():
         loss, norm = run.take_step()
         log.log_step(loss, norm, LOG_STEPS)
 
@@ -1205,7 +1238,8 @@ def take_steps(
         if validates:
             run.validate(folder)
             log.log_validation()
-        stop_if_diverged(run, validates, max_skips, last)
+        if validates or run.step % LOG_STEPS == 0:
+            stop_if_diverged(run, validates, max_skips, last)
 
         if validates and run.validation_loss < run.best:
             run.best = run.validation_loss

@@ -1,25 +1,46 @@
 """Polyak's average of the weights."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-Tensors = list[torch.Tensor]
 
-
-def moving_average(decay: float, n_batches: float = 1.0) -> Callable:
-    """Return the function by which ``AveragedModel`` updates an exponential moving average.
+class MovingAverage(AveragedModel):
+    """A copy of a model, whose parameters are the exponential moving average of the model's.
 
     After n updates the average decays by min(``decay``, (1 + n) / (10 + n)), so that it soon
-    forgets the first weights. Each update decays it as ``n_batches`` of them would: with twice as
-    many processes as a training began with, one step stands for two.
+    forgets the first weights. The first update copies them. Buffers are those of the model when
+    it was copied.
+
+    Arguments:
+        model: the model.
+        decay: what the average is multiplied by at each update, in the long run.
+        n_batches: how many updates each update counts for. With twice as many processes as
+            a training began with, one step stands for two.
     """
 
-    @torch.no_grad()
-    def update(averages: Tensors, values: Tensors, n_updates: Any) -> None:
-        n = int(n_updates)
-        decay_now = min(decay, (1 + n) / (10 + n)) ** n_batches
-        torch._foreach_lerp_(averages, values, 1 - decay_now)
+    def __init__(self, model: nn.Module, decay: float, n_batches: float = 1.0) -> None:
+        super().__init__(model, device=next(model.parameters()).device)
+        self.decay, self.n_batches = decay, n_batches
+        self.averages: list[Tensor] = list(self.module.parameters())
+        self.values: list[Tensor] = list(model.parameters())
 
-    return update
+    @torch.no_grad()
+    def update(self, is_skipped: Tensor) -> None:
+        """Move the average towards the model, unless ``is_skipped``, a tensor of one bool.
+
+        Neither is read by the CPU, which therefore does not wait for a GPU.
+        """
+        n = self.n_averaged.double()
+        decay = ((1 + n) / (10 + n)).clamp(max=self.decay) ** self.n_batches
+        weight = torch.where(n == 0, 1.0, 1 - decay)
+        weight = torch.where(is_skipped, 0.0, weight).to(self.averages[0].dtype)
+        self.n_averaged += ~is_skipped
+
+        if not weight.is_cuda:
+            torch._foreach_lerp_(self.averages, self.values, [weight] * len(self.values))
+            return
+        # on a GPU the function above takes a kernel for each tensor, these one for many
+        differences = list(torch._foreach_sub(self.values, self.averages))
+        torch._foreach_mul_(differences, weight)
+        torch._foreach_add_(self.averages, differences)

@@ -66,8 +66,9 @@ class CheckpointFormat:
             'input_dims': run.input_dims,
             'world_size': run.process.world_size,
         }
-        for name in self.fields:
-            content[name] = getattr(run, name)
+        for name, schema in self.fields.items():
+            value = getattr(run, name)
+            content[name] = int(value) if schema is int else value  # some are on a GPU
         for name in self.parts:
             content[name] = getattr(run, name).state_dict()
         save_tensors(path, content)
@@ -77,8 +78,12 @@ class CheckpointFormat:
 
         The parts are removed from ``saved``, so that they do not stay in memory twice.
         """
-        for name in self.fields:
-            setattr(run, name, saved[name])
+        for name, schema in self.fields.items():
+            value = getattr(run, name, None)
+            if schema is int and isinstance(value, torch.Tensor):
+                value.fill_(saved[name])
+            else:
+                setattr(run, name, saved[name])
         for name in self.parts:
             getattr(run, name).load_state_dict(saved.pop(name))
 

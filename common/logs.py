@@ -156,14 +156,14 @@ class TrainingLog(ScalarWriter):
         run = self.run
         self.bar.update()
         is_logged = run.step % every == 0
-        if run.skips_in_a_row or (self.shows_loss and not is_logged):
+        if (self.shows_loss and not is_logged) or run.skips_in_a_row:
             return
 
+        value = loss.item()  # waits for a GPU: the speed is that of steps that are done
         speed = self.items_per_second()
         validation = ''
         if run.best < math.inf:
             validation = f' (validation: {self.format_score(run.validation_loss)})'
-        value = loss.item()
         score = self.format_score(value)
         self.bar.set_postfix_str(
             f'{score}{validation}, {speed:.0f} {self.items}/s', refresh=not self.shows_loss
@@ -177,7 +177,7 @@ class TrainingLog(ScalarWriter):
             'gradient_norm': norm.item(),
             'lr': run.optimizer.param_groups[0]['lr'],
             f'{self.items}_per_s': speed,
-            'steps_skipped': run.n_skipped,
+            'steps_skipped': int(run.n_skipped),
         }
         self.add(run.step, scalars)
         self.restart_clock()

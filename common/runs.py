@@ -265,7 +265,7 @@ def lock_run_folder(folder: Path, is_new: bool) -> Iterator[Path]:
 def catch_stop_signals() -> Iterator[list[str]]:
     """Collect the names of SIGTERM, SIGINT and SIGHUP in a list instead of ending the process.
 
-    The training looks at the list after each step, so that the step is finished and saved. SIGHUP
+    The training looks at the list between steps, so that a step is finished and saved. SIGHUP
     comes when the terminal is closed. Where it is ignored, as under nohup, it stays so.
     """
     caught: list[str] = []
@@ -284,6 +284,40 @@ def catch_stop_signals() -> Iterator[list[str]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+class StopQuestion:
+    """The question whether a training is to stop, asked after each step.
+
+    It is when one of the processes has caught a signal. To find out, they wait for each other.
+    They do so every ``max_steps`` steps or as many as take ``SECONDS``, whichever are fewer.
+
+    Arguments:
+        process: this process.
+        signals: the list of signals that it has caught.
+        max_steps: the largest number of steps between two answers.
+    """
+
+    SECONDS = 2.0
+    TIMED_STEPS = range(5, 10)  # after those in which kernels are chosen or compiled
+
+    def __init__(self, process: Process, signals: list[str], max_steps: int) -> None:
+        self.process, self.signals, self.max_steps = process, signals, max_steps
+        self.n_asked, self.n_between = 0, 1
+
+    def is_wanted(self) -> bool:
+        """Return whether the training is to stop, the same on all processes."""
+        if self.process.world_size == 1:
+            return bool(self.signals)
+
+        self.n_asked += 1
+        if self.n_asked == self.TIMED_STEPS.start:
+            self.start = time.monotonic()
+        if self.n_asked == self.TIMED_STEPS.stop:
+            seconds = (time.monotonic() - self.start) / len(self.TIMED_STEPS)
+            fitting = int(self.SECONDS / seconds)
+            self.n_between = self.process.share(max(1, min(self.max_steps, fitting)))
+        return self.n_asked % self.n_between == 0 and self.process.any(self.signals)
 
 
 def print_how_to_go_on(run: Training, script: str, signals: list[str], checkpoint: Path) -> None:
@@ -313,11 +347,12 @@ def stop_if_diverged(run: Training, is_validated: bool, max_skips: int, checkpoi
     is not finite.
     """
     has_bad_score = is_validated and not math.isfinite(run.validation_loss)
-    if run.skips_in_a_row <= max_skips and not has_bad_score:
+    n_skips = int(run.skips_in_a_row)
+    if n_skips <= max_skips and not has_bad_score:
         return
     raise UserError(
         f'training diverged: at step {run.step}, learning rate '
         f'{run.optimizer.param_groups[0]["lr"]:g}, the loss, its gradients or the validation score '
-        f'are not finite ({run.skips_in_a_row} steps skipped in a row); start again with a lower '
+        f'are not finite ({n_skips} steps skipped in a row); start again with a lower '
         f'--lr; the last checkpoint is {checkpoint}'
     )

@@ -36,7 +36,7 @@ from tiny_data import (
 )
 
 import glow
-from common.averages import moving_average
+from common.averages import MovingAverage
 from common.batches import Stream, seed_sequence
 from common.errors import UserError
 from common.files import make_new_folder
@@ -210,12 +210,17 @@ def test_fewer_epochs_than_were_trained(tmp_path, capsys):
 
 
 def test_the_average_soon_forgets_the_first_weights():
-    update = moving_average(decay=0.999)
-    averages, values = [torch.zeros(2)], [torch.ones(2)]
+    model = torch.nn.Linear(1, 1)
+    average = MovingAverage(model, decay=0.999)
+    torch.nn.init.zeros_(model.weight)
+    average.update(torch.tensor(False))
+    assert average.module.weight == 0  # the first update copies
+
+    torch.nn.init.ones_(model.weight)
     shares = []
-    for n in range(1, 101):
-        update(averages, values, torch.tensor(n))
-        shares.append(1 - averages[0][0].item())
+    for _ in range(100):
+        average.update(torch.tensor(False))
+        shares.append(1 - average.module.weight.item())
     assert shares[0] == pytest.approx(2 / 11) and shares[-1] < 1e-6
 
 

@@ -1,0 +1,288 @@
+"""A training step: it never waits for the device, clips as it should, and can be captured."""
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from contenders import as_image_data, as_table_data, random_values
+from helpers import CPU, single_process
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bnaf
+import glow
+from common.devices import keep_on_device, to_device
+from common.errors import UserError
+from common.graphs import N_WARMUP, CapturedStep, can_capture
+from common.runs import StopQuestion
+from datasets.tabular import load_table
+
+SHAPES = {
+    'glow': dict(image_size=8, n_levels=1, depth=2, width=8, batch_size=4),
+    'bnaf': dict(data_dim=3, n_flows=2, n_hidden=1, hidden_dim=4, batch_size=20),
+}
+SCRIPTS = {'glow': glow, 'bnaf': bnaf}
+
+
+def small_training(name, **options):
+    """Return a training of a small model on noise."""
+    script, shape = SCRIPTS[name], dict(SHAPES[name])
+    values = random_values(name, shape, 4 * shape['batch_size'])
+    data = as_image_data(values) if name == 'glow' else as_table_data(values, n_test=5)
+    shape.pop('data_dim', None)
+    if name == 'glow':
+        options = {'batch_size_init': 8, **options}
+    return script.Training(script.Config(**shape, **options), data, single_process(script))
+
+
+def state_tensors(run):
+    """Return all tensors that a training step changes."""
+    tensors = [run.n_skipped, run.skips_in_a_row]
+    for module in (run.model, run.average):
+        tensors += module.state_dict().values()
+    for state in run.optimizer.state.values():
+        tensors += state.values()
+    return tensors
+
+
+# ----------------------------------------------------------------------------- waiting, clipping
+
+
+class NoReading(TorchDispatchMode):
+    """Inside, reading a tensor's value on the CPU fails: on a GPU it would wait for the device."""
+
+    FORBIDDEN = ('_local_scalar_dense', 'nonzero', 'is_nonzero', 'equal', 'masked_select')
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name().split('::')[1].split('.')[0] not in self.FORBIDDEN, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    'name, options',
+    [
+        ('glow', {}),
+        ('glow', dict(bf16=True)),
+        ('glow', dict(checkpoint_grads=True)),
+        ('glow', dict(plain_conv1x1=True)),
+        ('bnaf', {}),
+        ('bnaf', dict(residual='normal')),
+        ('bnaf', dict(checkpoint_grads=True)),
+    ],
+)
+def test_no_step_reads_a_tensor(name, options):
+    run = small_training(name, **options)
+    with NoReading():
+        for _ in range(2):
+            run.take_step()
+    assert run.step == 2
+    with pytest.raises(AssertionError), NoReading():
+        bool(run.n_skipped)
+
+
+def test_no_step_on_an_energy_reads_a_tensor():
+    config = bnaf.Config(dataset='u2', n_flows=1, hidden_dim=4, n_hidden=1)
+    run = bnaf.Training(config, load_table('u2', ''), single_process(bnaf))
+    with NoReading():
+        run.take_step()
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_gradients_are_clipped_as_by_torch(name):
+    """A large gradient is clipped, a small one is left as it is."""
+    first = small_training(name)
+    _, norm = first.take_step()
+    for clip in (norm.item() / 2, norm.item() * 2):
+        run, other = (small_training(name, grad_norm_clip=clip) for _ in range(2))
+        run.take_step()
+
+        other.optimizer.step = lambda: None
+        other.take_step()
+        for parameter, clipped in zip(run.model.parameters(), other.model.parameters()):
+            torch.testing.assert_close(clipped.grad, parameter.grad * max(1, norm.item() / clip))
+        torch.nn.utils.clip_grad_norm_(other.model.parameters(), clip)
+        for parameter, clipped in zip(run.model.parameters(), other.model.parameters()):
+            torch.testing.assert_close(parameter.grad, clipped.grad)
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_skipped_steps_are_counted_on_the_device(name):
+    run = small_training(name)
+    weights = [p.detach().clone() for p in run.model.parameters()]
+    counts = []
+    for factor in (1.0, math.inf, math.nan, 1.0):
+        parameter = next(run.model.parameters())
+        hook = parameter.register_hook(lambda grad, factor=factor: grad * factor)
+        run.take_step()
+        hook.remove()
+        counts.append((int(run.n_skipped), int(run.skips_in_a_row)))
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0)]
+    assert int(run.average.n_averaged) == 2
+    assert not all(map(torch.equal, weights, run.model.parameters()))
+
+
+# ------------------------------------------------------------------------------------ capturing
+
+
+class FakeGraph(TorchDispatchMode):
+    """A CUDA graph on a CPU: records the operations inside, undoes them, and replays them."""
+
+    def __init__(self):
+        super().__init__()
+        self.tape, self.state = [], None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.tape.append((func, args, kwargs or {}, result))
+        return result
+
+    @contextlib.contextmanager
+    def record(self, tensors):
+        before = [tensor.clone() for tensor in tensors]
+        with self:
+            yield
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before):
+                tensor.copy_(value)
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, result in self.tape:
+            again = func(*args, **kwargs)
+            flat, _ = torch.utils._pytree.tree_flatten(result)
+            flat_again, _ = torch.utils._pytree.tree_flatten(again)
+            for tensor, value in zip(flat, flat_again):
+                if isinstance(tensor, torch.Tensor) and tensor is not value:
+                    tensor.detach().copy_(value)
+
+
+@pytest.fixture
+def capture_on_cpu(monkeypatch):
+    """Let a CPU capture steps: returns a function that makes a training capture its own."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda: stream)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', FakeGraph)
+
+    def capture(run):
+        monkeypatch.setattr(torch.cuda, 'graph', lambda graph: graph.record(state_tensors(run)))
+        run.compute = CapturedStep(run.compute, run.optimizer)
+        return run
+
+    return capture
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_captured_steps_are_the_steps(name, capture_on_cpu):
+    """Batches, noise and the learning rate of each step reach the graph, and nothing runs twice."""
+    options = dict(lr=1e-2, n_epochs_warmup=3.0, grad_norm_clip=1.0, no_cuda_graph=True)
+    plain = small_training(name, **options)
+    captured = capture_on_cpu(small_training(name, **options))
+    for step in range(N_WARMUP + 5):
+        loss, norm = plain.take_step()
+        loss_of_graph, norm_of_graph = captured.take_step()
+        torch.testing.assert_close(loss_of_graph, loss)
+        torch.testing.assert_close(norm_of_graph, norm)
+        assert (captured.compute.graph is None) == (step < N_WARMUP)
+
+    for tensor, expected in zip(state_tensors(captured), state_tensors(plain), strict=True):
+        torch.testing.assert_close(tensor, expected)
+    groups = (run.optimizer.state_dict()['param_groups'] for run in (captured, plain))
+    assert next(groups) == next(groups)  # so that a checkpoint does not tell
+
+
+def test_captured_steps_turn_an_energy_on(capture_on_cpu):
+    def training():
+        config = bnaf.Config(dataset='u2', n_flows=1, hidden_dim=4, n_hidden=1, n_epochs=1)
+        return bnaf.Training(config, load_table('u2', ''), single_process(bnaf))
+
+    plain, captured = training(), capture_on_cpu(training())
+    for _ in range(N_WARMUP + 5):
+        loss, _ = plain.take_step()
+        loss_of_graph, _ = captured.take_step()
+        torch.testing.assert_close(loss_of_graph, loss)
+
+
+def test_a_step_that_cannot_be_captured(capture_on_cpu, monkeypatch):
+    run = capture_on_cpu(small_training('bnaf'))
+    for _ in range(N_WARMUP):
+        run.take_step()
+
+    @contextlib.contextmanager
+    def refusing_graph(graph):
+        yield
+        raise RuntimeError('operation not permitted when stream is capturing')
+
+    monkeypatch.setattr(torch.cuda, 'graph', refusing_graph)
+    with pytest.raises(UserError, match='add --no_cuda_graph') as caught:
+        run.take_step()
+    assert 'not permitted' in str(caught.value.__cause__)
+    assert run.optimizer.param_groups[0]['capturable'] is False
+
+    monkeypatch.setattr(torch.cuda, 'graph', out_of_memory)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run.take_step()
+
+
+def out_of_memory(graph):
+    raise torch.cuda.OutOfMemoryError
+
+
+def test_what_is_captured():
+    gpu = torch.device('cuda')
+    assert can_capture(glow.Process(0, 1, gpu))
+    assert not can_capture(glow.Process(0, 1, CPU)) and not can_capture(glow.Process(0, 2, gpu))
+    with torch.autograd.set_detect_anomaly(True):
+        assert not can_capture(glow.Process(0, 1, gpu))
+
+
+# ------------------------------------------------------------------------- data, questions to all
+
+
+def test_data_on_the_cpu_stays_where_it_is():
+    values = np.arange(5)
+    assert keep_on_device(values, CPU) is None
+    assert to_device(values, CPU).data_ptr() == values.ctypes.data
+
+
+def test_images_on_the_device_give_the_same_batches():
+    run = small_training('glow')
+    images = torch.from_numpy(run.data.train.images)
+    arguments = run.data, run.config, 0, run.process
+    for one, other in zip(glow.training_batch(*arguments), glow.training_batch(*arguments, images)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('seconds, n_between', [(0.01, 20), (0.5, 4), (3, 1)])
+def test_processes_ask_each_other_every_few_steps(seconds, n_between, monkeypatch):
+    """Two seconds or twenty steps apart, whichever comes first."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr('common.runs.time.monotonic', lambda: clock.now)
+    asked = []
+    process = SimpleNamespace(
+        world_size=2,
+        share=lambda value: value,
+        any=lambda flag: asked.append(clock.now) or bool(flag),
+    )
+    signals = []
+    stop = StopQuestion(process, signals, max_steps=20)
+    for _ in range(200):
+        assert not stop.is_wanted()
+        clock.now += seconds
+    distances = np.diff(asked) / seconds
+    np.testing.assert_allclose(distances[-5:], n_between)
+
+    signals.append('SIGTERM')
+    answers = [stop.is_wanted() for _ in range(n_between)]
+    assert sum(answers) == 1
+
+
+def test_a_single_process_stops_at_once():
+    signals = []
+    stop = StopQuestion(single_process(glow), signals, max_steps=20)
+    assert not stop.is_wanted()
+    signals.append('SIGINT')
+    assert stop.is_wanted()
