@@ -1,7 +1,8 @@
-"""Data on its way to the device that computes with it."""
+"""Data on its way to the device that computes with it, and gradients as the device wants them."""
 
 import numpy as np
 import torch
+from torch import nn
 
 LARGEST_SHARE = 0.25  # of a GPU's free memory, for a data set
 
@@ -25,3 +26,21 @@ def keep_on_device(values: np.ndarray, device: torch.device) -> torch.Tensor | N
     if values.nbytes > LARGEST_SHARE * free:
         return None
     return torch.from_numpy(np.array(values)).to(device)
+
+
+def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+    """Return the gradients of a model's parameters, each with the strides of its parameter.
+
+    A backward pass may give any stride to a dimension of size 1. On a GPU, fused Adam refuses
+    gradients whose strides differ from those of their parameters.
+    """
+    gradients = []
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.stride() != parameter.stride():
+            gradient = gradient.as_strided(parameter.shape, parameter.stride())
+            parameter.grad = gradient
+        gradients.append(gradient)
+    return gradients

@@ -392,21 +392,21 @@ def test_steps_without_finite_gradients_are_skipped(monkeypatch):
     run = glow.Training(config, data, single_process(glow))
     training_batch = glow.training_batch
 
-    def batch_with_nans_at_step_1(*args):
+    def batch_with_nans_at_step_2(*args):
         x, u = training_batch(*args)
-        return x, u * math.nan if run.step == 1 else u
+        return x, u * math.nan if run.step == 2 else u
 
-    monkeypatch.setattr(glow, 'training_batch', batch_with_nans_at_step_1)
+    monkeypatch.setattr(glow, 'training_batch', batch_with_nans_at_step_2)
     states = []
-    for _ in range(3):
+    for _ in range(4):
         run.take_step()
         weights, average = run.model.state_dict(), run.average.state_dict()
         values = [*weights.values(), *average.values()]
         states.append([value.clone() for value in values])
-    assert all(map(torch.equal, states[0], states[1]))
-    assert not all(map(torch.equal, states[1], states[2]))
-    assert run.step == 3 and run.n_skipped == 1 and run.skips_in_a_row == 0
-    assert next(iter(run.optimizer.state.values()))['step'] == 2
+    assert all(map(torch.equal, states[1], states[2]))
+    assert not all(map(torch.equal, states[2], states[3]))
+    assert run.step == 4 and run.n_skipped == 1 and run.skips_in_a_row == 0
+    assert next(iter(run.optimizer.state.values()))['step'] == 3
 
 
 # ------------------------------------------------------------------------ evaluating and generating

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnaf
 import glow
-from common.devices import keep_on_device, to_device
+from common.devices import gradients_of, keep_on_device, to_device
 from common.errors import UserError
 from common.graphs import N_WARMUP, CapturedStep, can_capture
 from common.runs import StopQuestion
@@ -105,6 +105,31 @@ def test_gradients_are_clipped_as_by_torch(name):
         torch.nn.utils.clip_grad_norm_(other.model.parameters(), clip)
         for parameter, clipped in zip(run.model.parameters(), other.model.parameters()):
             torch.testing.assert_close(parameter.grad, clipped.grad)
+
+
+def test_gradients_have_the_strides_of_their_parameters():
+    layer = torch.nn.Conv2d(2, 3, 1).to(memory_format=torch.channels_last)
+    values = torch.randn(layer.weight.shape)
+    layer.weight.grad = values.as_strided(values.shape, (2, 1, 1, 1))
+    assert layer.weight.grad.stride() != layer.weight.stride()
+
+    (gradient,) = gradients_of(layer)
+    assert gradient is layer.weight.grad and gradient.stride() == layer.weight.stride()
+    assert torch.equal(gradient, values)
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_moments_of_a_checkpoint_have_the_strides_of_their_parameters(name, tmp_path):
+    """Fused Adam pairs values by their places in memory."""
+    run = small_training(name)
+    run.take_step()
+    script = SCRIPTS[name]
+    script.CHECKPOINT.save(run, tmp_path / 'checkpoint.pt')
+    saved = script.load_checkpoint(tmp_path / 'checkpoint.pt')
+    resumed = script.Training(saved['config'], run.data, run.process, saved)
+    for parameter in resumed.model.parameters():
+        state = resumed.optimizer.state[parameter]
+        assert state['exp_avg'].stride() == state['exp_avg_sq'].stride() == parameter.stride()
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
