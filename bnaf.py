@@ -48,7 +48,7 @@ from tqdm import tqdm
 from common.averages import MovingAverage
 from common.batches import Stream, batch_indices, seed_sequence, seeded_generator
 from common.checkpoints import CheckpointFormat, batch_of_all_processes, require_entries
-from common.devices import gradients_of, to_device
+from common.devices import collect_gradients, to_device
 from common.errors import UserError, exit_on_user_error, report_error
 from common.files import write_json
 from common.graphs import CapturedStep, can_capture
@@ -1092,7 +1092,7 @@ def update(run: Training, loss: Tensor) -> tuple[Tensor, Tensor]:
     """
     run.optimizer.zero_grad()
     loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))  # NaN reaches all processes
-    norm = torch.stack(torch._foreach_norm(gradients_of(run.model))).norm()
+    norm = torch.stack(torch._foreach_norm(collect_gradients(run.model))).norm()
     is_skipped = ~norm.isfinite()
 
     # fused Adam divides the gradients by the one, and changes nothing where the other is 1

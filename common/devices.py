@@ -28,7 +28,7 @@ def keep_on_device(values: np.ndarray, device: torch.device) -> torch.Tensor | N
     return torch.from_numpy(np.array(values)).to(device)
 
 
-def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+def collect_gradients(model: nn.Module) -> list[torch.Tensor]:
     """Return the gradients of a model's parameters, each with the strides of its parameter.
 
     A backward pass may give any stride to a dimension of size 1. On a GPU, fused Adam refuses

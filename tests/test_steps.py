@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnaf
 import glow
-from common.devices import gradients_of, keep_on_device, to_device
+from common.devices import collect_gradients, keep_on_device, to_device
 from common.errors import UserError
 from common.graphs import N_WARMUP, CapturedStep, can_capture
 from common.runs import StopQuestion
@@ -132,7 +132,7 @@ def test_gradients_have_the_strides_of_their_parameters():
     layer.weight.grad = values.as_strided(values.shape, (2, 1, 1, 1))
     assert layer.weight.grad.stride() != layer.weight.stride()
 
-    (gradient,) = gradients_of(layer)
+    (gradient,) = collect_gradients(layer)
     assert gradient is layer.weight.grad and gradient.stride() == layer.weight.stride()
     assert torch.equal(gradient, values)
 
