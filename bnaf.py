@@ -215,6 +215,7 @@ DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
 
 REACH = 5.0  # of a flow without a residual at first, in standard deviations of the noise
 MIN_SLOPE = 1e-25  # float32 loses terms below 1e-37, so a slope above this has lost nothing
+ROUGH_TOL = 1e-4  # in the same units: of the part of the inverse's search that is in float32
 FARTHEST = 1e6  # in standardised units: where the inverse gives up looking for a root
 
 
@@ -403,14 +404,15 @@ class BlockFlow(nn.Module):
         tol = self.inverse_tol or (1e-5 if z.dtype == torch.float32 else 1e-10)
         exact_z = z.detach().double()
         rounding = torch.finfo(z.dtype).eps / 2 * exact_z.abs()
-        x = solve_inverse(self, exact_z, rounding, tol).to(z.dtype)
+        x, slope = solve_inverse(self, exact_z, rounding, tol)
+        x, logdet = x.to(z.dtype), -slope.log().sum(1).to(z.dtype)
 
         # what was not found must not reach the gradients of the others
         found = x.isfinite().all(1, keepdim=True)
         x = torch.where(found, x, 0.0)
         if torch.is_grad_enabled():
             x = attach_gradients(self, x, torch.where(found, z, 0.0))
-        logdet = -self(x)[1]
+            logdet = -self(x)[1]
         return (
             torch.where(found, x, math.nan),
             torch.where(found.squeeze(1), logdet, math.nan),
@@ -418,114 +420,173 @@ class BlockFlow(nn.Module):
 
 
 @torch.no_grad()
-def solve_inverse(flow: BlockFlow, z: Tensor, rounding: Tensor, tol: float) -> Tensor:
-    """Return x (B, D) with flow(x) = z, NaN where it is not found to within ``tol``.
+def solve_inverse(
+    flow: BlockFlow, z: Tensor, rounding: Tensor, tol: float
+) -> tuple[Tensor, Tensor]:
+    """Return x (B, D) with flow(x) = z, NaN where it is not found within ``tol``, and dz_i / dx_i.
 
     ``rounding`` (B, D) bounds the rounding error of z. One variable after the other is solved
-    for. Of each layer only the rows that belong to the new variable are computed.
+    for. Of each layer only the rows that belong to the new variable are computed. Everything is
+    (D, B) in here, as products of so few units are faster that way.
     """
+    z, d = z.T.contiguous(), z.shape[1]
     weights = [linear.weights(z.dtype)[0] for linear in flow.linears]
-    biases = [linear.bias.to(z.dtype) for linear in flow.linears]
-    inputs = [z.new_zeros(len(z), w.shape[1]) for w in weights]  # to each layer, as far as known
+    biases = [linear.bias.to(z.dtype)[:, None] for linear in flow.linears]
+    inputs = [
+        z.new_zeros(w.shape[1], z.shape[1]) for w in weights
+    ]  # to each layer, as far as known
+    slopes = torch.empty_like(z)
 
     # the last layer rounds as well: it adds up products with tanhs, which are at most 1
-    weight, bias = weights[-1], biases[-1]
-    largest_sum = weight.abs().sum(1) + bias.abs()
-    rounding = rounding + torch.finfo(z.dtype).eps * largest_sum
+    largest_sum = weights[-1].abs().sum(1, keepdim=True) + biases[-1].abs()
+    rounding = rounding.T + torch.finfo(z.dtype).eps * largest_sum
 
-    for i in range(z.shape[1]):
+    # units are tanh(x) / 2 = sigmoid(2 x) - 1 / 2 in here, as sigmoid takes a third of the time
+    weights = [weights[0], *[2 * w for w in weights[1:]]]
+    scale, rest = residual_factors(flow, z.dtype)
+    factors = [2.0] * (len(weights) - 1) + [scale]
+    weights = [factor * w for factor, w in zip(factors, weights)]
+    biases = [factor * bias for factor, bias in zip(factors, biases)]
+
+    for i in range(d):
         blocks = []
-        for linear, w, bias, known in zip(flow.linears, weights, biases, inputs):
-            _, b, a = linear.log_diagonal.shape
+        for w, bias, known in zip(weights, biases, inputs):
+            b, a = len(w) // d, len(known) // d
             rows = slice(i * b, (i + 1) * b)
             own = w[rows, i * a : (i + 1) * a]
-            seen = slice(i * a)
-            earlier = F.linear(known[:, seen], w[rows, seen], bias[rows])
+            earlier = torch.addmm(bias[rows], w[rows, : i * a], known[: i * a])
             blocks.append((earlier, own))
 
-        function = partial(evaluate_variable, flow, blocks)
-        column = slice(i, i + 1)
-        u, (_, slope, units) = find_root(function, z[:, column], tol)
-        is_determined = rounding[:, column] <= tol * slope
+        u, slopes[i], units = solve_variable(blocks, rest, z[i], tol)
+        is_determined = rounding[i] <= tol * slopes[i]
         u = torch.where(is_determined, u, math.nan)
-        for known, own in zip(inputs, [u, *units]):
-            width = own.shape[1]
-            known[:, i * width : (i + 1) * width] = own
-    return inputs[0]
+        for known, own in zip(inputs, [u[None], *units]):
+            a = len(own)
+            known[i * a : (i + 1) * a] = own
+    return inputs[0].T, slopes.T
+
+
+def residual_factors(flow: BlockFlow, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the factors of f(x) and of x in the flow's z, each of shape (1,)."""
+    one, zero = torch.eye(2, dtype=dtype, device=flow.linears[0].bias.device)[0].split(1)
+    return flow.add_residual(one, zero, zero)[0], flow.add_residual(zero, zero, one)[0]
+
+
+def solve_variable(
+    blocks: list[tuple[Tensor, Tensor]], rest: Tensor, target: Tensor, tol: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return the i-th variable u (B,) with f_i(u) = ``target``, its slope, and its hidden units.
+
+    ``blocks`` and ``rest`` are those of ``evaluate_variable``. The search is made in float32, which
+    is faster. Two steps of Newton's method in float64 then make its result exact. The few rows
+    for which they do not suffice are searched again in float64.
+    """
+    function = partial(evaluate_variable, blocks, rest)
+    blocks_32 = [(earlier.float(), weight.float()) for earlier, weight in blocks]
+    rough_function = partial(evaluate_variable, blocks_32, rest.float())
+    u = find_root(rough_function, target.float(), ROUGH_TOL)
+    u = torch.where(u.isfinite(), u, target)
+
+    value, slope, _ = function(u)
+    u = u + ((target - value) / slope).clamp(-1, 1)
+    value, slope, units = function(u)
+    newton = (target - value) / slope
+    slow = (newton.abs() > tol).nonzero().squeeze(1)
+
+    # this step is so small that the units are linear in it
+    u = u + newton
+    units = [torch.addcmul(y, y_slope, newton) for y, y_slope in units]
+    if len(slow):
+        blocks = [(earlier[:, slow], weight) for earlier, weight in blocks]
+        function = partial(evaluate_variable, blocks, rest)
+        u[slow] = find_root(function, target[slow], tol)
+        _, slope[slow], slow_units = function(u[slow])
+        for y, (slow_y, _) in zip(units, slow_units):
+            y[:, slow] = slow_y
+    return u, slope, units
 
 
 def evaluate_variable(
-    flow: BlockFlow, blocks: list[tuple[Tensor, Tensor]], u: Tensor, rows: Tensor | slice
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return f_i of the i-th variable ``u`` (B, 1), its slope, and the hidden units on the way.
+    blocks: list[tuple[Tensor, Tensor]],
+    rest: Tensor,
+    u: Tensor,
+    rows: Tensor | slice = slice(None),
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return f_i of the i-th variable ``u`` (B,), its slope, and the hidden units on the way.
 
-    ``blocks`` holds, for each layer, what earlier variables add to its units of this variable,
-    and the weights of its units of this variable. ``rows`` are the rows of the former to take.
+    The units (a, B) of each layer come with their slopes. ``blocks`` holds, for each layer, what
+    earlier variables add to its units of this variable (b, B), and the weights (b, a) of its units
+    of this variable; ``rest`` is the factor of u itself. ``rows`` are the columns of the former to
+    take.
     """
-    y, slope, units = u, torch.ones_like(u), []
-    for k, (earlier, weight) in enumerate(blocks):
-        if k:
-            y = y.tanh()
-            slope = slope * (1 - y.square())
-            units.append(y)
-        y = earlier[rows] + y @ weight.T
-        slope = slope @ weight.T
-    return *flow.add_residual(y, slope, u), units
+    units = []
+    earlier, weight = blocks[0]
+    x, slope = torch.addmm(earlier[:, rows], weight, u[None]), weight
+    for earlier, weight in blocks[1:]:
+        s = x.sigmoid()
+        y, slope = s - 0.5, torch.addcmul(s, s, s, value=-1) * slope
+        units.append((y, slope))
+        x, slope = torch.addmm(earlier[:, rows], weight, y), weight @ slope
+    return torch.addcmul(x[0], rest, u), slope[0] + rest, units
 
 
 def find_root(
-    function: Callable[[Tensor, Tensor | slice], tuple[Tensor, Tensor, list[Tensor]]],
+    function: Callable[[Tensor, Tensor | slice], tuple[Tensor, Tensor, Any]],
     target: Tensor,
     tol: float,
     max_steps: int = 200,
-) -> tuple[Tensor, tuple[Tensor, Tensor, list[Tensor]]]:
+) -> Tensor:
     """Solve function(u) = target by Newton's method, safeguarded and for all rows at once.
 
     Arguments:
-        function: maps u (B, 1) and the rows it belongs to, to an increasing value, its slope, and
-            an auxiliary output.
-        target: of shape (B, 1).
+        function: maps u (B,) and the rows it belongs to, to an increasing value, its slope, and
+            what is not used here.
+        target: of shape (B,).
         tol: the step, in units of u, below which a row has converged.
         max_steps: the steps after which the search is given up.
 
-    Returns u, NaN where there is no root, and what the function returns there. Only rows that
-    have not converged are evaluated.
+    Returns u, NaN where there is no root up to ``FARTHEST``. Once most rows have converged, only
+    the others are evaluated.
 
     A step that leaves the bracket, or is more than half the one before, is replaced by
     a bisection. While there is no bracket yet, a step is at most twice the one before.
     """
     root = torch.full_like(target, math.nan)
-    rows = torch.arange(len(target), device=target.device)
+    rows: Tensor | slice = slice(None)
     u, step = target, torch.ones_like(target)
     low = torch.full_like(root, -math.inf)
     high = torch.full_like(root, math.inf)
-    finfo = torch.finfo(u.dtype)
 
     for _ in range(max_steps):
         value, slope, _ = function(u, rows)
-        newton = (target - value) / slope.clamp_min(finfo.tiny)
-        converged = (newton.abs() <= tol).squeeze(1)
-        root[rows[converged]] = (u + newton)[converged]
+        newton = (target - value) / slope
+        new_u = u + newton
+        converged = newton.abs() <= tol
+        root[rows] = torch.where(converged, new_u, root[rows])
 
-        low = torch.where(value <= target, u, low)
-        high = torch.where(value >= target, u, high)
-        is_near = u.abs() < FARTHEST
-        is_wide = high - low > finfo.eps * u.abs()
-        active = ~converged & (is_near & is_wide).squeeze(1)
-        if not active.any():
-            break
+        is_low = newton >= 0
+        low = torch.where(is_low, u, low)
+        high = torch.where(is_low, high, u)
+        width = high - low
 
-        is_bracketed = (high - low).isfinite()
-        is_inside = (u + newton > low) & (u + newton < high)
-        is_good = is_inside & (newton.abs() <= step / 2)
+        is_good = (new_u > low) & (new_u < high) & (newton.abs() <= step / 2)
         bounded = u + newton.clamp(-2 * step, 2 * step)
-        new_u = torch.where(is_bracketed & ~is_good, (low + high) / 2, bounded)
+        new_u = torch.where(is_good | (width == math.inf), bounded, low + width / 2)
+        new_u = new_u.clamp(-FARTHEST, FARTHEST)
         step = (new_u - u).abs()
+        u = new_u
 
-        rows, target = rows[active], target[active]
-        u, step = new_u[active], step[active]
-        low, high = low[active], high[active]
-    return root, function(root, slice(None))
+        # a step of zero means that the bracket, or what is searched, has come to an end
+        active = (step > 0) & ~converged
+        n_active = int(active.sum())
+        if n_active == 0:
+            break
+        if n_active < len(u) / 2:
+            kept = active.nonzero().squeeze(1)
+            rows = kept if isinstance(rows, slice) else rows[kept]
+            target, u, step = target[kept], u[kept], step[kept]
+            low, high = low[kept], high[kept]
+    return root
 
 
 def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:
