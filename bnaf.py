@@ -215,6 +215,8 @@ DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
 
 REACH = 5.0  # of a flow without a residual at first, in standard deviations of the noise
 MIN_SLOPE = 1e-25  # float32 loses terms below 1e-37, so a slope above this has lost nothing
+GROUP = 8  # variables for which the inverse adds up what earlier ones contribute
+ROUGH_STEPS = 15
 ROUGH_TOL = 1e-4  # in the same units: of the part of the inverse's search that is in float32
 FARTHEST = 1e6  # in standardised units: where the inverse gives up looking for a root
 
@@ -449,13 +451,22 @@ def solve_inverse(
     biases = [factor * bias for factor, bias in zip(factors, biases)]
 
     for i in range(d):
+        if i % GROUP == 0:
+            # one large product for several variables is faster than one small one for each
+            start, stop = i, min(i + GROUP, d)
+            sums = []
+            for w, bias, known in zip(weights, biases, inputs):
+                b, a = len(w) // d, len(known) // d
+                group = slice(start * b, stop * b)
+                sums.append(torch.addmm(bias[group], w[group, : start * a], known[: start * a]))
+
         blocks = []
-        for w, bias, known in zip(weights, biases, inputs):
+        for w, sum_of_group, known in zip(weights, sums, inputs):
             b, a = len(w) // d, len(known) // d
-            rows = slice(i * b, (i + 1) * b)
-            own = w[rows, i * a : (i + 1) * a]
-            earlier = torch.addmm(bias[rows], w[rows, : i * a], known[: i * a])
-            blocks.append((earlier, own))
+            w_i, sum_i = w[i * b : (i + 1) * b], sum_of_group[(i - start) * b :][:b]
+            seen = slice(start * a, i * a)
+            earlier = torch.addmm(sum_i, w_i[:, seen], known[seen])
+            blocks.append((earlier, w_i[:, i * a : (i + 1) * a]))
 
         u, slopes[i], units = solve_variable(blocks, rest, z[i], tol)
         is_determined = rounding[i] <= tol * slopes[i]
@@ -481,29 +492,25 @@ def solve_variable(
     is faster. Two steps of Newton's method in float64 then make its result exact. The few rows
     for which they do not suffice are searched again in float64.
     """
-    function = partial(evaluate_variable, blocks, rest)
     blocks_32 = [(earlier.float(), weight.float()) for earlier, weight in blocks]
-    rough_function = partial(evaluate_variable, blocks_32, rest.float())
-    u = find_root(rough_function, target.float(), ROUGH_TOL)
+    function = partial(evaluate_variable, blocks_32, rest.float())
+    u, _ = find_root(function, target.float(), ROUGH_TOL, max_steps=ROUGH_STEPS)
     u = torch.where(u.isfinite(), u, target)
 
+    function = partial(evaluate_variable, blocks, rest)
     value, slope, _ = function(u)
     u = u + ((target - value) / slope).clamp(-1, 1)
-    value, slope, units = function(u)
+    value, slope, _ = function(u)
     newton = (target - value) / slope
-    slow = (newton.abs() > tol).nonzero().squeeze(1)
+    root = u + newton
 
-    # this step is so small that the units are linear in it
-    u = u + newton
-    units = [torch.addcmul(y, y_slope, newton) for y, y_slope in units]
+    slow = (newton.abs() > tol).nonzero().squeeze(1)
     if len(slow):
-        blocks = [(earlier[:, slow], weight) for earlier, weight in blocks]
-        function = partial(evaluate_variable, blocks, rest)
-        u[slow] = find_root(function, target[slow], tol)
-        _, slope[slow], slow_units = function(u[slow])
-        for y, (slow_y, _) in zip(units, slow_units):
-            y[:, slow] = slow_y
-    return u, slope, units
+        blocks_slow = [(earlier[:, slow], weight) for earlier, weight in blocks]
+        slow_function = partial(evaluate_variable, blocks_slow, rest)
+        slow_root, converged = find_root(slow_function, target[slow], tol, u[slow])
+        root[slow] = torch.where(converged, slow_root, math.nan)
+    return root, *function(root)[1:]
 
 
 def evaluate_variable(
@@ -511,21 +518,20 @@ def evaluate_variable(
     rest: Tensor,
     u: Tensor,
     rows: Tensor | slice = slice(None),
-) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return f_i of the i-th variable ``u`` (B,), its slope, and the hidden units on the way.
 
-    The units (a, B) of each layer come with their slopes. ``blocks`` holds, for each layer, what
-    earlier variables add to its units of this variable (b, B), and the weights (b, a) of its units
-    of this variable; ``rest`` is the factor of u itself. ``rows`` are the columns of the former to
-    take.
+    ``blocks`` holds, for each layer, what earlier variables add to its units of this variable
+    (b, B), and the weights (b, a) of its units of this variable. ``rest`` is the factor of u
+    itself. ``rows`` are the columns of the former to take.
     """
     units = []
     earlier, weight = blocks[0]
     x, slope = torch.addmm(earlier[:, rows], weight, u[None]), weight
     for earlier, weight in blocks[1:]:
-        s = x.sigmoid()
-        y, slope = s - 0.5, torch.addcmul(s, s, s, value=-1) * slope
-        units.append((y, slope))
+        s = x.abs().neg_().sigmoid_()  # at most 1/2: no digits of s (1 - s) are lost
+        y, slope = (0.5 - s).copysign_(x), torch.addcmul(s, s, s, value=-1) * slope
+        units.append(y)
         x, slope = torch.addmm(earlier[:, rows], weight, y), weight @ slope
     return torch.addcmul(x[0], rest, u), slope[0] + rest, units
 
@@ -534,8 +540,9 @@ def find_root(
     function: Callable[[Tensor, Tensor | slice], tuple[Tensor, Tensor, Any]],
     target: Tensor,
     tol: float,
+    start: Tensor | None = None,
     max_steps: int = 200,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Solve function(u) = target by Newton's method, safeguarded and for all rows at once.
 
     Arguments:
@@ -543,50 +550,50 @@ def find_root(
             what is not used here.
         target: of shape (B,).
         tol: the step, in units of u, below which a row has converged.
+        start: the first u; by default the target.
         max_steps: the steps after which the search is given up.
 
-    Returns u, NaN where there is no root up to ``FARTHEST``. Once most rows have converged, only
-    the others are evaluated.
+    Returns u and whether it has converged, which it does not where there is no root up to
+    ``FARTHEST``. Once most rows have come to an end, only the others are evaluated.
 
-    A step that leaves the bracket, or is more than half the one before, is replaced by
-    a bisection. While there is no bracket yet, a step is at most twice the one before.
+    A step is at most twice the one before, and at most half the bracket of the root, which is
+    a bisection.
     """
-    root = torch.full_like(target, math.nan)
+    u = target if start is None else start
+    root, found = u.clone(), torch.zeros_like(u, dtype=torch.bool)
     rows: Tensor | slice = slice(None)
-    u, step = target, torch.ones_like(target)
-    low = torch.full_like(root, -math.inf)
-    high = torch.full_like(root, math.inf)
+    step = torch.ones_like(u)
+    low, high = torch.full_like(u, -math.inf), torch.full_like(u, math.inf)
 
-    for _ in range(max_steps):
+    for k in range(max_steps):
         value, slope, _ = function(u, rows)
         newton = (target - value) / slope
-        new_u = u + newton
         converged = newton.abs() <= tol
-        root[rows] = torch.where(converged, new_u, root[rows])
 
-        is_low = newton >= 0
+        is_low = newton > 0
         low = torch.where(is_low, u, low)
         high = torch.where(is_low, high, u)
-        width = high - low
-
-        is_good = (new_u > low) & (new_u < high) & (newton.abs() <= step / 2)
-        bounded = u + newton.clamp(-2 * step, 2 * step)
-        new_u = torch.where(is_good | (width == math.inf), bounded, low + width / 2)
-        new_u = new_u.clamp(-FARTHEST, FARTHEST)
+        limit = torch.minimum((high - low) / 2, step + step)
+        new_u = u + newton.clamp(-limit, limit)
+        # a row that has converged stays, so that it does so in the next step, too
+        new_u = torch.where(converged, u, new_u.clamp(-FARTHEST, FARTHEST))
         step = (new_u - u).abs()
-        u = new_u
 
-        # a step of zero means that the bracket, or what is searched, has come to an end
-        active = (step > 0) & ~converged
+        active = step > 0
         n_active = int(active.sum())
-        if n_active == 0:
+        is_over = n_active == 0 or k == max_steps - 1
+        if is_over or n_active < len(u) / 2:
+            root[rows] = torch.where(converged, u + newton, new_u)
+            found[rows] = converged
+        if is_over:
             break
         if n_active < len(u) / 2:
             kept = active.nonzero().squeeze(1)
             rows = kept if isinstance(rows, slice) else rows[kept]
-            target, u, step = target[kept], u[kept], step[kept]
-            low, high = low[kept], high[kept]
-    return root
+            target, step = target[kept], step[kept]
+            new_u, low, high = new_u[kept], low[kept], high[kept]
+        u = new_u
+    return root, found
 
 
 def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:

@@ -347,7 +347,7 @@ def test_find_root_of_hard_functions(steepness):
 
     roots = torch.linspace(-50, 50, 41, dtype=torch.float64)
     target, _, _ = function(roots, None)
-    u = bnaf.find_root(function, target, 1e-9)
+    u, _ = bnaf.find_root(function, target, 1e-9)
     assert_close(u, roots, atol=1e-8)
 
 
