@@ -215,10 +215,10 @@ DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
 
 REACH = 5.0  # of a flow without a residual at first, in standard deviations of the noise
 MIN_SLOPE = 1e-25  # float32 loses terms below 1e-37, so a slope above this has lost nothing
-GROUP = 8  # variables for which the inverse adds up what earlier ones contribute
-ROUGH_STEPS = 15
-ROUGH_TOL = 1e-4  # in the same units: of the part of the inverse's search that is in float32
 FARTHEST = 1e6  # in standardised units: where the inverse gives up looking for a root
+ROUGH_TOL = 1e-4  # in the same units: of the inverse's search in float32
+ROUGH_STEPS = 15  # of this search, at most
+GROUP = 8  # variables for which the inverse adds up at once what those before them contribute
 
 
 class MaskedLinear(nn.Module):
@@ -429,58 +429,69 @@ def solve_inverse(
 
     ``rounding`` (B, D) bounds the rounding error of z. One variable after the other is solved
     for. Of each layer only the rows that belong to the new variable are computed. Everything is
-    (D, B) in here, as products of so few units are faster that way.
+    (D, B) in here, as products of so few units are several times as fast that way.
     """
-    z, d = z.T.contiguous(), z.shape[1]
     weights = [linear.weights(z.dtype)[0] for linear in flow.linears]
     biases = [linear.bias.to(z.dtype)[:, None] for linear in flow.linears]
-    inputs = [
-        z.new_zeros(w.shape[1], z.shape[1]) for w in weights
-    ]  # to each layer, as far as known
-    slopes = torch.empty_like(z)
 
     # the last layer rounds as well: it adds up products with tanhs, which are at most 1
-    largest_sum = weights[-1].abs().sum(1, keepdim=True) + biases[-1].abs()
-    rounding = rounding.T + torch.finfo(z.dtype).eps * largest_sum
+    largest_sum = weights[-1].abs().sum(1) + biases[-1].abs().squeeze(1)
+    rounding = rounding + torch.finfo(z.dtype).eps * largest_sum
 
-    # units are tanh(x) / 2 = sigmoid(2 x) - 1 / 2 in here, as sigmoid takes a third of the time
-    weights = [weights[0], *[2 * w for w in weights[1:]]]
-    scale, rest = residual_factors(flow, z.dtype)
-    factors = [2.0] * (len(weights) - 1) + [scale]
-    weights = [factor * w for factor, w in zip(factors, weights)]
-    biases = [factor * bias for factor, bias in zip(factors, biases)]
+    # z = scale f(x) + rest x. Hidden units are halved in here, as tanh(x) / 2 = sigmoid(2 x) - 1/2
+    # is several times as fast, and the factors are part of the weights
+    one, zero = z.new_ones(1), z.new_zeros(1)
+    scale, _ = flow.add_residual(one, zero, zero)
+    rest, _ = flow.add_residual(zero, zero, one)
+    layers = []
+    for k, (weight, bias) in enumerate(zip(weights, biases)):
+        of_output = scale if k == len(weights) - 1 else 2.0
+        of_input = 2.0 if k else 1.0
+        layers.append(LayerOfInverse(of_output * of_input * weight, of_output * bias, z))
 
-    for i in range(d):
-        if i % GROUP == 0:
-            # one large product for several variables is faster than one small one for each
-            start, stop = i, min(i + GROUP, d)
-            sums = []
-            for w, bias, known in zip(weights, biases, inputs):
-                b, a = len(w) // d, len(known) // d
-                group = slice(start * b, stop * b)
-                sums.append(torch.addmm(bias[group], w[group, : start * a], known[: start * a]))
-
-        blocks = []
-        for w, sum_of_group, known in zip(weights, sums, inputs):
-            b, a = len(w) // d, len(known) // d
-            w_i, sum_i = w[i * b : (i + 1) * b], sum_of_group[(i - start) * b :][:b]
-            seen = slice(start * a, i * a)
-            earlier = torch.addmm(sum_i, w_i[:, seen], known[seen])
-            blocks.append((earlier, w_i[:, i * a : (i + 1) * a]))
-
-        u, slopes[i], units = solve_variable(blocks, rest, z[i], tol)
-        is_determined = rounding[i] <= tol * slopes[i]
-        u = torch.where(is_determined, u, math.nan)
-        for known, own in zip(inputs, [u[None], *units]):
-            a = len(own)
-            known[i * a : (i + 1) * a] = own
-    return inputs[0].T, slopes.T
+    x, slopes = torch.empty_like(z.T), torch.empty_like(z.T)
+    for i, (target, bound) in enumerate(zip(z.T.contiguous(), rounding.T)):
+        blocks = [layer.block(i) for layer in layers]
+        u, slopes[i], units = solve_variable(blocks, rest, target, tol)
+        x[i] = torch.where(bound <= tol * slopes[i], u, math.nan)
+        for layer, own in zip(layers, [x[i : i + 1], *units]):
+            layer.store(i, own)
+    return x.T, slopes.T
 
 
-def residual_factors(flow: BlockFlow, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the factors of f(x) and of x in the flow's z, each of shape (1,)."""
-    one, zero = torch.eye(2, dtype=dtype, device=flow.linears[0].bias.device)[0].split(1)
-    return flow.add_residual(one, zero, zero)[0], flow.add_residual(zero, zero, one)[0]
+class LayerOfInverse:
+    """A layer, of whose inputs one block after the other becomes known.
+
+    Arguments:
+        weight: of shape (d b, d a).
+        bias: of shape (d b, 1).
+        z: what is inverted, of shape (B, d).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, z: Tensor) -> None:
+        n_rows, d = z.shape
+        self.weight, self.bias = weight, bias
+        self.b, self.a = weight.shape[0] // d, weight.shape[1] // d
+        self.inputs = z.new_empty(d * self.a, n_rows)
+
+    def block(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return what earlier blocks add to the i-th of the output, and the weights of the i-th."""
+        a, b = self.a, self.b
+        first = i - i % GROUP
+        if i == first:
+            # one product for several variables is faster than one for each
+            group, seen = slice(first * b, (first + GROUP) * b), slice(first * a)
+            self.sums = torch.addmm(self.bias[group], self.weight[group, seen], self.inputs[seen])
+
+        weight = self.weight[i * b : (i + 1) * b]
+        sums = self.sums[(i - first) * b : (i - first + 1) * b]
+        seen = slice(first * a, i * a)
+        earlier = torch.addmm(sums, weight[:, seen], self.inputs[seen])
+        return earlier, weight[:, i * a : (i + 1) * a]
+
+    def store(self, i: int, units: Tensor) -> None:
+        """Make the i-th block of the input known, which is of shape (a, B)."""
+        self.inputs[i * self.a : (i + 1) * self.a] = units
 
 
 def solve_variable(
@@ -517,7 +528,7 @@ def evaluate_variable(
     blocks: list[tuple[Tensor, Tensor]],
     rest: Tensor,
     u: Tensor,
-    rows: Tensor | slice = slice(None),
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return f_i of the i-th variable ``u`` (B,), its slope, and the hidden units on the way.
 
@@ -525,14 +536,16 @@ def evaluate_variable(
     (b, B), and the weights (b, a) of its units of this variable. ``rest`` is the factor of u
     itself. ``rows`` are the columns of the former to take.
     """
-    units = []
+    if rows is not None:
+        blocks = [(earlier[:, rows], weight) for earlier, weight in blocks]
+    units, half = [], u.new_tensor(0.5)
     earlier, weight = blocks[0]
-    x, slope = torch.addmm(earlier[:, rows], weight, u[None]), weight
+    x, slope = torch.addmm(earlier, weight, u[None]), weight
     for earlier, weight in blocks[1:]:
         s = x.abs().neg_().sigmoid_()  # at most 1/2: no digits of s (1 - s) are lost
-        y, slope = (0.5 - s).copysign_(x), torch.addcmul(s, s, s, value=-1) * slope
+        y, slope = (half - s).copysign_(x), torch.addcmul(s, s, s, value=-1) * slope
         units.append(y)
-        x, slope = torch.addmm(earlier[:, rows], weight, y), weight @ slope
+        x, slope = torch.addmm(earlier, weight, y), weight @ slope
     return torch.addcmul(x[0], rest, u), slope[0] + rest, units
 
 
@@ -561,7 +574,8 @@ def find_root(
     """
     u = target if start is None else start
     root, found = u.clone(), torch.zeros_like(u, dtype=torch.bool)
-    rows: Tensor | slice = slice(None)
+    rows = None
+    half = u.new_tensor(0.5)
     step = torch.ones_like(u)
     low, high = torch.full_like(u, -math.inf), torch.full_like(u, math.inf)
 
@@ -573,7 +587,7 @@ def find_root(
         is_low = newton > 0
         low = torch.where(is_low, u, low)
         high = torch.where(is_low, high, u)
-        limit = torch.minimum((high - low) / 2, step + step)
+        limit = torch.minimum(half * (high - low), step + step)
         new_u = u + newton.clamp(-limit, limit)
         # a row that has converged stays, so that it does so in the next step, too
         new_u = torch.where(converged, u, new_u.clamp(-FARTHEST, FARTHEST))
@@ -583,13 +597,14 @@ def find_root(
         n_active = int(active.sum())
         is_over = n_active == 0 or k == max_steps - 1
         if is_over or n_active < len(u) / 2:
-            root[rows] = torch.where(converged, u + newton, new_u)
-            found[rows] = converged
+            own = slice(None) if rows is None else rows
+            root[own] = torch.where(converged, u + newton, new_u)
+            found[own] = converged
         if is_over:
             break
         if n_active < len(u) / 2:
             kept = active.nonzero().squeeze(1)
-            rows = kept if isinstance(rows, slice) else rows[kept]
+            rows = kept if rows is None else rows[kept]
             target, step = target[kept], step[kept]
             new_u, low, high = new_u[kept], low[kept], high[kept]
         u = new_u
