@@ -500,8 +500,8 @@ def solve_variable(
     """Return the i-th variable u (B,) with f_i(u) = ``target``, its slope, and its hidden units.
 
     ``blocks`` and ``rest`` are those of ``evaluate_variable``. The search is made in float32, which
-    is faster. Two steps of Newton's method in float64 then make its result exact. The few rows
-    for which they do not suffice are searched again in float64.
+    is faster. At most two steps of Newton's method in float64 then make its result exact. The few
+    rows for which they do not suffice are searched again in float64.
     """
     blocks_32 = [(earlier.float(), weight.float()) for earlier, weight in blocks]
     function = partial(evaluate_variable, blocks_32, rest.float())
@@ -509,19 +509,20 @@ def solve_variable(
     u = torch.where(u.isfinite(), u, target)
 
     function = partial(evaluate_variable, blocks, rest)
-    value, slope, _ = function(u)
-    u = u + ((target - value) / slope).clamp(-1, 1)
-    value, slope, _ = function(u)
-    newton = (target - value) / slope
-    root = u + newton
+    for _ in range(2):
+        value, slope, _ = function(u)
+        newton = (target - value) / slope
+        u = u + newton.clamp(-1, 1)
+        slow = (newton.abs() > tol).nonzero().squeeze(1)
+        if len(slow) == 0:
+            break
 
-    slow = (newton.abs() > tol).nonzero().squeeze(1)
     if len(slow):
         blocks_slow = [(earlier[:, slow], weight) for earlier, weight in blocks]
         slow_function = partial(evaluate_variable, blocks_slow, rest)
-        slow_root, converged = find_root(slow_function, target[slow], tol, u[slow])
-        root[slow] = torch.where(converged, slow_root, math.nan)
-    return root, *function(root)[1:]
+        root, converged = find_root(slow_function, target[slow], tol, u[slow])
+        u[slow] = torch.where(converged, root, math.nan)
+    return u, *function(u)[1:]
 
 
 def evaluate_variable(
