@@ -345,7 +345,7 @@ def test_find_root_of_hard_functions(steepness):
         slope = slope_of_step + 1e-3 + 0.01 / torch.cosh(u / 100).square()
         return value, slope, None
 
-    roots = torch.linspace(-50, 50, 41, dtype=torch.float64)[:, None]
+    roots = torch.linspace(-50, 50, 41, dtype=torch.float64)
     target, _, _ = function(roots, None)
     u, _ = bnaf.find_root(function, target, 1e-9)
     assert_close(u, roots, atol=1e-8)
