@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -361,10 +362,9 @@ SERVER = multiprocessing.get_context('forkserver')
 def run_job(job: Job, end: float | None) -> Iterator[tuple[str, Any]]:
     """Run a job in a process of its own and yield its results as they come, and what fails.
 
-    ``end`` is the time, of ``time.monotonic``, at which the process is killed. It is a fork of one
-    that has imported all modules and has computed nothing.
+    ``end`` is the time, of ``time.monotonic``, at which the process is killed.
     """
-    SERVER.set_forkserver_preload(['__main__', 'speed_rows', *importable_peers()])
+    start_server()
     here, there = SERVER.Pipe(duplex=False)
     process = SERVER.Process(target=send_results, args=(there, job))
     process.start()
@@ -403,8 +403,16 @@ def send_results(end: Connection, job: Job) -> None:
             end.send(failure(job.title, error))
 
 
-def importable_peers() -> list[str]:
-    return [peer for peers in PEERS.values() for peer in peers if is_installed(peer)]
+def start_server() -> None:
+    """Start, if it does not run, the process that those of all jobs are forks of.
+
+    It has imported all modules, which takes seconds, and has computed nothing.
+    """
+    peers = [peer for peers in PEERS.values() for peer in peers if is_installed(peer)]
+    SERVER.set_forkserver_preload(['speed', 'torch._dynamo', *peers])
+    # Python before 3.13 does not hand on its path.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
 
 
 # ------------------------------------------------------------------------------------------ results
