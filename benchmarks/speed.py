@@ -97,7 +97,6 @@ COMPILED = {
     'b': ('compile', 'bf16 compile'),
     'c': ('bf16 compile',),
 }
-COMPILED_ON_GPU = ('bf16 compile', 'bf16 compile eager')
 IN_MEMORY = ('float32', 'bf16', 'checkpoint_grads')  # the variants whose memory is measured
 # How many rows are inverted, and whether bisection inverts them, too: on a CPU it is slow.
 INVERTED = {
@@ -209,6 +208,7 @@ def plan_quick(settings: Settings) -> Iterator[Job]:
 
 
 def plan_on_cpu(settings: Settings) -> Iterator[Job]:
+    """Yield all jobs on a CPU: ratios of speed first."""
     for config in GLOW:
         yield from speed_jobs('glow', config, SECONDS, settings)
     for config, variants in COMPILED.items():
@@ -226,15 +226,18 @@ def plan_on_cpu(settings: Settings) -> Iterator[Job]:
 
 
 def plan_on_gpu(settings: Settings) -> Iterator[Job]:
+    """Yield all jobs on a GPU, those that have targets first: its time may be short."""
     for config in ('A16', 'A64'):
         yield from speed_jobs('glow', config, ['training'], settings)
-        yield from compiled_jobs(config, COMPILED_ON_GPU, settings)
+        yield from compiled_jobs(config, ['bf16 compile'], settings)
     for config in ('b2', 'c', 'b'):
         yield from bnaf_jobs(config, settings)
     yield from speed_jobs('glow', 'A16', ['sampling'], settings)
     for config, n, is_bisected in INVERTED['cuda']:
         yield inverse_job(config, n, is_bisected, settings)
 
+    for config in ('A16', 'A64'):
+        yield from compiled_jobs(config, ['bf16 compile eager'], settings)
     for config in ('B16', 'C16', 'B64', 'C64'):
         yield from speed_jobs('glow', config, ['training'], settings)
     for config in ('A16', 'C16'):
@@ -356,17 +359,16 @@ def other_jobs(settings: Settings) -> Iterator[Job]:
 
 # ---------------------------------------------------------------------------------------- processes
 
-SERVER = multiprocessing.get_context('forkserver')
-
 
 def run_job(job: Job, end: float | None) -> Iterator[tuple[str, Any]]:
     """Run a job in a process of its own and yield its results as they come, and what fails.
 
     ``end`` is the time, of ``time.monotonic``, at which the process is killed.
     """
+    context = multiprocessing.get_context('forkserver')
     start_server()
-    here, there = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=send_results, args=(there, job))
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=send_results, args=(there, job))
     process.start()
     there.close()
     try:
@@ -409,9 +411,13 @@ def start_server() -> None:
     It has imported all modules, which takes seconds, and has computed nothing.
     """
     peers = [peer for peers in PEERS.values() for peer in peers if is_installed(peer)]
-    SERVER.set_forkserver_preload(['speed', 'torch._dynamo', *peers])
-    # Python before 3.13 does not hand on its path.
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+    forkserver.set_forkserver_preload(['speed', 'torch._dynamo', *peers])
+    environment = {
+        'PYTHONPATH': os.pathsep.join(sys.path),  # which Python 3.11 does not hand on
+        # A fork cannot use a GPU that was initialized before. To look for one does so otherwise.
+        'PYTORCH_NVML_BASED_CUDA_CHECK': '1',
+    }
+    with mock.patch.dict(os.environ, environment):
         forkserver.ensure_running()
 
 

@@ -67,8 +67,14 @@ def failure(what: str, error: Exception) -> tuple[str, dict]:
     return 'failures', {'what': what, 'error': error_text(error)}
 
 
+class RemoteError(RuntimeError):
+    """An error of another process, as its text says it."""
+
+
 def error_text(error: Exception) -> str:
     """Return the type and the text of an error in one line."""
+    if isinstance(error, RemoteError):
+        return str(error)
     return f'{type(error).__name__}: {one_line(error)}'
 
 
@@ -244,14 +250,15 @@ def measure_fresh(
     quick: bool = False,
 ) -> Results:
     """Time training steps of contenders that each have a process of their own, in turn."""
+    context = multiprocessing.get_context('fork')  # this process has not computed anything yet
     row = new_row(script, config, 'training', shape, state='fresh')
     with contextlib.ExitStack() as stack:
         timers, ends = {}, []
         for name in names:
-            here, there = FORK.Pipe()
+            here, there = context.Pipe()
             ends.append(stack.enter_context(here))
             arguments = there, list(ends), script, shape, name, device
-            FORK.Process(target=serve_steps, args=arguments, daemon=True).start()
+            context.Process(target=serve_steps, args=arguments, daemon=True).start()
             there.close()
             try:
                 row['parameters'][name] = receive(here)
@@ -262,9 +269,6 @@ def measure_fresh(
         yield from time_row(row, timers, device, quick)
     if row['times']:
         yield 'rows', row
-
-
-FORK = multiprocessing.get_context('fork')  # of a process that has not computed anything yet
 
 
 def serve_steps(
@@ -293,7 +297,7 @@ def serve_steps(
         except (EOFError, BrokenPipeError):
             raise
         except Exception as error:
-            own_end.send(RuntimeError(error_text(error)))
+            own_end.send(RemoteError(error_text(error)))
 
 
 def ask_for_steps(end: Connection, n_calls: int) -> float:
@@ -303,11 +307,11 @@ def ask_for_steps(end: Connection, n_calls: int) -> float:
 
 
 def receive(end: Connection) -> Any:
-    """Receive a value. Raises ``RuntimeError`` where the other process has failed or ended."""
+    """Receive a value. Raises ``RemoteError`` where the other process has failed or ended."""
     try:
         value = end.recv()
     except EOFError as error:
-        raise RuntimeError('its process has ended') from error
+        raise RemoteError('its process has ended') from error
     if isinstance(value, Exception):
         raise value
     return value
@@ -368,8 +372,9 @@ def measure_memory(
 
 def in_own_process(function: Callable, *arguments: Any) -> Any:
     """Call a function in a process of its own and return its result."""
-    here, there = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=send_result, args=(there, function, arguments), daemon=True)
+    context = multiprocessing.get_context('fork')
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=send_result, args=(there, function, arguments), daemon=True)
     process.start()
     there.close()
     with here:
@@ -383,7 +388,7 @@ def send_result(end: Connection, function: Callable, arguments: tuple) -> None:
     try:
         end.send(function(*arguments))
     except Exception as error:
-        end.send(RuntimeError(error_text(error)))
+        end.send(RemoteError(error_text(error)))
 
 
 def memory_of_steps(script: str, shape: dict, name: str, device: torch.device) -> float:
