@@ -179,6 +179,8 @@ class Job:
     def title(self) -> str:
         words = [self.measure.__name__.removeprefix('measure_'), self.script, self.config]
         words += self.arguments.get('names', ())
+        if 'n' in self.arguments:
+            words.append(f'{self.arguments["n"]} rows')
         return ' '.join(word for word in words if word)
 
 
