@@ -40,7 +40,7 @@ from speed_report import (
     draw_growth,
     format_report,
     target_of,
-    targets_table,
+    targets_section,
 )
 from speed_rows import (
     SECONDS,
@@ -476,7 +476,9 @@ def describe(section: str, value: dict) -> str:
         return f'{value["script"]}.py --train {value["words"]}: {figures}'
     if section == 'peaks':
         return ', '.join(f'{name} {rate:.4g}' for name, rate in value.items())
-    return f'{section}: {value}'
+    if section == 'growth':
+        return f'growth: {value}'
+    return value['device']
 
 
 def add_row(results: dict, row: dict) -> None:
@@ -665,7 +667,7 @@ def finish(results: dict, folder: Path) -> None:
     if results['growth']:
         draw_growth(results['growth'], SWEEPS).savefig(folder / 'scaling.png', dpi=120)
     if (folder / 'README.md').exists():
-        insert(folder / 'README.md', 'speed.py', targets_table(results))
+        insert(folder / 'README.md', 'speed.py', targets_section(results))
     progress(f'wrote speed.json, speed.md and scaling.png to {folder}')
 
 

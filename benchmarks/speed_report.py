@@ -205,8 +205,8 @@ def heading(machine: dict) -> str:
     versions = [f'{name} {version}' for name, version in machine['peers'].items()]
     versions = ', '.join(versions) or 'no peers installed'
     text = f'## Speed and memory on {machine["device"]}\n\ntorch {machine["torch"]}, {versions}.'
-    if machine['kind'] == 'cuda':
-        text += f' Its CPU: {machine["cpu"]}, {machine["threads"]} threads.'
+    if machine['kind'] == 'cuda' and 'cpu' in machine:
+        text += f' The CPU beside it: {machine["cpu"]}, {machine["threads"]} threads.'
     if machine['quick']:
         text += ' **A quick run: its figures say little.**'
     return text + '\n'
@@ -250,6 +250,17 @@ def targets_table(results: dict) -> str:
         targets = [cells.get(name, '') for name in variants]
         rows.append([what, against, *targets])
     return table(['what', 'against', *variants], rows)
+
+
+def targets_section(results: dict) -> str:
+    """Return what README.md shows: the machine, the versions and the targets."""
+    machine = results['machine']
+    versions = [f'{name} {version}' for name, version in machine['peers'].items()]
+    versions = ', '.join([f'torch {machine["torch"]}', *versions])
+    text = f'Measured on {machine["device"]}, with {versions}.'
+    if machine['quick']:
+        text += ' **A quick run: its figures say little.**'
+    return f'{text}\n\n{targets_table(results)}'
 
 
 def speed_table(

@@ -28,7 +28,7 @@ from contenders import count_parameters, has_options, invert_by_bisection, make_
 from helpers import CPU, only
 from pages import insert, significant
 from sklearn.utils import Bunch
-from speed_report import CHECKPOINT_TIME, check_figures, target_of, targets_table
+from speed_report import CHECKPOINT_TIME, check_figures, target_of, targets_section, targets_table
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
@@ -114,7 +114,11 @@ def test_quick_run_measures_all_without_peers(quick_run):
 
     assert (quick_run.folder / 'scaling.png').stat().st_size > 10_000
     targets = targets_table(quick_run.results)
-    assert targets in quick_run.page and targets in read(quick_run.folder, 'README.md')
+    assert targets in quick_run.page
+    section = targets_section(quick_run.results)
+    assert targets in section and section in read(quick_run.folder, 'README.md')
+    machine = quick_run.results['machine']['device']
+    assert 'thread' in machine and section.startswith(f'Measured on {machine}')
 
 
 @pytest.mark.slow
@@ -496,7 +500,7 @@ def test_pages_are_written_between_their_marks(tmp_path):
 @pytest.mark.parametrize(
     'script,format_block,page',
     [
-        (speed, targets_table, 'benchmarks/README.md'),
+        (speed, targets_section, 'benchmarks/README.md'),
         (processes, processes.format_table, 'benchmarks/README.md'),
         (results, results.format_table, 'RESULTS.md'),
         (tables, tables.format_table, 'RESULTS.md'),
