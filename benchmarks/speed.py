@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -477,8 +477,18 @@ def describe(section: str, value: dict) -> str:
     if section == 'peaks':
         return ', '.join(f'{name} {rate:.4g}' for name, rate in value.items())
     if section == 'growth':
-        return f'growth: {value}'
+        return describe_growth(value)
     return value['device']
+
+
+def describe_growth(value: dict) -> str:
+    """Return a line on the milliseconds of a step, while one number of a shape changes."""
+    lines = []
+    for script, curves in value.items():
+        for name, points in curves.items():
+            figures = ', '.join(f'{number}: {1e3 * t:.3g} ms' for number, t in points)
+            lines.append(f'{script} growth with {name}: {figures}')
+    return '; '.join(lines)
 
 
 def add_row(results: dict, row: dict) -> None:
@@ -639,11 +649,47 @@ def random_celeba(folder: Path, n: int = 20_000) -> ImageData:
 def measure_all(jobs: list[Job], results: dict, folder: Path, end: float | None) -> None:
     """Run the jobs that there is time for, and save what they give as soon as it is there."""
     for job in jobs:
+        if has_slow_bf16(results['peaks']):
+            job = without_bf16(job)
+            if job is None:
+                continue
         is_late = end is not None and time.monotonic() + job.seconds > end
         late = failure(job.title, TimeoutError(f'not begun: it takes {job.seconds:.0f} s or more'))
         for section, value in [late] if is_late else run_job(job, end):
             add_result(results, section, value)
             save(results, folder)
+        if job.measure is measure_machine and has_slow_bf16(results['peaks']):
+            add_result(results, 'failures', slow_bf16(results['peaks']))
+
+
+def has_slow_bf16(peaks: dict[str, float]) -> bool:
+    """Say whether bf16 is slower than float32, as on CPUs without instructions for it.
+
+    The steps of a large model then take a minute.
+    """
+    if not peaks:
+        return False
+    return peaks['conv3x3_bf16_gflops'] < peaks['conv3x3_float32_gflops'] / 2
+
+
+def slow_bf16(peaks: dict[str, float]) -> dict:
+    """Return the entry that says why bf16 was not measured."""
+    bf16, float32 = peaks['conv3x3_bf16_gflops'], peaks['conv3x3_float32_gflops']
+    rates = f'{bf16:.3g} GFLOP/s in bf16, {float32:.3g} in float32'
+    return {'what': 'variants with bf16', 'error': f'slow on this machine: convolutions do {rates}'}
+
+
+def without_bf16(job: Job) -> Job | None:
+    """Return a job without the variants in bf16, or None where no other is left."""
+    if '--bf16' in job.arguments.get('words', ''):
+        return None
+    names = job.arguments.get('names')
+    if names is None:
+        return job
+    names = [name for name in names if 'bf16' not in name.split()]
+    if not set(names).difference(PEERS[job.script]):
+        return None
+    return replace(job, arguments={**job.arguments, 'names': names})
 
 
 def peer_versions() -> dict[str, str]:

@@ -92,8 +92,9 @@ def table_cells(page, heading):
 @pytest.mark.slow
 def test_quick_run_measures_all_without_peers(quick_run):
     failures = [entry['what'] for entry in quick_run.results['failures']]
-    assert failures == ['glow: normflows', 'bnaf: pyro', 'bnaf: zuko']
-    for what in failures:
+    assert failures[:3] == ['glow: normflows', 'bnaf: pyro', 'bnaf: zuko']
+    assert set(failures[3:]) <= {'variants with bf16'}  # which some CPUs are slow at
+    for what in failures[:3]:
         assert f'{what}: not installed' in quick_run.output
         assert f'| {what} | not installed' in quick_run.page
 
@@ -109,7 +110,7 @@ def test_quick_run_measures_all_without_peers(quick_run):
     ]
 
     commands = quick_run.results['commands']
-    assert [command['n_steps'] for command in commands[:2]] == [10, 10]  # cut short
+    assert commands[0]['n_steps'] == 10  # cut short
     assert all(0 < command['overhead'] < 1 for command in commands)
 
     assert (quick_run.folder / 'scaling.png').stat().st_size > 10_000
@@ -247,6 +248,30 @@ def test_rows_that_cannot_be_finished_are_left_out(tmp_path, monkeypatch):
     assert begun[0] == 'machine' and 'speed glow c float32 bf16 checkpoint_grads' in late
     assert not set(begun) & set(late)
     assert 'TimeoutError: not begun: it takes' in read(tmp_path, 'speed.md')
+
+
+def test_bf16_is_left_out_where_it_is_slow(tmp_path, monkeypatch):
+    peaks = {'conv3x3_bf16_gflops': 4.0, 'conv3x3_float32_gflops': 40.0}
+    begun = []
+
+    def fake_job(job, end):
+        begun.append(job.title)
+        yield 'peaks', peaks if job.measure is speed.measure_machine else {}
+
+    monkeypatch.setattr(speed, 'run_job', fake_job)
+    jobs = list(speed.plan(settings_for('cpu')))
+    results = new_results()
+    speed.measure_all(jobs, results, tmp_path, None)
+    assert not any('bf16' in title for title in begun)
+    assert 'speed glow a normflows float32 checkpoint_grads' in begun
+    assert 'speed glow b normflows compile' in begun and 'command glow' in begun
+    assert [entry['what'] for entry in results['failures']] == ['variants with bf16']
+    assert '4 GFLOP/s in bf16, 40 in float32' in results['failures'][0]['error']
+
+    peaks['conv3x3_bf16_gflops'] = 30.0
+    results = new_results()
+    speed.measure_all(jobs, results, tmp_path, None)
+    assert any('bf16' in title for title in begun) and not results['failures']
 
 
 @pytest.mark.slow
