@@ -313,6 +313,27 @@ def test_a_contender_that_fails_leaves_the_others(monkeypatch):
         assert entry['name'] == 'float32' and entry['ratio'] is None and entry['gflops'] > 0
 
 
+def test_what_is_built_one_after_the_other_has_ratios(monkeypatch):
+    make = speed_rows.make_contender
+    built = []
+
+    def make_own(script, shape, name, device):
+        built.append(name)
+        return make(script, shape, 'float32', device)
+
+    monkeypatch.setattr(speed_rows, 'make_contender', make_own)
+    results = new_results()
+    names = ['normflows', 'float32']
+    shape = speed_rows.SMALLEST['glow']
+    arguments = 'glow', 'a', shape, names, ['evaluation'], CPU
+    for section, value in speed_rows.measure_speed(*arguments, quick=True, in_turn=False):
+        assert list(value['times']) == built  # saved before the next one is built
+        speed.add_result(results, section, value)
+    theirs, ours = results['rows'][0]['entries']
+    assert theirs['ratio'] is None
+    assert ours['ratio'][1] == pytest.approx(theirs['seconds'] / ours['seconds'], rel=0.5)
+
+
 def test_rows_of_several_processes_become_one():
     results = new_results()
     speed.add_row(results, measured_row({'float32': [0.5]}, gflop=1.0))  # the peer has failed
