@@ -1,7 +1,8 @@
 """What speed.py compares: our models and the peers', behind one interface.
 
 A shape is a dict of numbers, as ``Config`` names them: of images for Glow, of rows for BNAF. A
-variant names options of a script, such as ``'bf16 compile'``; ``'float32'`` stands for none.
+variant names options of a script, such as ``'bf16 compile'``; ``'float32'`` stands for none. On a
+GPU the steps of a variant are captured, unless it is called ``'eager'``.
 """
 
 import importlib
@@ -21,7 +22,13 @@ from datasets.tabular import TableData
 SCRIPTS = {'glow': glow, 'bnaf': bnaf}
 # Ratios are to the first peer of a script; the others give context.
 PEERS = {'glow': ('normflows',), 'bnaf': ('pyro', 'zuko')}
-OPTIONS = ('bf16', 'compile', 'checkpoint_grads')
+# The option that each word of a variant sets.
+OPTIONS = {
+    'bf16': 'bf16',
+    'compile': 'compile',
+    'checkpoint_grads': 'checkpoint_grads',
+    'eager': 'no_cuda_graph',
+}
 # So low that the weights hardly move: the model timed last is the model timed first.
 LEARNING_RATE = 1e-5
 
@@ -55,14 +62,25 @@ def is_installed(peer: str) -> bool:
 
 def has_options(script: str, variant: str) -> bool:
     """Say whether a script has all options of a variant."""
-    options = set(OPTIONS).intersection(variant.split())
-    return all(hasattr(SCRIPTS[script].Config, option) for option in options)
+    return all(hasattr(SCRIPTS[script].Config, option) for option in options_of(variant))
+
+
+def options_of(variant: str) -> list[str]:
+    """Return the options of ``Config`` that a variant sets."""
+    return [OPTIONS[word] for word in variant.split() if word in OPTIONS]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the parameters that a model uses, if it says so, else those that it stores."""
+    if hasattr(model, 'n_parameters'):
+        return model.n_parameters
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def make_config(script: str, shape: dict, variant: str) -> glow.Config | bnaf.Config:
     """Return the script's configuration of a shape and a variant."""
     values = {name: value for name, value in shape.items() if name != 'data_dim'}
-    values |= {option: True for option in OPTIONS if option in variant.split()}
+    values |= {option: True for option in options_of(variant)}
     if script == 'glow':
         # A larger batch would set the peak memory of small models.
         values['batch_size_init'] = shape['batch_size']

@@ -1,71 +1,62 @@
 """Speed and memory of glow.py and bnaf.py beside other implementations, and beside the machine.
 
-    python benchmarks/speed.py                on a GPU if there is one; nine minutes on two cores
+    python benchmarks/speed.py                on a GPU if there is one; ten minutes on two cores
+    python benchmarks/speed.py --minutes=3    only what can be measured in three minutes
     python benchmarks/speed.py --quick        a minute, to see that it runs: its figures say little
     python benchmarks/speed.py --only=input   share of a step of glow.py that goes into its batch
 
-The first two write speed.json, speed.md, scaling.png and the table of targets in README.md, which
-says how the models match and what the columns mean. The last prints its figures.
+All but the last write speed.json and speed.md, anew whenever a row is done, and at the end
+scaling.png and the table of targets in README.md, which says how the models match and what the
+columns mean. The last prints its figures.
 """
 
 import argparse
 import contextlib
-import gc
-import io
-import json
-import math
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
-from itertools import product
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # glow.py and bnaf.py are in the folder above this one.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from contenders import (
-    PEERS,
-    SCRIPTS,
-    Contender,
-    build_bare_model,
-    has_options,
-    invert_by_bisection,
-    is_installed,
-    make_contender,
-)
+from contenders import PEERS, SCRIPTS, has_options, is_installed
 from pages import insert
 from speed_report import (
     CHECKPOINT_TIME,
-    OVERHEAD,
     check_figures,
     draw_growth,
     format_report,
     target_of,
-    targets_table,
+    targets_section,
 )
-from timing import (
-    allow_tf32,
-    machine_name,
-    measure_peaks,
-    progress,
-    quartiles,
-    report_out_of_memory,
-    synchronize,
-    time_in_turn,
+from speed_rows import (
+    SECONDS,
+    failure,
+    measure_command,
+    measure_fresh,
+    measure_growth,
+    measure_inverses,
+    measure_machine,
+    measure_memory,
+    measure_speed,
 )
+from timing import allow_tf32, progress, quartiles
 
 import glow
+from common.files import write_atomically, write_json
 from datasets import ImageData, load_images
 from datasets.images import make_image_data
 
@@ -82,7 +73,8 @@ MODELS_ON_GPU = {
 }
 GLOW_ON_GPU = {
     f'{name}{batch_size}': dict(model, batch_size=batch_size)
-    for (name, model), batch_size in product(MODELS_ON_GPU.items(), (16, 32, 64))
+    for name, model in MODELS_ON_GPU.items()
+    for batch_size in (16, 64)
 }
 TABLE = dict(n_flows=5, n_hidden=1, batch_size=200)
 BNAF = {
@@ -92,39 +84,28 @@ BNAF = {
     'c': dict(TABLE, data_dim=43, hidden_dim=10),
     'd': dict(TABLE, data_dim=63, hidden_dim=20),
 }
-SMALLEST = {
-    'glow': dict(image_size=8, n_levels=1, depth=1, width=8, batch_size=2),
-    'bnaf': dict(data_dim=2, n_flows=2, n_hidden=1, hidden_dim=2, batch_size=2),
-}
 
+# Our variants that are not compiled. On a GPU steps are captured but for the eager ones.
 VARIANTS = {
-    'cpu': {
-        'glow': ('float32', 'bf16', 'compile', 'checkpoint_grads'),
-        'bnaf': ('float32', 'compile'),
-    },
-    'cuda': {
-        'glow': (
-            'float32',
-            'bf16',
-            'compile',
-            'bf16 compile',
-            'checkpoint_grads',
-            'bf16 checkpoint_grads',
-        ),
-        'bnaf': ('float32', 'compile'),
-    },
+    'cpu': ('float32', 'bf16', 'checkpoint_grads'),
+    'cuda': ('float32', 'float32 eager', 'bf16', 'bf16 eager'),
 }
-# Compiling takes longer than measuring, so only some shapes are compiled.
+# Compiling takes half a minute, so that only steps of training are compiled, and on a CPU only
+# where it may pay.
 COMPILED = {
-    'cpu': {'glow': ('a', 'b'), 'bnaf': ('b', 'b2')},
-    'cuda': {'glow': ('a', 'b', 'c', 'A16'), 'bnaf': tuple(BNAF)},
+    'a': ('compile', 'bf16 compile'),
+    'b': ('compile', 'bf16 compile'),
+    'c': ('bf16 compile',),
 }
-# Memory takes a process per variant, so only that of some shapes is measured.
-MEASURED_MEMORY = {'glow': (*GLOW, *GLOW_ON_GPU), 'bnaf': ('b2', 'c')}
-# The shapes of BNAF that are inverted, and how many rows: bisection is slow.
-N_INVERTED = {'b': 20, 'c': 20}
-# What is timed of each shape, and for about how many seconds.
-SECONDS = {'training': 8, 'evaluation': 2, 'sampling': 4}
+IN_MEMORY = ('float32', 'bf16', 'checkpoint_grads')  # the variants whose memory is measured
+# How many rows are inverted, and whether bisection inverts them, too: on a CPU it is slow.
+INVERTED = {
+    'cpu': (('b', 20, True), ('c', 20, True), ('c', 200, False), ('c', 5000, False)),
+    'cuda': (('c', 5000, True),),
+}
+REPORT_SECONDS = 5  # of --minutes, to write the report in
+# A batch whose activations are so many that a GPU does not hold those of all contenders at once.
+LARGE_BATCH = 64
 
 # How cost grows: a base shape, and the values of each of its numbers that is changed.
 SWEEPS = {
@@ -153,7 +134,7 @@ COMMANDS = {
         'glow': ('--dataset=digits --depth=2', 10),
         'bnaf': ('--n_epochs=1 --n_flows=1 --batch_size=4000', None),
     },
-    'cpu': {'glow': ('--dataset=faces', 100), 'bnaf': ('--n_epochs=1', None)},
+    'cpu': {'glow': ('--dataset=faces', 60), 'bnaf': ('--n_epochs=1', None)},
     'cuda': {
         'glow': (
             '--dataset=faces --image_size=64 --n_levels=3 --depth=32 --width=512 '
@@ -166,416 +147,438 @@ COMMANDS = {
 TABLE_SHAPE = (36_488, 43)  # of the noise that bnaf.py is run on: as large as MINIBOONE
 
 
+# --------------------------------------------------------------------------------------------- plan
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is the same for all measurements of a run."""
 
     device: torch.device
     quick: bool
-    peers: dict[str, str]  # the peers that are installed, with their versions
-    peaks: dict[str, float]  # what the machine itself can do
+    peers: Sequence[str]  # those that are installed
 
 
-# ------------------------------------------------------------------------------------------- speed
+@dataclass(frozen=True)
+class Job:
+    """What is measured in one process."""
+
+    measure: Callable[..., Iterator]  # yields pairs of a section of speed.json and a result
+    arguments: dict
+    seconds: float  # without so many it is not begun
+
+    @property
+    def script(self) -> str:
+        return self.arguments.get('script', '')
+
+    @property
+    def config(self) -> str:
+        return self.arguments.get('config', '')
+
+    @property
+    def title(self) -> str:
+        words = [self.measure.__name__.removeprefix('measure_'), self.script, self.config]
+        words += self.arguments.get('names', ())
+        if 'n' in self.arguments:
+            words.append(f'{self.arguments["n"]} rows')
+        return ' '.join(word for word in words if word)
 
 
-def measure_shape(script: str, config: str, shape: dict, settings: Settings) -> list[dict]:
-    """Time training steps, evaluation and sampling of the peers and of our variants in turn."""
-    contenders = {}
-    for name in names_to_measure(script, config, settings):
-        with report_out_of_memory(f'{script} {config} {name}'):
-            contenders[name] = make_contender(script, shape, name, settings.device)
-
-    rows = []
-    for quantity in SECONDS:
-        row = {'script': script, 'config': config, 'quantity': quantity, 'shape': shape}
-        entries = measure_quantity(row, contenders, settings)
-        if entries:
-            rows.append(row)
-            report_row(row)
-    return rows
+def plan(settings: Settings) -> Iterator[Job]:
+    """Yield all that is measured, what matters most first."""
+    machine = dict(device=settings.device, quick=settings.quick)
+    yield Job(measure_machine, machine, seconds=5)
+    if settings.quick:
+        yield from plan_quick(settings)
+    elif settings.device.type == 'cuda':
+        yield from plan_on_gpu(settings)
+    else:
+        yield from plan_on_cpu(settings)
 
 
-def names_to_measure(script: str, config: str, settings: Settings) -> list[str]:
-    """Name the contenders of a shape: the installed peers, then our variants."""
-    peers = [peer for peer in PEERS[script] if peer in settings.peers]
-    return peers + variants_to_measure(script, config, settings)
+def plan_quick(settings: Settings) -> Iterator[Job]:
+    """Yield one job of each kind, on the first shape of each script."""
+    config = next(iter(GLOW))
+    yield from speed_jobs('glow', config, SECONDS, settings)
+    yield from memory_jobs('glow', config, settings)
+
+    config = next(iter(BNAF))
+    yield from bnaf_jobs(config, settings)
+    yield inverse_job(config, 20, True, settings)
+    yield from memory_jobs('bnaf', config, settings)
+    yield from other_jobs(settings)
 
 
-def variants_to_measure(script: str, config: str, settings: Settings) -> list[str]:
-    """Name our variants that are measured of a shape."""
-    device = settings.device.type
-    is_compiled = not settings.quick and config in COMPILED[device][script]
-    variants = [name for name in VARIANTS[device][script] if has_options(script, name)]
-    return [name for name in variants if is_compiled or 'compile' not in name.split()]
+def plan_on_cpu(settings: Settings) -> Iterator[Job]:
+    """Yield all jobs on a CPU: ratios of speed first."""
+    for config in GLOW:
+        yield from speed_jobs('glow', config, SECONDS, settings)
+    for config, variants in COMPILED.items():
+        yield from compiled_jobs(config, variants, settings)
+    for config in BNAF:
+        yield from bnaf_jobs(config, settings)
+    for config, n, is_bisected in INVERTED['cpu']:
+        yield inverse_job(config, n, is_bisected, settings)
+
+    for config in ('b2', 'c'):
+        yield from memory_jobs('bnaf', config, settings)
+    for config in GLOW:
+        yield from memory_jobs('glow', config, settings)
+    yield from other_jobs(settings)
 
 
-def measure_quantity(
-    row: dict,
-    contenders: dict[str, Contender],
-    settings: Settings,
-) -> list[dict]:
-    """Time one quantity of a shape and add the results to ``row``; return its entries."""
-    script, quantity = row['script'], row['quantity']
-    for contender in contenders.values():
-        contender.model.train(quantity == 'training')
-    functions = functions_to_time(quantity, script, row['config'], contenders, settings.device)
-    if not functions:
-        return []
+def plan_on_gpu(settings: Settings) -> Iterator[Job]:
+    """Yield all jobs on a GPU, those that have targets first: its time may be short."""
+    for config in ('A16', 'A64'):
+        yield from speed_jobs('glow', config, ['training'], settings)
+        yield from compiled_jobs(config, ['bf16 compile'], settings)
+    for config in ('b2', 'c', 'b'):
+        yield from bnaf_jobs(config, settings)
+    yield from speed_jobs('glow', 'A16', ['sampling'], settings)
+    for config, n, is_bisected in INVERTED['cuda']:
+        yield inverse_job(config, n, is_bisected, settings)
 
-    seconds = SECONDS[quantity] / 20 if settings.quick else SECONDS[quantity]
-    min_rounds = 2 if settings.quick else 3
-    times = time_in_turn(functions, settings.device, seconds, min_rounds)
-
-    is_bisected = 'bisection' in times
-    row['gflop'] = None
-    if 'float32' in times and not is_bisected:  # the number of steps of an inverse varies
-        row['gflop'] = count_gflop(quantity, contenders['float32'])
-    row['n'] = N_INVERTED[row['config']] if is_bisected else row['shape']['batch_size']
-    row['unit'] = 'images' if script == 'glow' else 'rows'
-
-    baseline = 'bisection' if is_bisected else PEERS[script][0]
-    row['entries'] = []
-    for name in times:
-        entry = speed_entry(row, name, times, baseline, settings)
-        inverted = 'float32' if name == 'bisection' else name  # bisection inverts our own model
-        parameters = contenders[inverted].model.parameters()
-        entry['parameters'] = sum(parameter.numel() for parameter in parameters)
-        row['entries'].append(entry)
-    return row['entries']
+    for config in ('A16', 'A64'):
+        yield from compiled_jobs(config, ['bf16 compile eager'], settings)
+    for config in ('B16', 'C16', 'B64', 'C64'):
+        yield from speed_jobs('glow', config, ['training'], settings)
+    for config in ('A16', 'C16'):
+        yield from memory_jobs('glow', config, settings)
+    for config in ('b2', 'c'):
+        yield from memory_jobs('bnaf', config, settings)
+    for config in ('a', 'd'):
+        yield from bnaf_jobs(config, settings)
+    for config in ('B16', 'C16', 'B64', 'C64'):
+        yield from compiled_jobs(config, ['bf16 compile'], settings)
+    for config in GLOW:
+        yield from speed_jobs('glow', config, SECONDS, settings)
+    yield from speed_jobs('glow', 'A16', ['evaluation'], settings)
+    yield from other_jobs(settings)
 
 
-def functions_to_time(
-    quantity: str,
+def shape_of(script: str, config: str) -> dict:
+    shapes = BNAF if script == 'bnaf' else {**GLOW, **GLOW_ON_GPU}
+    return shapes[config]
+
+
+def available(script: str, names: Iterable[str], settings: Settings) -> list[str]:
+    """Return those of the names that are an installed peer, or a variant that the script has."""
+    found = []
+    for name in names:
+        is_peer = name in PEERS[script]
+        if name in settings.peers or not is_peer and has_options(script, name):
+            found.append(name)
+    return found
+
+
+def speed_jobs(
     script: str,
     config: str,
-    contenders: dict[str, Contender],
-    device: torch.device,
-) -> dict[str, Callable]:
-    """Return what is called of each contender; empty where the shape's quantity is not timed."""
-    if quantity == 'training':
-        return {name: contender.step for name, contender in contenders.items()}
-
-    # Checkpointed gradients make no difference without gradients.
-    contenders = {
-        name: contender
-        for name, contender in contenders.items()
-        if 'checkpoint_grads' not in name.split()
-    }
-    if quantity == 'evaluation':
-        functions = {name: contender.evaluate for name, contender in contenders.items()}
-    elif script == 'glow':
-        functions = {name: contender.sample for name, contender in contenders.items()}
-    elif config in N_INVERTED:
-        models = {name: contender.model for name, contender in contenders.items()}
-        for peer in PEERS[script]:
-            models.pop(peer, None)
-        functions = inverses(models, N_INVERTED[config], device)
-    else:
-        functions = {}
-    return {name: torch.no_grad()(function) for name, function in functions.items()}
-
-
-def inverses(
-    models: dict[str, nn.Module],
-    n: int,
-    device: torch.device,
-) -> dict[str, Callable]:
-    """Return functions that invert BNAFs on the same ``n`` rows, bisection before the models' own.
-
-    Sampling cannot be compared to Pyro's BNAF, which has no inverse.
-    """
-    model = models['float32']
-    x = torch.randn(n, model.data_dim, device=device)
-    z = model(x)[0].detach()
-    functions = {'bisection': partial(invert_by_bisection, model, z)}
-    for name, model in models.items():
-        functions[name] = partial(model.inverse, z)
-    return functions
-
-
-def count_gflop(quantity: str, contender: Contender) -> float:
-    """Count GFLOP of one call, in matrix products and convolutions; of both passes in training."""
-    is_training = quantity == 'training'
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(is_training):
-        if is_training:
-            contender.objective().backward()
-        elif quantity == 'evaluation':
-            contender.evaluate()
-        else:
-            contender.sample()
-    return counter.get_total_flops() / 1e9
-
-
-def speed_entry(
-    row: dict,
-    name: str,
-    times: dict[str, list[float]],
-    baseline: str,
+    quantities: Iterable[str],
     settings: Settings,
-) -> dict:
-    """Return the result of one contender. Its ratio to the baseline is taken round by round."""
-    seconds = float(np.median(times[name]))
-    entry = {
-        'name': name,
-        'seconds': seconds,
-        'per_second': row['n'] / seconds,
-        'ratio': None,
-        'target': None,
-        'met': None,
-        'gflops': None,
-        'fraction': None,
-    }
-    if row['gflop']:
-        peak = 'gemm_bf16_gflops' if 'bf16' in name else 'gemm_float32_gflops'
-        entry['gflops'] = row['gflop'] / seconds
-        entry['fraction'] = entry['gflops'] / settings.peaks[peak]
+    names: Iterable[str] = (),
+    **options: str,
+) -> Iterator[Job]:
+    """Yield the job of a shape, if any variant of ours is there; by default of all uncompiled."""
+    shape, device = shape_of(script, config), settings.device
+    quantities = list(quantities)
+    if not names:
+        variants = VARIANTS[device.type] if script == 'glow' else variants_of_bnaf(device)
+        if 'training' not in quantities:
+            variants = [name for name in variants if 'eager' not in name.split()]
+        names = [*PEERS[script][:1], *variants]
+    names = available(script, names, settings)
+    if not set(names).difference(PEERS[script]):
+        return
 
-    is_ours = name not in PEERS[row['script']] and name != 'bisection'
-    if baseline in times and name != baseline:
-        rounds = zip(times[baseline], times[name])
-        entry['ratio'] = quartiles(theirs / ours for theirs, ours in rounds)
-    if is_ours:
-        key = (row['script'], row['quantity'], row['config'])
-        entry['target'] = target_of(settings.device.type, *key, name)
-    if entry['target'] and entry['ratio']:
-        entry['met'] = entry['ratio'][1] >= entry['target']
-
-    plain = ' '.join(word for word in name.split() if word != 'checkpoint_grads') or 'float32'
-    if plain != name and plain in times:
-        entry['time_over_plain'] = seconds / float(np.median(times[plain]))
-    return entry
+    is_large = device.type == 'cuda' and shape['batch_size'] == LARGE_BATCH
+    arguments = dict(script=script, config=config, shape=shape, names=names, quantities=quantities)
+    arguments |= dict(device=device, quick=settings.quick, in_turn=not is_large, **options)
+    seconds = 5 + sum(SECONDS[quantity] for quantity in quantities)
+    if any('compile' in name.split() for name in names):
+        seconds += 30
+    yield Job(measure_speed, arguments, seconds)
 
 
-def report_row(row: dict) -> None:
-    title = f'{row["script"]} {row["config"]}'
-    if row['quantity'] == 'training':
-        counts = [f'{entry["name"]} {entry["parameters"]:,}' for entry in row['entries']]
-        progress(f'{title} parameters: {", ".join(counts)}')
-    rates = [
-        f'{entry["name"]} {entry["per_second"]:.4g} {row["unit"]}/s' for entry in row['entries']
-    ]
-    progress(f'{title} {row["quantity"]}: {", ".join(rates)}')
+def variants_of_bnaf(device: torch.device) -> tuple[str, ...]:
+    return ('float32', 'float32 eager') if device.type == 'cuda' else ('float32',)
 
 
-# ------------------------------------------------------------------------------------------ memory
+def compiled_jobs(config: str, variants: Iterable[str], settings: Settings) -> Iterator[Job]:
+    """Yield a job for each compiled variant of Glow, beside the peer.
 
-
-def measure_memory(
-    script: str, config: str, shape: dict, settings: Settings, rows: list[dict]
-) -> dict:
-    """Measure the peak memory of training steps of one peer and of our variants.
-
-    ``rows`` are the shape's measurements of speed: what ``checkpoint_grads`` costs in time is
-    shown beside what it saves.
+    Torch compiles a function for eight cases at most, and runs further ones uncompiled without a
+    word. One compiled model in a process stays far below.
     """
-    device = settings.device.type
-    peer = PEERS[script][0]
-    names = [peer] if peer in settings.peers else []
-    for name in variants_to_measure(script, config, settings):
-        # On a CPU compiling itself takes more memory than the steps.
-        if device == 'cuda' or 'compile' not in name.split():
-            names.append(name)
+    for variant in variants:
+        names = [*PEERS['glow'][:1], variant]
+        yield from speed_jobs('glow', config, ['training'], settings, names)
 
+
+def bnaf_jobs(config: str, settings: Settings) -> Iterator[Job]:
+    """Yield the jobs of a BNAF: on a CPU with a warm allocator and in fresh processes."""
+    variants = variants_of_bnaf(settings.device)
+    if settings.device.type == 'cuda':
+        yield from speed_jobs('bnaf', config, ['training'], settings)
+        return
+
+    quantities = ['training', 'evaluation']
+    names = [*PEERS['bnaf'], *variants]
+    yield from speed_jobs('bnaf', config, quantities, settings, names, state='warm')
+    names = available('bnaf', [*PEERS['bnaf'][:1], *variants], settings)
+    arguments = dict(script='bnaf', config=config, shape=BNAF[config], names=names)
+    arguments |= dict(device=settings.device, quick=settings.quick)
+    yield Job(measure_fresh, arguments, 5 + SECONDS['training'])
+
+
+def inverse_job(config: str, n: int, is_bisected: bool, settings: Settings) -> Job:
+    arguments = dict(script='bnaf', config=config, shape=BNAF[config])
+    arguments |= dict(n=n, is_bisected=is_bisected, device=settings.device, quick=settings.quick)
+    return Job(measure_inverses, arguments, seconds=2 + n / 200)
+
+
+def memory_jobs(script: str, config: str, settings: Settings) -> Iterator[Job]:
+    variants = IN_MEMORY if script == 'glow' else ('float32',)
+    names = available(script, [*PEERS[script][:1], *variants], settings)
+    arguments = dict(script=script, config=config, shape=shape_of(script, config), names=names)
+    yield Job(measure_memory, dict(arguments, device=settings.device), 5 * len(names))
+
+
+def other_jobs(settings: Settings) -> Iterator[Job]:
+    """Yield the real commands, each once more in bf16 if the script has that option; and growth."""
+    device = settings.device
+    for script in SCRIPTS:
+        words, n_steps = COMMANDS['quick' if settings.quick else device.type][script]
+        options = ['', ' --bf16'] if has_options(script, 'bf16') else ['']
+        for option in options:
+            arguments = dict(script=script, words=words + option, n_steps=n_steps)
+            arguments |= dict(table_shape=TABLE_SHAPE, device=device)
+            yield Job(measure_command, arguments, seconds=5 if settings.quick else 25)
+    for script, (base_shape, sweeps) in SWEEPS.items():
+        arguments = dict(script=script, base_shape=base_shape, sweeps=sweeps)
+        yield Job(measure_growth, dict(arguments, device=device, quick=settings.quick), 20)
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def run_job(job: Job, end: float | None) -> Iterator[tuple[str, Any]]:
+    """Run a job in a process of its own and yield its results as they come, and what fails.
+
+    ``end`` is the time, of ``time.monotonic``, at which the process is killed.
+    """
+    context = multiprocessing.get_context('forkserver')
+    start_server()
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=send_results, args=(there, job))
+    process.start()
+    there.close()
+    try:
+        while here.poll(None if end is None else max(0.0, end - time.monotonic())):
+            try:
+                yield here.recv()
+            except EOFError:
+                break
+        else:
+            yield failure(job.title, TimeoutError('no time was left to finish it'))
+            return
+        process.join()
+        if process.exitcode:
+            yield failure(job.title, RuntimeError(f'its process ended with {process.exitcode}'))
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+
+
+def send_results(end: Connection, job: Job) -> None:
+    """Send the results of a job, and what it raises. What it prints is not shown."""
+    warnings.simplefilter('ignore')
+    allow_tf32()
+    with (
+        open(os.devnull, 'w') as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        try:
+            for result in job.measure(**job.arguments):
+                end.send(result)
+        except Exception as error:
+            end.send(failure(job.title, error))
+
+
+def start_server() -> None:
+    """Start, if it does not run, the process that those of all jobs are forks of.
+
+    It has imported all modules, which takes seconds, and has computed nothing.
+    """
+    peers = [peer for peers in PEERS.values() for peer in peers if is_installed(peer)]
+    forkserver.set_forkserver_preload(['speed', 'torch._dynamo', *peers])
+    environment = {
+        'PYTHONPATH': os.pathsep.join(sys.path),  # which Python 3.11 does not hand on
+        # A fork cannot use a GPU that was initialized before. To look for one does so otherwise.
+        'PYTORCH_NVML_BASED_CUDA_CHECK': '1',
+    }
+    with mock.patch.dict(os.environ, environment):
+        forkserver.ensure_running()
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def new_results(settings: Settings, versions: dict[str, str]) -> dict:
+    """Return what speed.json holds before anything is measured."""
+    machine = {'kind': settings.device.type, 'device': '', 'torch': torch.__version__}
+    return {
+        'machine': {**machine, 'peers': versions, 'quick': settings.quick},
+        'peaks': {},
+        'rows': [],
+        'memory': [],
+        'commands': [],
+        'growth': {},
+        'absolute': [],
+        'failures': [],
+    }
+
+
+def add_result(results: dict, section: str, value: dict) -> None:
+    """Print a result, and add it to its section."""
+    progress(describe(section, value))
+    if section in ('machine', 'peaks'):
+        results[section].update(value)
+    elif section == 'growth':
+        for script, curves in value.items():
+            results['growth'].setdefault(script, {}).update(curves)
+    elif section == 'rows':
+        add_row(results, value)
+    elif section == 'memory':
+        results['memory'].append(memory_row(value, results))
+    else:
+        results[section].append(value)
+
+    if results['machine']['kind'] == 'cuda':
+        results['absolute'] = check_figures(results['rows'], results['memory'])
+
+
+def describe(section: str, value: dict) -> str:
+    """Return a line on a result."""
+    title = f'{value.get("script", "")} {value.get("config", "")}'
+    if section == 'failures':
+        return f'{value["what"]}: {value["error"]}'
+    if section == 'rows':
+        rates = [f'{name} {value["n"] / np.median(t):.4g}' for name, t in value['times'].items()]
+        quantity = f'{value["state"]} {value["quantity"]}'.strip()
+        return f'{title} {quantity}, {value["unit"]}/s: {", ".join(rates)}'
+    if section == 'memory':
+        return f'{title} memory: ' + ', '.join(f'{n} {m:.0f} MiB' for n, m in value['mib'].items())
+    if section == 'commands':
+        figures = f'{value["per_second"]:.4g} per second, {value["overhead"]:.1%} outside of steps'
+        return f'{value["script"]}.py --train {value["words"]}: {figures}'
+    if section == 'peaks':
+        return ', '.join(f'{name} {rate:.4g}' for name, rate in value.items())
+    if section == 'growth':
+        return describe_growth(value)
+    return value['device']
+
+
+def describe_growth(value: dict) -> str:
+    """Return a line on the milliseconds of a step, while one number of a shape changes."""
+    lines = []
+    for script, curves in value.items():
+        for name, points in curves.items():
+            figures = ', '.join(f'{number}: {1e3 * t:.3g} ms' for number, t in points)
+            lines.append(f'{script} growth with {name}: {figures}')
+    return '; '.join(lines)
+
+
+def add_row(results: dict, row: dict) -> None:
+    """Add the results of a job to the row of the same shape and quantity, or as a new row."""
+    times, parameters, in_turn = row.pop('times'), row.pop('parameters'), row.pop('in_turn')
+    baseline = 'bisection' if 'bisection' in times else PEERS[row['script']][0]
+    row['entries'] = []
+    for known in results['rows']:
+        if all(known[key] == row[key] for key in ('script', 'config', 'quantity', 'state', 'n')):
+            known['gflop'] = known['gflop'] or row['gflop']
+            row = known
+    if not row['entries']:
+        results['rows'].append(row)
+
+    names = [entry['name'] for entry in row['entries']]
+    for name in times:
+        if name in names:
+            continue
+        entry = {'name': name, 'seconds': float(np.median(times[name])), 'ratio': None}
+        if baseline in times and name != baseline:
+            entry['ratio'] = quartiles_of_ratio(times[baseline], times[name], in_turn)
+        entry['parameters'] = parameters.get(name)
+        # the entry that ratios are to is the first
+        row['entries'].insert(0 if name == baseline else len(row['entries']), entry)
+    complete_entries(row, results)
+
+
+def quartiles_of_ratio(theirs: list[float], ours: list[float], in_turn: bool) -> list[float]:
+    """Return the quartiles of a ratio: round by round, if the two were timed in turn."""
+    if not in_turn:
+        theirs = [float(np.median(theirs))] * len(ours)
+    return quartiles(a / b for a, b in zip(theirs, ours))
+
+
+def complete_entries(row: dict, results: dict) -> None:
+    """Work out what follows from the times of a row: rates, shares of the peak, targets."""
+    entries = {entry['name']: entry for entry in row['entries']}
+    key = row['script'], row['quantity'], row['config']
+    for name, entry in entries.items():
+        entry['per_second'] = row['n'] / entry['seconds']
+        entry['gflops'] = row['gflop'] / entry['seconds'] if row['gflop'] else None
+        peak = results['peaks'].get(f'gemm_{"bf16" if "bf16" in name else "float32"}_gflops')
+        entry['fraction'] = entry['gflops'] / peak if entry['gflops'] and peak else None
+
+        is_ours = name not in PEERS[row['script']] and name != 'bisection'
+        kind = results['machine']['kind']
+        entry['target'] = target_of(kind, *key, name, row['state']) if is_ours else None
+        plain = entries.get(without('checkpoint_grads', name))
+        if plain and plain is not entry:
+            entry['time_over_plain'] = entry['seconds'] / plain['seconds']
+
+    for name, entry in entries.items():
+        plain = entries.get(without('compile', name))
+        if plain and plain is not entry and plain['target'] == entry['target']:
+            # either way will do: what is asked is asked of the faster one
+            slower = min(entry, plain, key=lambda e: e['ratio'][1] if e['ratio'] else 0)
+            slower['target'] = None
+    for entry in row['entries']:
+        is_judged = entry['target'] and entry['ratio']
+        entry['met'] = entry['ratio'][1] >= entry['target'] if is_judged else None
+
+
+def without(word: str, variant: str) -> str:
+    """Return a variant without one of its words."""
+    return ' '.join(other for other in variant.split() if other != word) or 'float32'
+
+
+def memory_row(row: dict, results: dict) -> dict:
+    """Return a row of memory; what ``checkpoint_grads`` costs in time is beside what it saves."""
     slowdowns = {}
-    for row in rows:
-        if row['quantity'] == 'training':
-            slowdowns = {e['name']: e.get('time_over_plain') for e in row['entries']}
+    for other in results['rows']:
+        is_same = other['script'] == row['script'] and other['config'] == row['config']
+        if is_same and other['quantity'] == 'training':
+            slowdowns |= {e['name']: e.get('time_over_plain') for e in other['entries']}
 
+    peer = PEERS[row['script']][0]
     entries = []
-    for name in names:
+    for name, mib in row['mib'].items():
         slowdown = slowdowns.get(name)
-        entry = {
-            'name': name,
-            'mib': memory_of(script, shape, name),
-            'ratio': None,
-            'target': None,
-            'met': None,
-            'time_over_plain': slowdown,
-            'time_met': slowdown and slowdown <= CHECKPOINT_TIME,
-        }
+        entry = {'name': name, 'mib': mib, 'ratio': None, 'target': None, 'met': None}
+        entry |= {'time_over_plain': slowdown, 'time_met': slowdown and slowdown <= CHECKPOINT_TIME}
         if name != peer:
-            entry['target'] = target_of(device, script, 'memory', config, name)
-        if name != peer and peer in settings.peers:
-            entry['ratio'] = entry['mib'] / entries[0]['mib']
+            kind = results['machine']['kind']
+            entry['target'] = target_of(kind, row['script'], 'memory', row['config'], name)
+            if peer in row['mib']:
+                entry['ratio'] = mib / row['mib'][peer]
         if entry['target'] and entry['ratio'] is not None:
             entry['met'] = entry['ratio'] <= entry['target']
         entries.append(entry)
-
-    sizes = ', '.join(f'{entry["name"]} {entry["mib"]:.0f} MiB' for entry in entries)
-    progress(f'{script} {config} memory: {sizes}')
-    return {'script': script, 'config': config, 'shape': shape, 'entries': entries}
-
-
-def memory_of(script: str, shape: dict, name: str) -> float:
-    """Measure MiB of a contender's training steps in a process of its own; inf if too many."""
-    request = json.dumps([script, shape, name])
-    command = [sys.executable, '-W', 'ignore', __file__, '--memory', request]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if 'OutOfMemoryError' in done.stderr:
-        return math.inf
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return float(done.stdout.split()[-1])
-
-
-def print_memory(script: str, shape: dict, name: str) -> None:
-    """Print MiB of two training steps: the work of the process that ``memory_of`` starts.
-
-    On a CPU what imports, libraries and the bare model take is not counted.
-    """
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    allow_tf32()
-    # What is loaded when it is first used is loaded by a step of a tiny model.
-    make_contender(script, SMALLEST[script], name, device).step()
-    build_bare_model(script, shape, name)
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    before = peak_mib()
-
-    contender = make_contender(script, shape, name, device)
-    for _ in range(2):
-        contender.step()
-    synchronize(device)
-    if device.type == 'cuda':
-        print(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        print(peak_mib() - before)
-
-
-def peak_mib() -> float:
-    """Return the most memory that this process has had resident, which Linux alone tells.
-
-    The maximum of ``resource.getrusage`` is of no use: it starts at that of the parent process.
-    """
-    status = Path('/proc/self/status').read_text()
-    kib = status.split('VmHWM:')[1].split()[0]
-    return int(kib) / 1024
-
-
-# ------------------------------------------------------------------------------- the real commands
-
-
-@dataclass
-class CommandClock:
-    """Times taken from outside while a script trains."""
-
-    run: object = None  # the script's Training
-    steps: list[tuple[float, float]] = field(default_factory=list)  # start and end of each
-    saves: list[float] = field(default_factory=list)  # end of each
-
-
-def measure_command(
-    script: str,
-    words: str,
-    n_steps: int | None,
-    device: torch.device,
-) -> dict:
-    """Run the script's own ``main`` with ``--train``, cut short after ``n_steps``.
-
-    Returns images or rows per second over a cycle from one validation to the next, and the share
-    of it that is not steps.
-    """
-    module = SCRIPTS[script]
-    with timed_training(module, n_steps, device) as clock:
-        words = train_quietly(module, words)
-
-    # The first fifth of the steps is for warming up.
-    starts, ends = np.array(clock.steps[len(clock.steps) // 5 :]).T
-    step_seconds = np.median(ends - starts)
-    between_steps = np.mean(starts[1:] - ends[:-1])
-    validation_and_save = clock.saves[-1] - ends[-1]
-
-    cycle = clock.run.n_per_validation / clock.run.n_per_step
-    outside = cycle * between_steps + validation_and_save
-    seconds = cycle * step_seconds + outside
-    overhead, target = float(outside / seconds), OVERHEAD[device.type]
-
-    result = {
-        'script': script,
-        'words': words,
-        'n_steps': len(clock.steps),
-        'step_seconds': float(step_seconds),
-        'per_second': float(cycle * clock.run.config.batch_size / seconds),
-        'overhead': overhead,
-        'target': target,
-        'met': overhead < target,
-    }
-    figures = f'{result["per_second"]:.4g} per second, {overhead:.1%} outside of steps'
-    progress(f'{script}.py --train {words}: {figures}')
-    return result
-
-
-@contextlib.contextmanager
-def timed_training(
-    module: ModuleType, n_steps: int | None, device: torch.device
-) -> Iterator[CommandClock]:
-    """Inside, a script's training is timed, and ends after ``n_steps`` if they are given."""
-    clock = CommandClock()
-    take_step, save_checkpoint = module.Training.take_step, module.save_checkpoint
-
-    def timed_step(run):
-        if n_steps:
-            run.n_to_see = n_steps * run.n_per_step
-        start = time.perf_counter()
-        result = take_step(run)
-        synchronize(device)
-        clock.steps.append((start, time.perf_counter()))
-        clock.run = run
-        return result
-
-    def timed_save(*args, **kwargs):
-        save_checkpoint(*args, **kwargs)
-        clock.saves.append(time.perf_counter())
-
-    with (
-        mock.patch.object(module.Training, 'take_step', timed_step),
-        mock.patch.object(module, 'save_checkpoint', timed_save),
-    ):
-        yield clock
-
-
-def train_quietly(module: ModuleType, words: str) -> str:
-    """Train in a temporary folder without output, BNAF on noise; return all words but paths."""
-    errors = io.StringIO()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(errors),
-    ):
-        arguments = words.split()
-        if module.NAME == 'bnaf':
-            noise = np.random.default_rng(0).normal(size=TABLE_SHAPE).astype(np.float32)
-            np.save(f'{folder}/noise.npy', noise)
-            arguments = [f'--dataset={folder}/noise.npy', *arguments]
-            words = f'--dataset=noise.npy {words}'
-        try:
-            module.main(['--train', f'--output_dir={folder}', *arguments])
-        except SystemExit as error:
-            raise RuntimeError(errors.getvalue()) from error
-    return words
-
-
-# ------------------------------------------------------------------------------------------ growth
-
-
-def measure_growth(script: str, device: torch.device, quick: bool) -> dict:
-    """Time training steps while one number of a shape changes at a time.
-
-    Returns ``{number of the shape: [(value, seconds), ...]}``.
-    """
-    base_shape, sweeps = SWEEPS[script]
-    growth = {}
-    for name, values in sweeps.items():
-        growth[name] = []
-        for value in values[:2] if quick else values:
-            shape = {**base_shape, name: value}
-            step = make_contender(script, shape, 'float32', device).step
-            times = time_in_turn({'step': step}, device, budget=0.1 if quick else 0.6)
-            growth[name].append((value, float(np.median(times['step']))))
-        figures = ', '.join(f'{value}: {1e3 * seconds:.3g} ms' for value, seconds in growth[name])
-        progress(f'{script} growth with {name}: {figures}')
-    return growth
+    return {key: row[key] for key in ('script', 'config', 'shape')} | {'entries': entries}
 
 
 # ---------------------------------------------------------------------------------- input pipeline
@@ -643,42 +646,50 @@ def random_celeba(folder: Path, n: int = 20_000) -> ImageData:
 # -------------------------------------------------------------------------------------------- main
 
 
-def measure_all(
-    scripts: list[str],
-    configs: list[str],
-    device: torch.device,
-    quick: bool,
-) -> dict:
-    """Return everything measured, as speed.json holds it."""
-    peers = peer_versions()
-    settings = Settings(device, quick, peers, measure_peaks(device, quick))
-    results = {
-        'machine': {
-            'kind': device.type,
-            'device': machine_name(),
-            'torch': torch.__version__,
-            'peers': peers,
-            'quick': quick,
-        },
-        'peaks': settings.peaks,
-        'rows': [],
-        'memory': [],
-        'commands': [],
-        'growth': {},
-        'absolute': [],
-    }
-    peaks = ', '.join(f'{name} {value:.4g}' for name, value in settings.peaks.items())
-    progress(f'{results["machine"]["device"]}: {peaks}')
+def measure_all(jobs: list[Job], results: dict, folder: Path, end: float | None) -> None:
+    """Run the jobs that there is time for, and save what they give as soon as it is there."""
+    for job in jobs:
+        if has_slow_bf16(results['peaks']):
+            job = without_bf16(job)
+            if job is None:
+                continue
+        is_late = end is not None and time.monotonic() + job.seconds > end
+        late = failure(job.title, TimeoutError(f'not begun: it takes {job.seconds:.0f} s or more'))
+        for section, value in [late] if is_late else run_job(job, end):
+            add_result(results, section, value)
+            save(results, folder)
+        if job.measure is measure_machine and has_slow_bf16(results['peaks']):
+            add_result(results, 'failures', slow_bf16(results['peaks']))
 
-    for script in scripts:
-        rows, memory = measure_shapes(script, configs, settings)
-        results['rows'] += rows
-        results['memory'] += memory
-        results['growth'][script] = measure_growth(script, device, quick)
-        results['commands'] += measure_commands(script, device, quick)
-    if device.type == 'cuda':
-        results['absolute'] = check_figures(results['rows'], results['memory'])
-    return results
+
+def has_slow_bf16(peaks: dict[str, float]) -> bool:
+    """Say whether bf16 is slower than float32, as on CPUs without instructions for it.
+
+    The steps of a large model then take a minute.
+    """
+    if not peaks:
+        return False
+    return peaks['conv3x3_bf16_gflops'] < peaks['conv3x3_float32_gflops'] / 2
+
+
+def slow_bf16(peaks: dict[str, float]) -> dict:
+    """Return the entry that says why bf16 was not measured."""
+    bf16, float32 = peaks['conv3x3_bf16_gflops'], peaks['conv3x3_float32_gflops']
+    rates = f'{bf16:.3g} GFLOP/s in bf16, {float32:.3g} in float32'
+    return {'what': 'variants with bf16', 'error': f'slow on this machine: convolutions do {rates}'}
+
+
+def without_bf16(job: Job) -> Job | None:
+    """Return a job without the variants in bf16, or None where no other is left."""
+    if '--bf16' in job.arguments.get('words', ''):
+        return None
+    names = job.arguments.get('names')
+    if names is None:
+        return job
+    names = [name for name in names if 'bf16' not in name.split()]
+    if not set(names).difference(PEERS[job.script]):
+        return None
+    return replace(job, arguments={**job.arguments, 'names': names})
 
 
 def peer_versions() -> dict[str, str]:
@@ -689,57 +700,31 @@ def peer_versions() -> dict[str, str]:
     }
 
 
-def measure_shapes(
-    script: str, configs: list[str], settings: Settings
-) -> tuple[list[dict], list[dict]]:
-    """Measure speed and memory of a script's shapes: of those named, or of all."""
-    for peer in PEERS[script]:
-        if peer not in settings.peers:
-            print(f'{peer} is not installed (requirements-bench.txt): its columns stay empty')
-
-    shapes = BNAF if script == 'bnaf' else GLOW
-    if script == 'glow' and settings.device.type == 'cuda':
-        shapes = {**GLOW, **GLOW_ON_GPU}
-    chosen = configs or list(shapes)[: 1 if settings.quick else None]
-
-    rows, memory = [], []
-    for config, shape in shapes.items():
-        if config not in chosen:
-            continue
-        measured = measure_shape(script, config, shape, settings)
-        rows += measured
-        free_memory(settings.device)
-        if settings.quick or config in MEASURED_MEMORY[script]:
-            memory.append(measure_memory(script, config, shape, settings, measured))
-    return rows, memory
+def save(results: dict, folder: Path) -> None:
+    """Write speed.json and speed.md."""
+    write_json(folder / 'speed.json', results)
+    page = format_report(results)
+    write_atomically(folder / 'speed.md', lambda path: path.write_text(page))
 
 
-def free_memory(device: torch.device) -> None:
-    """Let go of one shape's models before those of the next are built."""
-    gc.collect()
-    torch.compiler.reset()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-
-
-def measure_commands(script: str, device: torch.device, quick: bool) -> list[dict]:
-    """Run the script's command, and once more in bf16 if it has that option."""
-    words, n_steps = COMMANDS['quick' if quick else device.type][script]
-    results = [measure_command(script, words, n_steps, device)]
-    if has_options(script, 'bf16'):
-        results.append(measure_command(script, f'{words} --bf16', n_steps, device))
-    return results
-
-
-def write_results(results: dict, folder: Path) -> None:
-    """Write speed.json, speed.md and scaling.png, and the targets in README.md if it is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'speed.json').write_text(json.dumps(results, indent=1) + '\n')
-    (folder / 'speed.md').write_text(format_report(results))
-    draw_growth(results['growth'], SWEEPS).savefig(folder / 'scaling.png', dpi=120)
+def finish(results: dict, folder: Path) -> None:
+    """Draw scaling.png, and write the targets in README.md if it is there."""
+    save(results, folder)
+    if results['growth']:
+        draw_growth(results['growth'], SWEEPS).savefig(folder / 'scaling.png', dpi=120)
     if (folder / 'README.md').exists():
-        insert(folder / 'README.md', 'speed.py', targets_table(results))
+        insert(folder / 'README.md', 'speed.py', targets_section(results))
     progress(f'wrote speed.json, speed.md and scaling.png to {folder}')
+
+
+def choose_jobs(jobs: Iterable[Job], scripts: list[str], configs: list[str]) -> list[Job]:
+    """Return the jobs of some scripts and, if any are named, of some shapes."""
+    chosen = []
+    for job in jobs:
+        is_asked = job.script in scripts and (not configs or job.config in configs)
+        if not job.script or is_asked:
+            chosen.append(job)
+    return chosen
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -750,7 +735,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         '--only', default='glow,bnaf', help='glow, bnaf, input, or several (default: glow,bnaf)'
     )
     parser.add_argument(
-        '--rows', default='', help='some of the shapes, such as a,c,A16 (default: all)'
+        '--rows', default='', help='nothing but some of the shapes, such as a,c,A16 (default: all)'
+    )
+    parser.add_argument(
+        '--minutes', type=float, metavar='M', help='leave out what takes longer (default: nothing)'
     )
     parser.add_argument('--quick', action='store_true', help='the first shape of each script, once')
     parser.add_argument(
@@ -760,32 +748,42 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar='DIR',
         help='where the results go (default: the folder of this script)',
     )
-    # Given to the processes that memory_of starts.
-    parser.add_argument('--memory', type=json.loads, help=argparse.SUPPRESS)
-
     args = parser.parse_args(argv)
     args.only = args.only.split(',')
     args.rows = args.rows.split(',') if args.rows else []
     unknown = set(args.only).difference(SCRIPTS, ['input'])
     if unknown:
         parser.error(f'--only takes glow, bnaf and input, not {",".join(sorted(unknown))}')
+    unknown = set(args.rows).difference(GLOW, GLOW_ON_GPU, BNAF)
+    if unknown:
+        parser.error(f'--rows takes the names of shapes, not {",".join(sorted(unknown))}')
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
+    start = time.monotonic()
     args = parse_args(argv)
-    if args.memory:
-        print_memory(*args.memory)
-        return
     if 'input' in args.only:
         measure_input()
-
     scripts = [script for script in SCRIPTS if script in args.only]
-    if scripts:
-        allow_tf32()
-        device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-        results = measure_all(scripts, args.rows, device, args.quick)
-        write_results(results, args.out)
+    if not scripts:
+        return
+
+    versions = peer_versions()
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    settings = Settings(device, args.quick, list(versions))
+    results = new_results(settings, versions)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for script in scripts:
+        for peer in PEERS[script]:
+            if peer not in versions:
+                what, error = f'{script}: {peer}', 'not installed (requirements-bench.txt)'
+                add_result(results, 'failures', {'what': what, 'error': error})
+
+    jobs = choose_jobs(plan(settings), scripts, args.rows)
+    end = None if args.minutes is None else start + 60 * args.minutes - REPORT_SECONDS
+    measure_all(jobs, results, args.out, end)
+    finish(results, args.out)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,9 @@
 """Clocks: functions that are timed in turn, and the peak rates of the machine itself."""
 
-import contextlib
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,15 @@ import torch
 import torch.nn.functional as F
 
 START = time.perf_counter()
-MIN_SECONDS = 0.03  # of one reading of the clock, beside which reading it takes no time
+# Of one reading of the clock, beside which reading it takes no time; on a GPU also long enough
+# that the first launch, for which the GPU waits, does not count.
+MIN_SECONDS = {'cpu': 0.03, 'cuda': 0.1}
+# Calls before the first reading. A captured training takes three steps as they are, captures the
+# fourth, and replays it from then on.
+N_WARMUP = {'cpu': 2, 'cuda': 6}
 MAX_ROUNDS = 30
+
+Timer = Callable[[int], float]  # from a number of calls to the seconds of one of them
 
 
 def progress(text: str) -> None:
@@ -50,56 +56,92 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_per_call(function: Callable, device: torch.device, n_calls: int = 1) -> float:
-    """Return the wall-clock seconds of one call, the mean over ``n_calls``."""
-    synchronize(device)
+    """Return the seconds of one call, the mean over ``n_calls``.
+
+    On a CPU they are those of a clock on the wall. On a GPU they lie between two CUDA events
+    around all calls: calls return before the GPU has done what they ask of it.
+    """
+    if device.type == 'cuda':
+        return seconds_between_events(function, n_calls)
     start = time.perf_counter()
     for _ in range(n_calls):
         function()
-    synchronize(device)
     return (time.perf_counter() - start) / n_calls
 
 
-@contextlib.contextmanager
-def report_out_of_memory(name: str) -> Iterator[None]:
-    """Print that the GPU's memory ran out inside, and go on."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        progress(f'{name}: out of memory')
-        torch.cuda.empty_cache()
+def seconds_between_events(function: Callable, n_calls: int) -> float:
+    """Return the seconds of one of ``n_calls`` on an otherwise idle GPU."""
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(n_calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / n_calls
 
 
-def warm_up(function: Callable, device: torch.device, is_compiled: bool) -> float:
-    """Call a function until it runs at its usual speed; return the seconds of the last call."""
-    for _ in range(5 if device.type == 'cuda' else 2):
-        seconds = seconds_per_call(function, device)
-        if seconds > 1 and device.type == 'cpu' and not is_compiled:
-            break  # beside so long a call, what the first one does in addition does not count
+def warm_up(timer: Timer, n_calls: int, has_long_start: bool) -> float:
+    """Call a function until it runs at its usual speed; return the seconds of the last call.
+
+    Where no ``has_long_start`` is expected, a call of over a second is the last: beside it, what
+    the first one does in addition does not count.
+    """
+    for _ in range(n_calls):
+        seconds = timer(1)
+        if seconds > 1 and not has_long_start:
+            break
     return seconds
 
 
-def time_in_turn(
-    functions: dict[str, Callable], device: torch.device, budget: float, min_rounds: int = 3
-) -> dict[str, list[float]]:
-    """Time all functions in turn, A B C A B C ..., for about ``budget`` seconds.
+def raise_error(name: str, error: Exception) -> None:
+    """Let a function that fails end all measurements."""
+    raise error
 
-    Returns the seconds of one call for each name, one value per round. A function that runs out
-    of the GPU's memory is left out.
+
+def time_in_turn(
+    timers: dict[str, Timer],
+    budget: float,
+    min_rounds: int = 3,
+    min_seconds: float = MIN_SECONDS['cpu'],
+    n_warmup: int = N_WARMUP['cpu'],
+    on_error: Callable[[str, Exception], None] = raise_error,
+) -> dict[str, list[float]]:
+    """Time functions in turn, A B C A B C ..., for about ``budget`` seconds.
+
+    Arguments:
+        timers: for each name, a function from a number of calls to the seconds of one of them.
+        budget: seconds of all rounds together, which come after the warm-up.
+        min_rounds: rounds at least, whatever the budget.
+        min_seconds: of one reading of the clock, between which lie as many calls as it takes.
+        n_warmup: calls of each before the first round.
+        on_error: called with the name of a function that raises, which is left out, and the error.
+
+    Returns the seconds of one call for each name, one value per round.
     """
     n_calls = {}
     round_seconds = 0.0
-    for name, function in functions.items():
-        with report_out_of_memory(name):
-            seconds = warm_up(function, device, is_compiled='compile' in name.split())
-            n_calls[name] = max(1, math.ceil(MIN_SECONDS / seconds))
-            round_seconds += seconds * n_calls[name]
+    for name, timer in timers.items():
+        # a training on a GPU captures its step late in the warm-up
+        has_long_start = 'compile' in name.split() or n_warmup > N_WARMUP['cpu']
+        try:
+            seconds = warm_up(timer, n_warmup, has_long_start)
+        except Exception as error:
+            on_error(name, error)
+            continue
+        n_calls[name] = max(1, math.ceil(min_seconds / seconds))
+        round_seconds += seconds * n_calls[name]
 
+    times: dict[str, list[float]] = {name: [] for name in n_calls}
     n_rounds = max(min_rounds, int(budget / (round_seconds or 1)))
-    times = {name: [] for name in n_calls}
     for _ in range(min(MAX_ROUNDS, n_rounds)):
-        for name in times:
-            seconds = seconds_per_call(functions[name], device, n_calls[name])
-            times[name].append(seconds)
+        for name in list(times):
+            try:
+                times[name].append(timers[name](n_calls[name]))
+            except Exception as error:
+                del times[name]
+                on_error(name, error)
     return times
 
 
@@ -124,22 +166,30 @@ def measure_peaks(device: torch.device, quick: bool) -> dict[str, float]:
 def matrix_size(device: torch.device, quick: bool) -> int:
     """Return the number of rows of a matrix that is large enough for the device."""
     if quick:
-        return 512
+        return 256
     return 8192 if device.type == 'cuda' else 2048
 
 
 def best_time(function: Callable, device: torch.device, quick: bool) -> float:
-    """Return the seconds of the fastest of a few calls."""
-    n_repeats = 3 if quick else 8
-    return min(seconds_per_call(function, device) for _ in range(n_repeats))
+    """Return the seconds of the fastest of a few calls, which take about a second at most."""
+    times = [seconds_per_call(function, device)]
+    while len(times) < (3 if quick else 8) and sum(times) < 1:
+        times.append(seconds_per_call(function, device))
+    return min(times)
 
 
 def gemm_gflops(device: torch.device, dtype: torch.dtype, quick: bool) -> float:
-    """Measure GFLOP/s of the product of two large square matrices."""
-    n = matrix_size(device, quick)
-    a = torch.randn(n, n, device=device).to(dtype)
-    b = torch.randn(n, n, device=device).to(dtype)
-    return 2e-9 * n**3 / best_time(lambda: a @ b, device, quick)
+    """Measure GFLOP/s of the product of two large square matrices.
+
+    They are smaller where this takes long: some CPUs have no instructions for bfloat16.
+    """
+    n, seconds = 128, 0.0
+    while n < matrix_size(device, quick) and seconds < 0.05:
+        n *= 2
+        a = torch.randn(n, n, device=device).to(dtype)
+        b = torch.randn(n, n, device=device).to(dtype)
+        seconds = best_time(lambda a=a, b=b: a @ b, device, quick)
+    return 2e-9 * n**3 / seconds
 
 
 def conv3x3_gflops(device: torch.device, dtype: torch.dtype, quick: bool) -> float:

@@ -1,11 +1,15 @@
 """The benchmarks run on tiny shapes without the peers; pages show what the JSON files hold."""
 
 import contextlib
+import inspect
 import io
 import json
+import os
 import shlex
+import signal
 import struct
 import sys
+import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +21,18 @@ import processes
 import pytest
 import results
 import speed
+import speed_rows
 import tables
 import torch
-from contenders import invert_by_bisection
+from contenders import count_parameters, has_options, invert_by_bisection, make_config
 from helpers import CPU, only
 from pages import insert, significant
 from sklearn.utils import Bunch
-from speed_report import CHECKPOINT_TIME, check_figures, target_of, targets_table
+from speed_report import CHECKPOINT_TIME, check_figures, target_of, targets_section, targets_table
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
-from timing import time_in_turn
+from timing import N_WARMUP, seconds_per_call, time_in_turn
 from torch.distributions import MultivariateNormal
 
 import bnaf
@@ -41,29 +46,28 @@ TITLES = {'glow': 'Glow', 'bnaf': 'BNAF'}
 # ------------------------------------------------------------------------------------------- speed
 
 
+PEERS = ('normflows', 'pyro', 'zuko')
+
+
 @pytest.fixture(scope='module')
 def quick_run(tmp_path_factory):
     """speed.py --quick without peers, on the smallest shapes: its results, its page, its output."""
     folder = tmp_path_factory.mktemp('speed')
     (folder / 'README.md').write_text('<!-- what speed.py wrote --><!-- until here -->')
-    shapes = speed.SMALLEST
+    shapes = speed_rows.SMALLEST
     sweeps = {
         'glow': (shapes['glow'], dict(depth=(1, 2))),
         'bnaf': (shapes['bnaf'], dict(data_dim=(2, 4))),
     }
 
-    def memory_of(script, shape, name):
-        return 50.0 if 'checkpoint_grads' in name else 100.0
-
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        for peer in ('normflows', 'pyro', 'zuko'):
+        for peer in PEERS:
             patch.setitem(sys.modules, peer, None)  # importing it fails
         patch.setattr(speed, 'GLOW', {'a': shapes['glow']})
         patch.setattr(speed, 'BNAF', {'b': shapes['bnaf']})
         patch.setattr(speed, 'SWEEPS', sweeps)
         patch.setattr(speed, 'TABLE_SHAPE', (20_000, 2))
-        patch.setattr(speed, 'memory_of', memory_of)
         patch.setattr(torch.cuda, 'is_available', lambda: False)
         speed.main(['--quick', f'--out={folder}'])
 
@@ -87,26 +91,42 @@ def table_cells(page, heading):
 
 @pytest.mark.slow
 def test_quick_run_measures_all_without_peers(quick_run):
-    for peer in ('normflows', 'pyro', 'zuko'):
-        assert f'{peer} is not installed' in quick_run.output
+    failures = [entry['what'] for entry in quick_run.results['failures']]
+    assert failures[:3] == ['glow: normflows', 'bnaf: pyro', 'bnaf: zuko']
+    assert set(failures[3:]) <= {'variants with bf16'}  # which some CPUs are slow at
+    for what in failures[:3]:
+        assert f'{what}: not installed' in quick_run.output
+        assert f'| {what} | not installed' in quick_run.page
 
-    measured = [(row['script'], row['quantity']) for row in quick_run.results['rows']]
-    quantities = ('training', 'evaluation', 'sampling')
-    assert measured == [(script, name) for script in ('glow', 'bnaf') for name in quantities]
+    keys = ('script', 'quantity', 'state')
+    assert [tuple(row[key] for key in keys) for row in quick_run.results['rows']] == [
+        ('glow', 'training', ''),
+        ('glow', 'evaluation', ''),
+        ('glow', 'sampling', ''),
+        ('bnaf', 'training', 'warm'),
+        ('bnaf', 'evaluation', 'warm'),
+        ('bnaf', 'training', 'fresh'),
+        ('bnaf', 'sampling', ''),
+    ]
 
     commands = quick_run.results['commands']
-    assert [command['n_steps'] for command in commands[:2]] == [10, 10]  # cut short
+    assert commands[0]['n_steps'] == 10  # cut short
     assert all(0 < command['overhead'] < 1 for command in commands)
 
     assert (quick_run.folder / 'scaling.png').stat().st_size > 10_000
     targets = targets_table(quick_run.results)
-    assert targets in quick_run.page and targets in read(quick_run.folder, 'README.md')
+    assert targets in quick_run.page
+    section = targets_section(quick_run.results)
+    assert targets in section and section in read(quick_run.folder, 'README.md')
+    machine = quick_run.results['machine']['device']
+    assert 'thread' in machine and section.startswith(f'Measured on {machine}')
 
 
 @pytest.mark.slow
 def test_tables_of_speed_say_what_the_json_says(quick_run):
+    states = {'': '', 'warm': ', allocator warm', 'fresh': ', fresh processes'}
     for row in quick_run.results['rows']:
-        quantity = row['quantity'].replace('training', 'training step')
+        quantity = row['quantity'].replace('training', 'training step') + states[row['state']]
         lines = table_cells(quick_run.page, f'{TITLES[row["script"]]}: {quantity}')
         names = [line[1].removeprefix('**ours**, ') for line in lines]
         assert names == [entry['name'] for entry in row['entries']]
@@ -145,7 +165,251 @@ def test_only_takes_what_is_measured(tmp_path, capsys):
     with pytest.raises(SystemExit, match='2'):
         speed.main(['--only=glow,flow', f'--out={tmp_path}'])
     assert '--only takes glow, bnaf and input, not flow' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'):
+        speed.main(['--rows=a,A17', f'--out={tmp_path}'])
+    assert '--rows takes the names of shapes, not A17' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def settings_for(device, peers=PEERS):
+    return speed.Settings(torch.device(device), quick=False, peers=peers)
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_jobs_can_be_called(device):
+    """Nothing else tests those of a GPU where there is none."""
+    jobs = list(speed.plan(settings_for(device)))
+    for job in jobs:
+        inspect.signature(job.measure).bind(**job.arguments)
+        names = job.arguments.get('names', ())
+        if job.measure is speed.measure_speed:
+            # more would be more than torch compiles of one function
+            assert sum('compile' in name.split() for name in names) <= 1
+            assert names[0] in PEERS and len(names) > 1
+            assert set(names[1:]).isdisjoint(names[:1])
+    assert {job.measure.__name__ for job in jobs} >= {'measure_memory', 'measure_growth'}
+
+    inverted = [job.arguments['n'] for job in jobs if job.measure is speed.measure_inverses]
+    assert inverted == ([5000] if device == 'cuda' else [20, 20, 200, 5000])
+
+
+def test_shapes_and_scripts_are_chosen():
+    jobs = speed.choose_jobs(speed.plan(settings_for('cuda')), ['glow'], ['A16', 'b'])
+    assert {(job.script, job.config) for job in jobs[1:]} == {('glow', 'A16'), ('glow', 'b')}
+    assert jobs[0].measure is speed.measure_machine
+
+    jobs = speed.choose_jobs(speed.plan(settings_for('cpu', peers=())), ['bnaf'], [])
+    assert {job.script for job in jobs[1:]} == {'bnaf'}
+    assert not any(set(job.arguments.get('names', ())) & set(PEERS) for job in jobs)
+
+
+def new_results(kind='cpu'):
+    return speed.new_results(settings_for(kind), dict.fromkeys(PEERS, '1'))
+
+
+def measured_row(times, script='glow', config='a', **values):
+    """Return a row as a job yields it."""
+    shape = speed.shape_of(script, config)
+    row = speed_rows.new_row(script, config, 'training', shape)
+    return {**row, 'times': times, 'parameters': dict.fromkeys(times, 7), **values}
+
+
+def test_each_row_is_saved_when_it_is_done(tmp_path, monkeypatch):
+    def rows_then_interrupt(job, end):
+        yield 'rows', measured_row({'normflows': [0.2], 'float32': [0.1]})
+        assert 'normflows' in read(tmp_path, 'speed.json')
+        yield speed_rows.failure('the next', ValueError('two\nlines |'))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, 'run_job', rows_then_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        speed.main([f'--out={tmp_path}', '--only=glow'])
+    measured = json.loads(read(tmp_path, 'speed.json'))
+    assert measured['rows'][0]['entries'][1]['ratio'] == [2, 2, 2]
+    page = read(tmp_path, 'speed.md')
+    assert page == speed.format_report(measured)
+    assert '| the next | ValueError: two lines / |' in page
+
+
+def test_rows_that_cannot_be_finished_are_left_out(tmp_path, monkeypatch):
+    begun = []
+
+    def fake_job(job, end):
+        begun.append(job.title)
+        yield 'peaks', {}
+
+    for peer in PEERS:
+        monkeypatch.setitem(sys.modules, peer, None)
+    monkeypatch.setattr(speed, 'run_job', fake_job)
+    # ten seconds and what is kept for the report: enough for the machine alone
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    speed.main([f'--out={tmp_path}', f'--minutes={(speed.REPORT_SECONDS + 7) / 60}', '--rows=c'])
+    late = [entry['what'] for entry in json.loads(read(tmp_path, 'speed.json'))['failures']]
+    assert begun[0] == 'machine' and 'speed glow c float32 bf16 checkpoint_grads' in late
+    assert not set(begun) & set(late)
+    assert 'TimeoutError: not begun: it takes' in read(tmp_path, 'speed.md')
+
+
+def test_bf16_is_left_out_where_it_is_slow(tmp_path, monkeypatch):
+    peaks = {'conv3x3_bf16_gflops': 4.0, 'conv3x3_float32_gflops': 40.0}
+    begun = []
+
+    def fake_job(job, end):
+        begun.append(job.title)
+        yield 'peaks', peaks if job.measure is speed.measure_machine else {}
+
+    monkeypatch.setattr(speed, 'run_job', fake_job)
+    jobs = list(speed.plan(settings_for('cpu')))
+    results = new_results()
+    speed.measure_all(jobs, results, tmp_path, None)
+    assert not any('bf16' in title for title in begun)
+    assert 'speed glow a normflows float32 checkpoint_grads' in begun
+    assert 'speed glow b normflows compile' in begun and 'command glow' in begun
+    assert [entry['what'] for entry in results['failures']] == ['variants with bf16']
+    assert '4 GFLOP/s in bf16, 40 in float32' in results['failures'][0]['error']
+
+    peaks['conv3x3_bf16_gflops'] = 30.0
+    results = new_results()
+    speed.measure_all(jobs, results, tmp_path, None)
+    assert any('bf16' in title for title in begun) and not results['failures']
+
+
+@pytest.mark.slow
+def test_processes_that_end_or_hang():
+    job = speed.Job(os._exit, dict(status=3), seconds=0)
+    assert list(speed.run_job(job, None)) == [
+        ('failures', {'what': '_exit', 'error': 'RuntimeError: its process ended with 3'})
+    ]
+    job = speed.Job(signal.pause, {}, seconds=0)
+    ((section, entry),) = speed.run_job(job, time.monotonic() + 0.5)
+    assert section == 'failures' and 'no time was left' in entry['error']
+
+
+def test_a_contender_that_fails_leaves_the_others(monkeypatch):
+    make = speed_rows.make_contender
+
+    def fail_sometimes(script, shape, name, device):
+        if name == 'normflows':
+            raise MemoryError('none\nleft')
+        contender = make(script, shape, 'float32', device)
+        if name == 'bf16':
+            contender.step = None  # cannot be called
+        return contender
+
+    monkeypatch.setattr(speed_rows, 'make_contender', fail_sometimes)
+    shape = speed_rows.SMALLEST['glow']
+    names = ['normflows', 'float32', 'bf16']
+    for in_turn in (True, False):
+        results = new_results()
+        for section, value in speed_rows.measure_speed(
+            'glow', 'a', shape, names, ['training'], CPU, quick=True, in_turn=in_turn
+        ):
+            speed.add_result(results, section, value)
+        errors = {entry['what']: entry['error'] for entry in results['failures']}
+        assert errors['glow a, normflows'] == 'MemoryError: none left'
+        assert errors['glow a training, bf16'].startswith('TypeError: ')
+        (row,) = results['rows']
+        (entry,) = row['entries']
+        assert entry['name'] == 'float32' and entry['ratio'] is None and entry['gflops'] > 0
+
+
+def test_what_is_built_one_after_the_other_has_ratios(monkeypatch):
+    make = speed_rows.make_contender
+    built = []
+
+    def make_own(script, shape, name, device):
+        built.append(name)
+        return make(script, shape, 'float32', device)
+
+    monkeypatch.setattr(speed_rows, 'make_contender', make_own)
+    results = new_results()
+    names = ['normflows', 'float32']
+    shape = speed_rows.SMALLEST['glow']
+    arguments = 'glow', 'a', shape, names, ['evaluation'], CPU
+    for section, value in speed_rows.measure_speed(*arguments, quick=True, in_turn=False):
+        assert list(value['times']) == built  # saved before the next one is built
+        speed.add_result(results, section, value)
+    theirs, ours = results['rows'][0]['entries']
+    assert theirs['ratio'] is None
+    assert ours['ratio'][1] == pytest.approx(theirs['seconds'] / ours['seconds'], rel=0.5)
+
+
+def test_rows_of_several_processes_become_one():
+    results = new_results()
+    speed.add_row(results, measured_row({'float32': [0.5]}, gflop=1.0))  # the peer has failed
+    times = {'normflows': [0.4, 0.6, 0.4], 'compile': [0.2, 0.2, 0.2]}
+    speed.add_row(results, measured_row(times))
+    times = {'normflows': [9.0], 'bf16': [3.0]}
+    speed.add_row(results, measured_row(times, in_turn=False))
+    speed.add_row(results, measured_row(times, config='b'))
+
+    first, second = results['rows']
+    assert second['config'] == 'b'
+    entries = {entry['name']: entry for entry in first['entries']}
+    assert list(entries) == ['normflows', 'float32', 'compile', 'bf16']
+    assert entries['normflows']['seconds'] == 0.4  # what was measured first
+    assert entries['compile']['ratio'] == pytest.approx([2, 2, 2.5])
+    assert entries['compile']['gflops'] == pytest.approx(5)
+    assert entries['bf16']['ratio'] == pytest.approx([3, 3, 3])  # to its own peer
+
+
+@pytest.mark.parametrize('compiled,judged', [(0.1, 'compile'), (0.3, 'float32')])
+def test_the_faster_of_compiled_and_not_is_judged(compiled, judged):
+    results = new_results()
+    speed.add_row(results, measured_row({'normflows': [0.5], 'float32': [0.2]}))
+    speed.add_row(results, measured_row({'normflows': [0.5], 'compile': [compiled]}))
+    entries = results['rows'][0]['entries']
+    assert [entry['name'] for entry in entries if entry['met'] is not None] == [judged]
+
+
+def test_ratios_to_a_peer_that_was_not_timed_in_turn():
+    theirs = [1.0, 2.0, 3.0]
+    assert speed.quartiles_of_ratio(theirs, [1.0, 2.0, 3.0], in_turn=True) == [1, 1, 1]
+    assert speed.quartiles_of_ratio(theirs, [1.0, 1.0], in_turn=False) == [2, 2, 2]
+
+
+def test_a_gpu_is_timed_between_events(monkeypatch):
+    log = []
+
+    class FakeEvent:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append('record')
+
+        def synchronize(self):
+            log.append('wait')
+
+        def elapsed_time(self, end):
+            assert isinstance(end, FakeEvent) and end is not self
+            return 30.0
+
+    monkeypatch.setattr(torch.cuda, 'Event', FakeEvent)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: log.append('synchronize'))
+    seconds = seconds_per_call(lambda: log.append('call'), torch.device('cuda'), n_calls=3)
+    assert seconds == pytest.approx(0.01)
+    assert log == ['synchronize', 'record', 'call', 'call', 'call', 'record', 'wait']
+
+
+def test_words_of_variants_are_options():
+    shape = speed_rows.SMALLEST['glow']
+    config = make_config('glow', shape, 'bf16 compile')
+    assert config.bf16 and config.compile and not config.checkpoint_grads
+    assert has_options('glow', 'bf16 compile') and not has_options('bnaf', 'bf16')
+    for script in (glow, bnaf):
+        has_eager = has_options(script.NAME, 'float32 eager')
+        assert has_eager == hasattr(script.Config, 'no_cuda_graph')
+        if has_eager:
+            config = make_config(script.NAME, speed_rows.SMALLEST[script.NAME], 'float32 eager')
+            assert config.no_cuda_graph
+
+
+def test_parameters_that_are_used_are_counted():
+    model = torch.nn.Linear(2, 3)
+    assert count_parameters(model) == 9
+    model.n_parameters = 5
+    assert count_parameters(model) == 5
 
 
 @pytest.mark.slow
@@ -170,25 +434,61 @@ def test_share_of_the_input(tmp_path, capsys):
 def test_memory_in_a_process_of_its_own():
     shape = dict(data_dim=4, n_flows=1, n_hidden=1, hidden_dim=8, batch_size=10_000)
     layer = 10_000 * 4 * 8 * 4 / 2**20  # MiB of a hidden layer's units
-    assert speed.memory_of('glow', speed.SMALLEST['glow'], 'float32') >= 0
+    arguments = dict(script='bnaf', config='a', shape=shape, names=['float32'], device=CPU)
+    job = speed.Job(speed.measure_memory, arguments, seconds=0)
+    ((section, row),) = speed.run_job(job, None)
+    assert section == 'memory'
     # torch alone would be 200 layers.
-    assert 2 * layer < speed.memory_of('bnaf', shape, 'float32') < 60 * layer
+    assert 2 * layer < row['mib']['float32'] < 60 * layer
 
 
 def test_functions_run_in_turn():
     calls = []
-    functions = {'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}
-    times = time_in_turn(functions, CPU, budget=0, min_rounds=2)
-    assert list(times) == ['a', 'b'] and all(len(seconds) == 2 for seconds in times.values())
 
-    changes = [name for k, name in enumerate(calls) if k == 0 or name != calls[k - 1]]
-    assert ''.join(changes) == 'ababab'  # warm-up, then two rounds
+    def timer(name):
+        return lambda n_calls: calls.extend(name * n_calls) or 1.0
+
+    timers = {'a': timer('a'), 'b': timer('b')}
+    times = time_in_turn(timers, budget=0, min_rounds=2, min_seconds=2)
+    assert times == {'a': [1, 1], 'b': [1, 1]}
+    # warm-up, then two rounds of as many calls as take two seconds
+    assert ''.join(calls) == 'aabb' + 'aabb' * 2
+
+
+def test_functions_that_fail_are_left_out():
+    errors = []
+
+    def fail_after(n):
+        counts = iter(range(n))
+        return lambda n_calls: next(counts) + 1.0
+
+    timers = {'a': fail_after(9), 'b': fail_after(3), 'c': fail_after(1)}
+    times = time_in_turn(
+        timers, budget=0, min_rounds=3, on_error=lambda name, error: errors.append(name)
+    )
+    assert errors == ['c', 'b'] and list(times) == ['a'] and len(times['a']) == 3
+    with pytest.raises(StopIteration):
+        time_in_turn({'a': fail_after(1)}, budget=0)
+
+
+def test_warm_up_lasts_until_a_step_is_captured():
+    for n_warmup, seconds, n_expected in ((2, 0.1, 2), (2, 5.0, 1), (N_WARMUP['cuda'], 5.0, 6)):
+        calls = []
+        timer = lambda n_calls, seconds=seconds, calls=calls: calls.append(n_calls) or seconds
+        time_in_turn({'float32': timer}, budget=0, min_rounds=0, n_warmup=n_warmup)
+        assert len(calls) == n_expected
 
 
 def test_targets():
-    assert target_of('cpu', 'bnaf', 'training', 'b2', 'compile') == 18
+    assert target_of('cpu', 'bnaf', 'training', 'b2', 'float32', 'warm') == 5
+    assert target_of('cpu', 'bnaf', 'training', 'b2', 'float32', 'fresh') == 16
+    assert target_of('cpu', 'bnaf', 'evaluation', 'b2', 'float32', 'warm') is None
     assert target_of('cpu', 'glow', 'training', 'c', 'float32') == 1.3
+    assert target_of('cpu', 'glow', 'training', 'c', 'bf16 compile') == 2.0
+    assert target_of('cpu', 'glow', 'training', 'b', 'compile') == 1.5
     assert target_of('cuda', 'glow', 'training', 'A64', 'bf16 compile') == 4
+    assert target_of('cuda', 'glow', 'training', 'A16', 'bf16') == 2
+    assert target_of('cuda', 'glow', 'training', 'A16', 'bf16 compile eager') is None
     assert target_of('cpu', 'glow', 'memory', 'a', 'bf16 checkpoint_grads') == 0.35
     assert target_of('cpu', 'glow', 'training', 'a', 'checkpoint_grads') is None
     assert CHECKPOINT_TIME > 1
@@ -196,13 +496,13 @@ def test_targets():
 
 def test_targets_of_single_figures():
     entries = [
-        {'name': 'bf16', 'per_second': 1999.0, 'fraction': None},
-        {'name': 'bf16 compile', 'per_second': 2001.0},
+        {'name': 'bf16', 'per_second': 649.0, 'fraction': None},
+        {'name': 'bf16 compile', 'per_second': 651.0},
     ]
     rows = [{'config': 'A16', 'quantity': 'training', 'entries': entries}]
     memory = [{'config': 'C16', 'entries': [{'name': 'checkpoint_grads', 'mib': 13 * 1024}]}]
     checks = check_figures(rows, memory)
-    assert [check['value'] for check in checks] == [2001, 13 * 1024]
+    assert [check['value'] for check in checks] == [651, 13 * 1024]
     assert [check['met'] for check in checks] == [True, False]
 
 
@@ -246,7 +546,7 @@ def test_pages_are_written_between_their_marks(tmp_path):
 @pytest.mark.parametrize(
     'script,format_block,page',
     [
-        (speed, targets_table, 'benchmarks/README.md'),
+        (speed, targets_section, 'benchmarks/README.md'),
         (processes, processes.format_table, 'benchmarks/README.md'),
         (results, results.format_table, 'RESULTS.md'),
         (tables, tables.format_table, 'RESULTS.md'),
