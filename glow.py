@@ -25,6 +25,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -365,8 +366,8 @@ class Invertible1x1Conv(nn.Module):
         return multiply_channels(w_inverse[0], z), logdet.expand(len(z))
 
 
-def conv1x1_weights(layers: Iterable[Invertible1x1Conv]) -> tuple[Tensor, Tensor]:
-    """Return W, of shape (K, C, C), and log|det W|, of shape (K,), of K layers."""
+def conv1x1_weights(layers: list[Invertible1x1Conv]) -> tuple[Tensor, Tensor]:
+    """Return W, of shape (K, C, C), and log|det W|, of shape (K,), of K 1x1 convolutions."""
     w = torch.stack([layer.w for layer in layers])
     if not layers[0].plu:
         return w, torch.linalg.slogdet(w)[1]
@@ -376,7 +377,7 @@ def conv1x1_weights(layers: Iterable[Invertible1x1Conv]) -> tuple[Tensor, Tensor
     log_s = w.diagonal(dim1=1, dim2=2)
     u = w.triu(1) + torch.diag_embed(sign_s * log_s.exp())
     with torch.autocast(w.device.type, enabled=False):
-        l_u = torch.baddbmm(u, w.tril(-1), u)  # the diagonal of L is 1
+        l_u = torch.baddbmm(u, w.tril(-1), u)  # L is 1 on its diagonal
         return p @ l_u, log_s.sum(1)
 
 
@@ -513,7 +514,7 @@ class Squeeze(nn.Module):
         z = F.pixel_unshuffle(x, 2)
         # torch leaves the shape of an empty batch as it was
         z = z.reshape(b, 4 * c, h // 2, w // 2)
-        # convolutions and products of channels are fastest in this layout, which they all keep
+        # all layers keep this layout, in which the channels of a pixel are multiplied fastest
         return z.contiguous(memory_format=torch.channels_last), x.new_zeros(b)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -543,8 +544,8 @@ class Sequence(nn.ModuleList):
 class FlowStep(Sequence):
     """One step of flow (fig. 2a): actnorm, 1x1 convolution, coupling.
 
-    A level gives its steps the first two layers as one ``channel_map``: A, c and log|det| of
-    z_ij = A x_ij + c, or for ``inverse`` those of its inverse.
+    A level hands over the first two layers as one ``channel_map``: A, c and log|det| of the
+    affine map z_ij = A x_ij + c, or for ``inverse`` those of its inverse.
 
     ``checkpoint_grads`` trades time for memory: the backward pass recomputes the activations.
     """
@@ -591,7 +592,7 @@ class FlowLevel(Sequence):
     """One level (fig. 2b): squeeze, ``depth`` steps of flow, then a split.
 
     The last level ends in the prior instead. What does not depend on x is computed for all steps
-    at once: as many small products would take longer to start than to compute.
+    at once, because a GPU takes longer to start a small product than to compute it.
     """
 
     def __init__(
@@ -612,22 +613,24 @@ class FlowLevel(Sequence):
         """Return the steps of flow."""
         return [layer for layer in self if isinstance(layer, FlowStep)]
 
-    def channel_maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return A, c and log|det| of each step's actnorm and 1x1 convolution of x (B, C, H, W).
+    def channel_maps(self, n_pixels: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return actnorm and 1x1 convolution of each of the K steps as one affine map.
 
-        z_ij = W (s * x_ij + b) = A x_ij + c. The shapes are (K, C, C), (K, C) and (K,).
+        It is z_ij = W (s * x_ij + b) = A x_ij + c. Returns A (K, C, C), c (K, C) and log|det| (K,),
+        which is that of all pixels.
         """
-        actnorms, convolutions, _ = zip(*self.steps())
+        actnorms = [step[0] for step in self.steps()]
         log_s = torch.stack([actnorm.log_s for actnorm in actnorms]).flatten(2)  # (K, C, 1)
         b = torch.stack([actnorm.b for actnorm in actnorms]).flatten(2)
-        w, logdet = conv1x1_weights(convolutions)
-        logdet = x.shape[2] * x.shape[3] * (log_s.sum((1, 2)) + logdet)
-        with torch.autocast(x.device.type, enabled=False):
+        w, logdet = conv1x1_weights([step[1] for step in self.steps()])
+
+        logdet = n_pixels * (log_s.sum((1, 2)) + logdet)
+        with torch.autocast(w.device.type, enabled=False):
             return w * log_s.exp().mT, (w @ b).flatten(1), logdet
 
-    def inverse_channel_maps(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return A, c and log|det| of the inverses. Raises ``LinAlgError`` if there is none."""
-        a, c, logdet = self.channel_maps(z)
+    def inverse_channel_maps(self, n_pixels: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the inverses of the channel maps, likewise as A, c and log|det|."""
+        a, c, logdet = self.channel_maps(n_pixels)
         a_inverse = torch.linalg.inv(a.double())
         c_inverse = -(a_inverse @ c.double()[..., None]).flatten(1)
         return a_inverse.to(a.dtype), c_inverse.to(a.dtype), -logdet
@@ -635,7 +638,8 @@ class FlowLevel(Sequence):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         squeeze, *layers = self
         x, logdet = squeeze(x)
-        maps = dict(zip(self.steps(), zip(*self.channel_maps(x))))
+        n_pixels = x.shape[2] * x.shape[3]
+        maps = dict(zip(self.steps(), zip(*self.channel_maps(n_pixels))))
         for layer in layers:
             x, logdet_layer = layer(x, *maps.get(layer, ()))
             logdet = logdet + logdet_layer
@@ -644,7 +648,8 @@ class FlowLevel(Sequence):
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z = z.contiguous(memory_format=torch.channels_last)
         logdet = z.new_zeros(len(z))
-        maps = dict(zip(self.steps(), zip(*self.inverse_channel_maps(z))))
+        n_pixels = z.shape[2] * z.shape[3]
+        maps = dict(zip(self.steps(), zip(*self.inverse_channel_maps(n_pixels))))
         for layer in reversed(self):
             z, logdet_layer = layer.inverse(z, *maps.get(layer, ()))
             logdet = logdet + logdet_layer
@@ -847,17 +852,18 @@ def build_model(config: Config, input_dims: tuple[int, ...]) -> Glow:
 
 def compile_couplings(model: Glow) -> None:
     """Compile the affine couplings at their first call. Those of one level share the code."""
-    limit = max(64, 2 * len(model.levels))  # beyond it, torch compiles no further sizes
     dynamo: Any = torch._dynamo.config
+    dynamo.optimize_ddp = False  # it is for models that are compiled as a whole
+    limit = 64  # of sizes that are compiled; of the others torch runs the code as it is
     if hasattr(dynamo, 'recompile_limit'):
-        dynamo.recompile_limit = limit
-    else:  # before torch 2.7
-        dynamo.cache_size_limit = limit
-        dynamo.inline_inbuilt_nn_modules = True  # otherwise each coupling is compiled
-    dynamo.optimize_ddp = False  # it splits what is compiled, for models compiled as a whole
+        dynamo.recompile_limit = max(limit, dynamo.recompile_limit)
+    else:  # an older torch, which compiles each coupling anew unless it is told otherwise
+        dynamo.cache_size_limit = max(limit, dynamo.cache_size_limit)
+        dynamo.inline_inbuilt_nn_modules = True
 
     for name in ('torch._dynamo', 'torch._inductor'):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', module=r'torch\._(dynamo|inductor)')
     for module in model.modules():
         if isinstance(module, AffineCoupling):
             module.compile(dynamic=False)
@@ -1184,6 +1190,7 @@ class Training:
             config.ema_decay, self.n_per_step / n_per_first_step
         )
 
+        # -- the lines that compile
         if config.compile:
             compile_couplings(self.model)
             if process.rank == 0:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.utils
 from helpers import assert_close, jacobian, log_det, perturbed, run_command
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,6 +175,56 @@ def test_a_training_never_waits_for_the_device(plu, checkpoint_grads):
     with CountOperations() as operations:
         assert torch.tensor(1.0, dtype=u.dtype) > 0
     assert {'_local_scalar_dense', 'lift_fresh'} <= set(operations.counts)
+
+
+def count_graphs():
+    """Return how many graphs torch has compiled since the counters were cleared."""
+    return torch._dynamo.utils.counters['stats']['unique_graphs']
+
+
+@pytest.fixture
+def nothing_compiled():
+    """Forget what was compiled in this process before, and count anew."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_couplings_of_every_size_are_compiled(nothing_compiled, monkeypatch):
+    """Those of one level share the code; a model of ten levels is compiled to the last."""
+    compile_module = torch.nn.Module.compile
+
+    def trace_only(module, **options):
+        compile_module(module, backend='eager', **options)
+
+    monkeypatch.setattr(torch.nn.Module, 'compile', trace_only)
+    couplings = [glow.AffineCoupling(2 * c, 4) for c in range(1, 11) for _ in range(3)]
+    glow.compile_couplings(torch.nn.ModuleList(couplings))
+    for coupling in couplings:
+        n_channels = coupling.net[-1].out_channels
+        x = torch.randn(2, n_channels, 4, 4)
+        torch.testing.assert_close(coupling(x), coupling.forward(x))
+    assert count_graphs() == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('checkpoint_grads, bf16', [(False, False), (True, True)])
+def test_compiled_and_eager_agree(nothing_compiled, checkpoint_grads, bf16):
+    x = random_images(2, 1, 4, 4)
+    u = torch.rand(x.shape)
+    losses, gradients = [], []
+    for is_compiled in (False, True):
+        model = perturbed(tiny_glow(checkpoint_grads=checkpoint_grads), 0.1).float()
+        if is_compiled:
+            glow.compile_couplings(model)
+        loss = glow.BitsPerDim(model, 16, bf16)(x, u)
+        loss.backward()
+        losses.append(loss)
+        gradients.append([p.grad for p in model.parameters()])
+    assert count_graphs() == len(model.levels)
+
+    tolerance = dict(rtol=0.1, atol=0.02) if bf16 else dict(rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*losses, **tolerance)
+    torch.testing.assert_close(*gradients, **tolerance)
 
 
 def test_a_singular_matrix_has_no_inverse():
