@@ -19,15 +19,16 @@ if __name__ == '__main__':
     exit_on_interrupt()  # the imports below take seconds
 
 import contextlib
+import logging
 import math
 import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -358,38 +359,40 @@ class Invertible1x1Conv(nn.Module):
             w = l.tril(-1) + u.triu(1) + log_s.diag()
         self.w = nn.Parameter(w)
 
-    def weight(self) -> tuple[Tensor, Tensor]:
-        """Return W, of shape (C, C), and log|det W|."""
-        if not self.plu:
-            return self.w, torch.linalg.slogdet(self.w)[1]
-
-        log_s = self.w.diagonal()
-        l = self.w.tril(-1) + torch.ones_like(log_s).diag()
-        u = self.w.triu(1) + torch.diag(self.sign_s * log_s.exp())
-        return self.p @ l @ u, log_s.sum()
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):  # the latent itself is never rounded
-            w, logdet = self.weight()
-            z = multiply_channels(w, x)
-            logdet = logdet * x.shape[2] * x.shape[3]
-        return z, logdet.expand(len(x))
+        w, logdet = conv1x1_weights([self])
+        logdet = x.shape[2] * x.shape[3] * logdet
+        return multiply_channels(w[0], x), logdet.expand(len(x))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(z.device.type, enabled=False):
-            w, logdet = self.weight()
-            w_inverse = torch.linalg.inv(w.double()).to(w.dtype)
-            x = multiply_channels(w_inverse, z)
-            logdet = -logdet * z.shape[2] * z.shape[3]
-        return x, logdet.expand(len(z))
+        w, logdet = conv1x1_weights([self])
+        logdet = -z.shape[2] * z.shape[3] * logdet
+        w_inverse = torch.linalg.inv(w.double()).to(w.dtype)
+        return multiply_channels(w_inverse[0], z), logdet.expand(len(z))
 
 
-def multiply_channels(w: Tensor, x: Tensor) -> Tensor:
-    """Return W x_ij at every pixel of x, of shape (B, C, H, W).
+def conv1x1_weights(layers: list[Invertible1x1Conv]) -> tuple[Tensor, Tensor]:
+    """Return W, of shape (K, C, C), and log|det W|, of shape (K,), of K 1x1 convolutions."""
+    w = torch.stack([layer.w for layer in layers])
+    if not layers[0].plu:
+        return w, torch.linalg.slogdet(w)[1]
+
+    p = torch.stack([layer.p for layer in layers])
+    sign_s = torch.stack([layer.sign_s for layer in layers])
+    log_s = w.diagonal(dim1=1, dim2=2)
+    u = w.triu(1) + torch.diag_embed(sign_s * log_s.exp())
+    with torch.autocast(w.device.type, enabled=False):
+        l_u = torch.baddbmm(u, w.tril(-1), u)  # L is 1 on its diagonal
+        return p @ l_u, log_s.sum(1)
+
+
+def multiply_channels(w: Tensor, x: Tensor, b: Tensor | None = None) -> Tensor:
+    """Return W x_ij + b at every pixel of x, of shape (B, C, H, W).
 
     It is a matrix product, because GPUs round the operands of a float32 convolution to TF32.
     """
-    return F.linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
+    with torch.autocast(x.device.type, enabled=False):  # the latent itself is never rounded
+        return F.linear(x.permute(0, 2, 3, 1), w, b).permute(0, 3, 1, 2)
 
 
 class ConvActnorm(nn.Module):
@@ -456,13 +459,13 @@ class Coupling(nn.Module):
         x_a, x_b = x.chunk(2, dim=1)
         s, t = self.scale_and_shift(x_b)
         z_a = s * x_a + t
-        return torch.cat([z_a, x_b], dim=1), s.log().flatten(1).sum(1)
+        return torch.cat([z_a, x_b], dim=1), s.log().sum((1, 2, 3))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z_a, x_b = z.chunk(2, dim=1)
         s, t = self.scale_and_shift(x_b)
         x_a = (z_a - t) / s
-        return torch.cat([x_a, x_b], dim=1), -s.log().flatten(1).sum(1)
+        return torch.cat([x_a, x_b], dim=1), -s.log().sum((1, 2, 3))
 
 
 class AffineCoupling(Coupling):
@@ -515,7 +518,9 @@ class Squeeze(nn.Module):
         b, c, h, w = x.shape
         z = F.pixel_unshuffle(x, 2)
         # torch leaves the shape of an empty batch as it was
-        return z.reshape(b, 4 * c, h // 2, w // 2), x.new_zeros(b)
+        z = z.reshape(b, 4 * c, h // 2, w // 2)
+        # all layers keep this layout, in which the channels of a pixel are multiplied fastest
+        return z.contiguous(memory_format=torch.channels_last), x.new_zeros(b)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         b, c, h, w = z.shape
@@ -544,6 +549,9 @@ class Sequence(nn.ModuleList):
 class FlowStep(Sequence):
     """One step of flow (fig. 2a): actnorm, 1x1 convolution, coupling.
 
+    A level hands over the first two layers as one ``channel_map``: A, c and log|det| of the
+    affine map z_ij = A x_ij + c, or for ``inverse`` those of its inverse.
+
     ``checkpoint_grads`` trades time for memory: the backward pass recomputes the activations.
     """
 
@@ -559,16 +567,37 @@ class FlowStep(Sequence):
         )
         self.checkpoint_grads = checkpoint_grads
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *channel_map: Tensor) -> tuple[Tensor, Tensor]:
         if self.checkpoint_grads and torch.is_grad_enabled():
-            return checkpoint(super().forward, x, use_reentrant=False)
-        return super().forward(x)
+            options = dict(use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self.run, x, *channel_map, **options)
+        return self.run(x, *channel_map)
+
+    def run(self, x: Tensor, *channel_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what ``forward`` returns."""
+        if not channel_map:
+            return super().forward(x)
+
+        a, c, logdet = channel_map
+        _, _, coupling = self
+        z, logdet_coupling = coupling(multiply_channels(a, x, c))
+        return z, logdet + logdet_coupling
+
+    def inverse(self, z: Tensor, *channel_map: Tensor) -> tuple[Tensor, Tensor]:
+        if not channel_map:
+            return super().inverse(z)
+
+        a, c, logdet = channel_map
+        _, _, coupling = self
+        x, logdet_coupling = coupling.inverse(z)
+        return multiply_channels(a, x, c), logdet + logdet_coupling
 
 
 class FlowLevel(Sequence):
     """One level (fig. 2b): squeeze, ``depth`` steps of flow, then a split.
 
-    The last level ends in the prior instead.
+    The last level ends in the prior instead. What does not depend on x is computed for all steps
+    at once, because a GPU takes longer to start a small product than to compute it.
     """
 
     def __init__(
@@ -584,6 +613,52 @@ class FlowLevel(Sequence):
         steps = [FlowStep(c, width, plu, checkpoint_grads) for _ in range(depth)]
         end = LearnedPrior(c) if is_last else Split(c)
         super().__init__([Squeeze(), *steps, end])
+
+    def steps(self) -> list[FlowStep]:
+        """Return the steps of flow."""
+        return [layer for layer in self if isinstance(layer, FlowStep)]
+
+    def channel_maps(self, n_pixels: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return actnorm and 1x1 convolution of each of the K steps as one affine map.
+
+        It is z_ij = W (s * x_ij + b) = A x_ij + c. Returns A (K, C, C), c (K, C) and log|det| (K,),
+        which is that of all pixels.
+        """
+        actnorms = [step[0] for step in self.steps()]
+        log_s = torch.stack([actnorm.log_s for actnorm in actnorms]).flatten(2)  # (K, C, 1)
+        b = torch.stack([actnorm.b for actnorm in actnorms]).flatten(2)
+        w, logdet = conv1x1_weights([step[1] for step in self.steps()])
+
+        logdet = n_pixels * (log_s.sum((1, 2)) + logdet)
+        with torch.autocast(w.device.type, enabled=False):
+            return w * log_s.exp().mT, (w @ b).flatten(1), logdet
+
+    def inverse_channel_maps(self, n_pixels: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the inverses of the channel maps, likewise as A, c and log|det|."""
+        a, c, logdet = self.channel_maps(n_pixels)
+        a_inverse = torch.linalg.inv(a.double())
+        c_inverse = -(a_inverse @ c.double()[..., None]).flatten(1)
+        return a_inverse.to(a.dtype), c_inverse.to(a.dtype), -logdet
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        squeeze, *layers = self
+        x, logdet = squeeze(x)
+        n_pixels = x.shape[2] * x.shape[3]
+        maps = dict(zip(self.steps(), zip(*self.channel_maps(n_pixels))))
+        for layer in layers:
+            x, logdet_layer = layer(x, *maps.get(layer, ()))
+            logdet = logdet + logdet_layer
+        return x, logdet
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z.contiguous(memory_format=torch.channels_last)
+        logdet = z.new_zeros(len(z))
+        n_pixels = z.shape[2] * z.shape[3]
+        maps = dict(zip(self.steps(), zip(*self.inverse_channel_maps(n_pixels))))
+        for layer in reversed(self):
+            z, logdet_layer = layer.inverse(z, *maps.get(layer, ()))
+            logdet = logdet + logdet_layer
+        return z, logdet
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -626,6 +701,11 @@ class Glow(nn.Module):
             self.levels.append(FlowLevel(c, depth, width, is_last, plu, checkpoint_grads))
             c, h, w = (4 if is_last else 2) * c, h // 2, w // 2
             self.z_shapes.append((c, h, w))
+
+    @property
+    def n_parameters(self) -> int:
+        """The number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         is_training = self.training and torch.is_grad_enabled()
@@ -773,6 +853,25 @@ def build_model(config: Config, input_dims: tuple[int, ...]) -> Glow:
         plu=not config.plain_conv1x1,
     )
     return model.to(memory_format=torch.channels_last)
+
+
+def compile_couplings(model: Glow) -> None:
+    """Compile the affine couplings at their first call. Those of one level share the code."""
+    dynamo: Any = torch._dynamo.config
+    dynamo.optimize_ddp = False  # it is for models that are compiled as a whole
+    limit = 64  # of sizes that are compiled; of the others torch runs the code as it is
+    if hasattr(dynamo, 'recompile_limit'):
+        dynamo.recompile_limit = max(limit, dynamo.recompile_limit)
+    else:  # an older torch, which compiles each coupling anew unless it is told otherwise
+        dynamo.cache_size_limit = max(limit, dynamo.cache_size_limit)
+        dynamo.inline_inbuilt_nn_modules = True
+
+    for name in ('torch._dynamo', 'torch._inductor'):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', module=r'torch\._(dynamo|inductor)')
+    for module in model.modules():
+        if isinstance(module, AffineCoupling):
+            module.compile(dynamic=False)
 
 
 def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -1111,9 +1210,10 @@ class Training:
         self.compute = self.forward_and_update
         if can_capture(process) and not config.no_cuda_graph:
             self.compute = CapturedStep(self.compute, self.optimizer)
-        for module in self.model.modules():
-            if config.compile and isinstance(module, FlowStep):
-                module.compile()  # steps of one shape share what was compiled for the first
+        if config.compile:
+            compile_couplings(self.model)
+            if process.rank == 0:
+                tqdm.write('the first step compiles the model, half a minute or more')
 
     def initialize_actnorms(self) -> None:
         """Initialize the actnorms from images and noise that the seed decides."""
@@ -1313,9 +1413,14 @@ def encode(model: Glow, images: np.ndarray, device: torch.device) -> Tensor:
 
     Each value is placed in the middle of its bin, so that decoding returns the same bins.
     """
+    return model(middles_of_bins(model, images, device))[0]
+
+
+def middles_of_bins(model: Glow, images: np.ndarray, device: torch.device) -> Tensor:
+    """Return dequantized images, each value in the middle of its bin."""
     x = torch.tensor(images, device=device)
     middles = torch.full(x.shape, 0.5, device=device)
-    return model(model.dequantize(x, middles)[0])[0]
+    return model.dequantize(x, middles)[0]
 
 
 @torch.no_grad()
@@ -1406,21 +1511,24 @@ def check(model: Glow, data: ImageData, config: Config, device: torch.device) ->
 
     That of the whole flow is in bins. The layer with the largest error of its own is named.
     """
+    names = {layer: name for name, layer in model.named_modules()}
     errors: dict[str, float] = {}
 
-    def compare(name: str, layer: nn.Module, inputs: tuple, output: tuple) -> None:
-        x, _ = layer.inverse(output[0])
-        error = (x - inputs[0]).abs().max().nan_to_num(math.inf).item()
-        errors[name] = max(error, errors.get(name, 0.0))
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        """Return ``layer(x)``, and note how far its inverse is from x."""
+        z, _ = layer(x)
+        error = (layer.inverse(z)[0] - x).abs().max().nan_to_num(math.inf).item()
+        errors[names[layer]] = max(error, errors.get(names[layer], 0.0))
+        return z
 
     batch_size = 4 * config.batch_size
-    with contextlib.ExitStack() as hooks:
-        for name, layer in model.named_modules():
-            if hasattr(layer, 'inverse') and not isinstance(layer, (Sequence, Dequantize)):
-                hook = layer.register_forward_hook(partial(compare, name))
-                hooks.callback(hook.remove)
-        for i in progress_bar(range(0, len(data.test.images), batch_size), 'decoding test images'):
-            encode(model, data.test.images[i : i + batch_size], device)
+    for i in progress_bar(range(0, len(data.test.images), batch_size), 'decoding test images'):
+        x = middles_of_bins(model, data.test.images[i : i + batch_size], device)
+        run(model, x)
+        for level in model.levels:
+            for layer in simple_layers(level):
+                x = run(layer, x)
+            x = x.chunk(2, dim=1)[1]
 
     bins = errors.pop('') * 2**config.n_bits  # '' is the name of the whole model
     worst = max(errors, key=lambda name: errors[name])

@@ -118,7 +118,7 @@ class TrainingLog(ScalarWriter):
         n_most = run.config.n_epochs * run.n_per_epoch
         n_steps = run.step + max(0, math.ceil((n_most - run.n_seen) / run.n_per_step))
         if self.writer:
-            n_parameters = sum(p.numel() for p in run.model.parameters())
+            n_parameters = run.model.n_parameters
             print(f'{n_parameters:,} parameters, step {run.step:,} of at most {n_steps:,}')
             if note := busy_note(run.process.device):
                 print(note)

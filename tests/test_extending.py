@@ -410,11 +410,16 @@ def test_the_curve_of_an_energy_is_one_of_kl(dataset, label, tmp_path):
     assert not any(tag.startswith(other_label) for tag in tags)
 
 
-def test_checking_leaves_no_hooks(trained_glow):
+@pytest.mark.parametrize('index', range(3))
+def test_checking_names_the_layer_with_the_largest_error(index, trained_glow, monkeypatch, capsys):
     saved = glow.load_checkpoint(trained_glow)
     model = glow.restore_model(saved, CPU)
+    layer = model.levels[0][1][index]
+    inverse = layer.inverse
+    monkeypatch.setattr(layer, 'inverse', lambda z: (inverse(z)[0] + 0.25, inverse(z)[1]))
     glow.check(model, load_images('digits'), saved['config'], CPU)
-    assert not any(module._forward_hooks for module in model.modules())
+    name = f'levels.0.1.{index} ({type(layer).__name__}), 0.25'
+    assert f'worst layer: {name}' in capsys.readouterr().out
 
 
 def test_a_training_closes_its_files(tmp_path):

@@ -302,8 +302,8 @@ def test_compiled_steps_have_the_same_gradients(monkeypatch):
     """Traced as for the compiler but executed by torch: real compilation takes minutes."""
     compile_module, data, gradients = torch.nn.Module.compile, load_images('digits'), []
 
-    def compile_without_code(module):
-        return compile_module(module, backend='aot_eager')
+    def compile_without_code(module, **options):
+        return compile_module(module, backend='aot_eager', **options)
 
     monkeypatch.setattr(torch.nn.Module, 'compile', compile_without_code)
     for is_compiled in (False, True):

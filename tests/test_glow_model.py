@@ -3,11 +3,14 @@
 import io
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.utils
 from helpers import assert_close, jacobian, log_det, perturbed, run_command
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import glow
 from common.precision import without_tf32
@@ -88,6 +91,147 @@ def test_whole_flow(input_dims, n_levels):
     torch.testing.assert_close(logdet_of_one, logdet[:1])
     if z.shape[1] <= 64:
         assert_close(logdet[0], log_det(jacobian(model, x[0])), atol=1e-8)
+
+
+def run_layer_by_layer(model, x):
+    """Run the forward pass of a model one layer after the other. Returns z and logdet."""
+    z, logdet = [], 0
+    for level in model.levels:
+        for layer in glow.simple_layers(level):
+            x, logdet_layer = layer(x)
+            logdet = logdet + logdet_layer
+        if level is not model.levels[-1]:
+            z_a, x = x.chunk(2, dim=1)
+            z.append(z_a.flatten(1))
+    return torch.cat([*z, x.flatten(1)], dim=1), logdet
+
+
+@pytest.mark.parametrize('plu', [True, False])
+def test_a_level_computes_what_its_layers_do(plu):
+    model = perturbed(tiny_glow(plu=plu), 0.2)
+    x = torch.rand(3, 1, 4, 4, dtype=torch.float64) - 0.5
+    results, gradients = [], []
+    for run in (model, lambda x: run_layer_by_layer(model, x)):
+        model.zero_grad()
+        z, logdet = run(x)
+        (z.square().sum() + logdet.sum()).backward()
+        results.append((z, logdet))
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*gradients)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that run inside it, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_does_not_depend_on_x_is_computed_once_a_level():
+    """Neither that nor a conversion of the layout is repeated by a further step of flow."""
+    counts = []
+    for depth in (2, 3):
+        model = tiny_glow(depth=depth, width=4).to(memory_format=torch.channels_last)
+        with CountOperations() as operations:
+            model.log_prob(random_images(2, 1, 4, 4)).sum().backward()
+        counts.append(operations.counts)
+    once = ['clone', 'triu', 'baddbmm', 'bmm', 'diag_embed', 'stack', 'pixel_unshuffle']
+    assert [counts[0][name] for name in once] == [counts[1][name] for name in once]
+    assert counts[0]['clone'] > 0 and counts[0]['baddbmm'] == 2  # levels
+    assert counts[0]['convolution'] < counts[1]['convolution']
+
+
+def test_a_latent_keeps_its_layout_from_step_to_step():
+    model = tiny_glow(input_dims=(3, 8, 8), n_levels=1).to(memory_format=torch.channels_last)
+    latents = []
+    for module in model.modules():
+        if isinstance(module, (glow.FlowStep, glow.Split)):
+            module.register_forward_pre_hook(lambda module, args: latents.append(args[0]))
+    model(torch.rand(2, 3, 8, 8))
+    assert len(latents) == 5
+    for x in latents:
+        assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+@pytest.mark.parametrize('plu', [True, False])
+@pytest.mark.parametrize('checkpoint_grads', [True, False])
+def test_a_training_never_waits_for_the_device(plu, checkpoint_grads):
+    """It asks for no value of a tensor, and makes none from numbers of Python."""
+    model = tiny_glow(plu=plu, checkpoint_grads=checkpoint_grads)
+    objective = glow.BitsPerDim(model, 16, bf16=True)
+    x = random_images(2, 1, 4, 4)
+    u = torch.rand(x.shape)
+    with CountOperations() as operations:
+        objective(x, u).backward()
+    assert operations.counts['convolution'] > 0
+    assert not {'_local_scalar_dense', 'lift_fresh'} & set(operations.counts)
+
+    with CountOperations() as operations:
+        assert torch.tensor(1.0, dtype=u.dtype) > 0
+    assert {'_local_scalar_dense', 'lift_fresh'} <= set(operations.counts)
+
+
+def count_graphs():
+    """Return how many graphs torch has compiled since the counters were cleared."""
+    return torch._dynamo.utils.counters['stats']['unique_graphs']
+
+
+@pytest.fixture
+def nothing_compiled():
+    """Forget what was compiled in this process before, and count anew."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_couplings_of_every_size_are_compiled(nothing_compiled, monkeypatch):
+    """Those of one level share the code; a model of ten levels is compiled to the last."""
+    compile_module = torch.nn.Module.compile
+
+    def trace_only(module, **options):
+        compile_module(module, backend='eager', **options)
+
+    monkeypatch.setattr(torch.nn.Module, 'compile', trace_only)
+    couplings = [glow.AffineCoupling(2 * c, 4) for c in range(1, 11) for _ in range(3)]
+    glow.compile_couplings(torch.nn.ModuleList(couplings))
+    for coupling in couplings:
+        n_channels = coupling.net[-1].out_channels
+        x = torch.randn(2, n_channels, 4, 4)
+        torch.testing.assert_close(coupling(x), coupling.forward(x))
+    assert count_graphs() == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('checkpoint_grads, bf16', [(False, False), (True, True)])
+def test_compiled_and_eager_agree(nothing_compiled, checkpoint_grads, bf16):
+    x = random_images(2, 1, 4, 4)
+    u = torch.rand(x.shape)
+    losses, gradients = [], []
+    for is_compiled in (False, True):
+        model = perturbed(tiny_glow(checkpoint_grads=checkpoint_grads), 0.1).float()
+        if is_compiled:
+            glow.compile_couplings(model)
+        loss = glow.BitsPerDim(model, 16, bf16)(x, u)
+        loss.backward()
+        losses.append(loss)
+        gradients.append([p.grad for p in model.parameters()])
+    assert count_graphs() == len(model.levels)
+
+    tolerance = dict(rtol=0.1, atol=0.02) if bf16 else dict(rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*losses, **tolerance)
+    torch.testing.assert_close(*gradients, **tolerance)
+
+
+def test_a_singular_matrix_has_no_inverse():
+    model = tiny_glow()
+    model.levels[0][1][1].p.zero_()
+    with pytest.raises(torch.linalg.LinAlgError, match='singular'):
+        model.sample(1)
 
 
 def test_every_latent_matters():
@@ -187,7 +331,7 @@ def test_initialisation():
         if isinstance(module, glow.Actnorm):
             assert module.initialized
             module.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
-    z, logdet = model(model.dequantize(x, u)[0])
+    z, logdet = run_layer_by_layer(model, model.dequantize(x, u)[0])
     assert z.isfinite().all() and logdet.isfinite().all()
 
     first = outputs[0].transpose(0, 1).flatten(1)
@@ -205,7 +349,7 @@ def initialize_at_once(model, x, u):
             hook = module.register_forward_pre_hook(lambda layer, args: layer.initialize(args))
             hooks.append(hook)
     with torch.no_grad():
-        model(model.dequantize(x, u)[0])
+        run_layer_by_layer(model, model.dequantize(x, u)[0])
     for hook in hooks:
         hook.remove()
 
@@ -359,8 +503,7 @@ def test_parameter_counts_of_the_authors_models(options, millions):
     for plu in (True, False):
         with torch.device('meta'):
             model = glow.Glow((3, 64, 64), *options, plu=plu)
-        n_parameters = sum(p.numel() for p in model.parameters())
-        assert n_parameters / 1e6 == pytest.approx(millions, abs=0.02)
+        assert model.n_parameters / 1e6 == pytest.approx(millions, abs=0.02)
 
 
 def test_temperature_scales_new_noise_only():
