@@ -45,7 +45,7 @@ from tqdm import tqdm
 from common.averages import MovingAverage
 from common.batches import Stream, batch_indices, seeded_generator
 from common.checkpoints import CheckpointFormat, batch_of_all_processes, require_entries
-from common.devices import collect_gradients, keep_on_device, to_device
+from common.devices import collect_gradients, keep_on_device, scales_gradients, to_device
 from common.errors import UserError, exit_on_user_error, report_error, warn_on_error
 from common.files import digest, write_json
 from common.graphs import CapturedStep, can_capture
@@ -1208,7 +1208,7 @@ class Training:
 
         self.images = keep_on_device(data.train.images, process.device)
         self.compute = self.forward_and_update
-        if can_capture(process) and not config.no_cuda_graph:
+        if can_capture(process, self.optimizer) and not config.no_cuda_graph:
             self.compute = CapturedStep(self.compute, self.optimizer)
         if config.compile:
             compile_couplings(self.model)
@@ -1263,18 +1263,24 @@ class Training:
 def update(run: Training, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Change the weights by a loss. Returns the loss and the gradient norm.
 
-    Where these are not finite on one process, no process changes its weights. What happens is
-    decided where the tensors are, so that the CPU never waits for a GPU.
+    Where these are not finite on one process, no process changes its weights. With the optimizer
+    of ``build_optimizer``, all is decided on the device, and the CPU never waits for a GPU.
     """
     run.optimizer.zero_grad()
     loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))  # NaN reaches all processes
-    norm = torch.stack(torch._foreach_norm(collect_gradients(run.model))).norm()
+    gradients = collect_gradients(run.model)
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    divisor = (norm / run.config.grad_norm_clip).clamp(min=1)
     is_skipped = ~norm.isfinite()
 
-    # fused Adam divides the gradients by the one, and changes nothing where the other is 1
-    run.optimizer.grad_scale = (norm / run.config.grad_norm_clip).clamp(min=1).float()
-    run.optimizer.found_inf = is_skipped.float()
-    run.optimizer.step()
+    if scales_gradients(run.optimizer):
+        # it divides the gradients by the one, and changes nothing where the other is 1
+        run.optimizer.grad_scale = divisor.float()
+        run.optimizer.found_inf = is_skipped.float()
+        run.optimizer.step()
+    elif not is_skipped:
+        torch._foreach_div_(gradients, divisor)
+        run.optimizer.step()
 
     run.average.update(is_skipped)
     run.n_skipped += is_skipped

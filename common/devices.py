@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 LARGEST_SHARE = 0.25  # of a GPU's free memory, for a data set
 
@@ -44,3 +45,8 @@ def collect_gradients(model: nn.Module) -> list[torch.Tensor]:
             parameter.grad = gradient
         gradients.append(gradient)
     return gradients
+
+
+def scales_gradients(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer looks at ``grad_scale`` and ``found_inf``, as fused ones do."""
+    return getattr(optimizer, '_step_supports_amp_scaling', False)

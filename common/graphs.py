@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .devices import scales_gradients
 from .errors import UserError
 from .interfaces import Process
 
@@ -19,13 +20,14 @@ Step = Callable[..., tuple[Tensor, ...]]
 N_WARMUP = 3  # steps in which libraries choose their kernels, and the optimizer makes its state
 
 
-def can_capture(process: Process) -> bool:
+def can_capture(process: Process, optimizer: Optimizer) -> bool:
     """Return whether the steps of a training can be captured: those of a single GPU.
 
-    Several processes wait for each other within a step, and anomaly detection waits for the GPU.
+    Several processes wait for each other within a step. Anomaly detection waits for the GPU, and
+    so does clipping for an optimizer that is not fused.
     """
-    is_alone = process.world_size == 1
-    return process.device.type == 'cuda' and is_alone and not torch.is_anomaly_enabled()
+    is_single_gpu = process.device.type == 'cuda' and process.world_size == 1
+    return is_single_gpu and scales_gradients(optimizer) and not torch.is_anomaly_enabled()
 
 
 class CapturedStep:
