@@ -133,7 +133,7 @@ def summarize(run: Run, name: str, machine: str) -> dict:
     return {
         'data': name or describe_data(run),
         'model': describe_model(run),
-        'parameters': sum(parameter.numel() for parameter in model.parameters()),
+        'parameters': model.n_parameters,
         'score': run.scores[score_key],
         'two_standard_errors': run.scores['two_standard_errors'],
         'unit': UNITS[score_key],
