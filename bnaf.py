@@ -13,8 +13,9 @@ Every bijection has one protocol: ``forward(x) -> (z, logdet)`` and ``inverse(z)
 ``logdet``, of shape (B,), is the logarithm of the absolute determinant of the Jacobian of the
 direction that was called, in nats.
 
-The layers inside a flow map d blocks of a units each, (B, d a), one block per variable. Beside
-them they carry j (B, d, a), the derivative of each unit with respect to its block's own variable.
+The layers inside a flow hold d blocks of a units each, (d a, B), one block per variable, with the
+features first. Beside them they carry j (d, a, B), the derivative of each unit with respect to its
+block's own variable.
 """
 
 if __name__ == '__main__':
@@ -39,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
@@ -47,7 +49,7 @@ from tqdm import tqdm
 
 from common.averages import MovingAverage
 from common.batches import Stream, batch_indices, seed_sequence, seeded_generator
-from common.checkpoints import CheckpointFormat, batch_of_all_processes, require_entries
+from common.checkpoints import CheckpointFormat, batch_of_all_processes, is_same, require_entries
 from common.devices import collect_gradients, scales_gradients, to_device
 from common.errors import UserError, exit_on_user_error, report_error
 from common.files import write_json
@@ -220,7 +222,6 @@ DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
 # ------------------------------------------------------------------------------------------ layers
 
 REACH = 5.0  # of a flow without a residual at first, in standard deviations of the noise
-MIN_SLOPE = 1e-25  # float32 loses terms below 1e-37, so a slope above this has lost nothing
 FARTHEST = 1e6  # in standardised units: where the inverse gives up looking for a root
 ROUGH_TOL = 1e-4  # in the same units: of the inverse's search in float32
 ROUGH_STEPS = 15  # of this search, at most
@@ -230,96 +231,75 @@ GROUP = 8  # variables for which the inverse adds up at once what those before t
 class MaskedLinear(nn.Module):
     """Weight-normalised linear map of d blocks of a units to d blocks of b units (eq. 8).
 
-    The weight matrix is block lower triangular, and its blocks on the diagonal are exp(.) > 0:
-    block i of the output grows with block i of the input, and depends on earlier blocks besides.
-    Rows are w = exp(log_g) v / |v|.
+    The matrix W is block lower triangular, and its blocks on the diagonal are positive: block i of
+    the output grows with block i of the input, and depends on earlier blocks besides. Its rows are
+    exp(log_g) v / |v|, where v is ``weight`` below the diagonal and exp(``weight``) on it. What
+    ``weight`` holds above the diagonal is not used.
     """
 
     def __init__(self, d: int, a: int, b: int) -> None:
         super().__init__()
         # Xavier's bound; block row i has i blocks of a inputs that are not zero
         bound = (6 / (a * torch.arange(1.0, d + 1) + b)).sqrt()
-        log_diagonal = torch.empty(d, b, a).uniform_(-1, 1)
-        lower = torch.empty(d * b, d * a).uniform_(-1, 1)
+        diagonal = torch.empty(d, b, a).uniform_(-1, 1)
+        weight = torch.empty(d * b, d * a).uniform_(-1, 1)
+        diagonal_blocks(weight, d).copy_(diagonal)
         g = 1 - torch.rand(d * b, 1)  # in (0, 1], so that its logarithm is finite
         bias = torch.empty(d * b).uniform_(-1, 1)
-        self.log_diagonal = nn.Parameter(bound[:, None, None] * log_diagonal)
-        self.lower = nn.Parameter(bound.repeat_interleave(b)[:, None] * lower)
+
+        mask = torch.ones(d, d).tril().repeat_interleave(b, 0).repeat_interleave(a, 1)
+        self.weight = nn.Parameter(bound.repeat_interleave(b)[:, None] * weight * mask)
         self.log_g = nn.Parameter(g.log())
         self.bias = nn.Parameter(bias / math.sqrt(d * b))
-
-        blocks = torch.ones(d, d).tril(-1)
-        mask = blocks.repeat_interleave(b, 0).repeat_interleave(a, 1)
         self.register_buffer('mask', mask, persistent=False)
+        self.d, self.n_masked = d, d * (d - 1) // 2 * a * b
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return W, of shape (d b, d a), and a view (b, a, d) of its diagonal blocks."""
-        d, b, a = self.log_diagonal.shape
-        lower = (self.mask * self.lower).to(dtype).view(d, b, d, a)
-        positive = self.log_diagonal.to(dtype).exp().permute(1, 2, 0)
-        v = torch.diagonal_scatter(lower, positive, dim1=0, dim2=2).view(d * b, d * a)
-        w = WeightNorm.apply(v, self.log_g.to(dtype).exp())
-        return w, w.view(d, b, d, a).diagonal(dim1=0, dim2=2)
+        """Return W, of shape (d b, d a), and a view (d, b, a) of its blocks on the diagonal."""
+        w = normalized(self.weight.to(dtype), self.log_g.to(dtype), self.mask, self.d)
+        return w, diagonal_blocks(w, self.d)
 
     def forward(self, x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        """Map units ``x`` (N, d a) and their derivatives ``j`` (N, d, a) to b units per block."""
-        w, diagonal = self.weights(x.dtype)
-        y = F.linear(x, w, self.bias.to(x.dtype))
-        return y, torch.einsum('bad,nda->ndb', diagonal, j)
+        """Map units (d a, B) and their derivatives (d, a, B) to (d b, B) and (d, b, B)."""
+        parameters = [value.to(x.dtype) for value in (self.weight, self.log_g, self.bias)]
+        linear = plain_linear if is_transformed() else FastLinear.apply
+        return linear(x, j, *parameters, self.mask)
 
 
-class WeightNorm(torch.autograd.Function):
-    """Rows w = g v / |v|, of v (M, N) and g (M, 1) (eq. 8).
+def diagonal_blocks(matrix: Tensor, d: int) -> Tensor:
+    """Return a view (d, b, a) of the d blocks on the diagonal of a matrix (d b, d a)."""
+    rows, columns = matrix.shape
+    blocks = matrix.view(d, rows // d, d, columns // d)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
-    torch computes it as for its own weight normalization, whose gradient cannot be differentiated
-    again: it takes |v| for a constant.
+
+def normalized(weight: Tensor, log_g: Tensor, mask: Tensor, d: int) -> Tensor:
+    """Return the matrix W of a ``MaskedLinear`` (eq. 8)."""
+    v = weight * mask
+    positive = diagonal_blocks(v, d).exp().permute(1, 2, 0)
+    blocks = v.view(d, positive.shape[0], d, positive.shape[1])
+    v = torch.diagonal_scatter(blocks, positive, dim1=0, dim2=2).view(v.shape)
+    return log_g.exp() * v / v.norm(dim=1, keepdim=True)
+
+
+def plain_linear(
+    x: Tensor, j: Tensor, weight: Tensor, log_g: Tensor, bias: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return W x + bias and its derivatives, by the blocks on the diagonal of W (eq. 9)."""
+    w = normalized(weight, log_g, mask, len(j))
+    return w @ x + bias[:, None], diagonal_blocks(w, len(j)) @ j
+
+
+def plain_tanh(y: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tanh(y), its derivatives tanh'(y) j without their scale (eq. 10), and its log.
+
+    The scale, constant as far as gradients go, is the largest derivative of each block. Without it
+    nothing underflows that counts.
     """
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:
-        w, norm = torch._weight_norm_interface(v, g, 0)
-        ctx.save_for_backward(v, g, norm)
-        return w
-
-    @staticmethod
-    def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor, Tensor]:
-        v, g, norm = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return torch.ops.aten._weight_norm_interface_backward(grad_w, v, g, norm, 0)
-
-        norm = v.norm(dim=1, keepdim=True)
-        grad_g = (grad_w * v).sum(1, keepdim=True) / norm
-        return g / norm * (grad_w - v * grad_g / norm), grad_g
-
-
-class Tanh(torch.autograd.Function):
-    """y = tanh(x), and its derivative tanh'(x) j where j is that of x (eq. 10).
-
-    tanh' is computed as cosh(x)^-2, because 1 - y^2 loses its digits where y is near 1. The
-    gradient reuses what was computed, as tanh'' = -2 y tanh'. It can be differentiated again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        y = x.tanh()
-        slope = x.cosh().pow_(-2).view(j.shape)
-        j_out = slope * j
-        ctx.save_for_backward(y, slope, j_out)
-        return y, j_out
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_j: Tensor) -> tuple[Tensor, Tensor]:
-        y, slope, j_out = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # the saved slope is a constant: add 0 in a form that has the derivative of 1 - y^2
-            zero = y.detach().square() - y.square()
-            slope = slope + zero.view(slope.shape)
-            grad_x = -2 * y * (grad_j * j_out).reshape(y.shape)
-            return grad_x + grad_y * slope.view(y.shape), grad_j * slope
-
-        grad_x = (grad_j * j_out).reshape(y.shape).mul_(y).mul_(-2)
-        grad_x = grad_x.addcmul_(grad_y, slope.view(y.shape))
-        return grad_x, grad_j * slope
+    log_slope = 2 * (math.log(2) - torch.logaddexp(y, -y)).unflatten(0, (len(j), -1))
+    tiny = torch.finfo(j.dtype).tiny
+    log_scale = (log_slope + j.clamp_min(tiny).log()).detach().amax(1, keepdim=True)
+    return y.tanh(), (log_slope - log_scale).exp() * j, log_scale
 
 
 class BlockFlow(nn.Module):
@@ -348,8 +328,8 @@ class BlockFlow(nn.Module):
         checkpoint_grads: bool = False,
     ) -> None:
         super().__init__()
-        units = [1, *[hidden_dim] * (n_hidden + 1), 1]
-        layers = [MaskedLinear(data_dim, a, b) for a, b in zip(units, units[1:])]
+        self.units = [1, *[hidden_dim] * (n_hidden + 1), 1]  # per variable
+        layers = [MaskedLinear(data_dim, a, b) for a, b in zip(self.units, self.units[1:])]
         self.linears = nn.ModuleList(layers)
         self.residual, self.checkpoint_grads = residual, checkpoint_grads
         if residual is None:
@@ -365,40 +345,52 @@ class BlockFlow(nn.Module):
         """
         last = self.linears[-1]
         _, diagonal = last.weights(last.bias.dtype)
-        last.log_g.add_(math.log(REACH) - diagonal.sum(1).T.log())
+        last.log_g.add_(math.log(REACH) - diagonal.sum(2).log())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        compute = self.forward_with_slope
-        if self.checkpoint_grads and torch.is_grad_enabled():
-            compute = partial(checkpoint, self.forward_with_slope, use_reentrant=False)
+        if self.checkpoint_grads and torch.is_grad_enabled() and not is_transformed():
+            return checkpoint(self.compute, x, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(x)
 
-        z, slope = compute(x)
-        if slope.dtype == torch.float32 and (slope < MIN_SLOPE).any():
-            # terms of so small a slope may have underflowed
-            z, slope = compute(x.double())
-        # a slope of zero gets a logarithm that is finite
-        logdet = slope.clamp_min(torch.finfo(slope.dtype).tiny).log().sum(1)
-        return z.to(x.dtype), logdet.to(x.dtype)
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and the log-determinant by the chain rule over blocks (eq. 9-11).
 
-    def forward_with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z and dz_i / dx_i, both (B, D).
-
-        The slopes follow from the chain rule over the blocks on the diagonal (eq. 9-11). All
-        their factors are positive, so they are multiplied and added without logarithms.
+        The derivatives j of the units with respect to their block's own variable are positive.
+        They are multiplied and added as they are, but for a scale per block, kept as its log.
         """
-        ones = x.new_ones(*x.shape, 1)  # dx_i / dx_i
-        z, j = self.linears[0](x, ones)
-        for linear in self.linears[1:]:
-            z, j = linear(*Tanh.apply(z, j))
-        return self.add_residual(z, j.squeeze(2), x)
+        tanh = plain_tanh if is_transformed() else fast_tanh
+        u, j, log_scale = x.t(), x.new_ones(x.shape[1], 1, 1), 0.0
+        for k, linear in enumerate(self.linears):
+            if k:
+                u, j, log_taken = tanh(u, j)
+                log_scale = log_scale + log_taken
+            u, j = linear(u, j)
+
+        tiny = torch.finfo(j.dtype).tiny  # a slope of zero gets a logarithm that is finite
+        log_slope = (j.clamp_min(tiny).log() + log_scale).squeeze(1).t()
+        z, log_slope = self.add_log_residual(u.t(), log_slope, x)
+        return z, log_slope.sum(1)
+
+    def log_shares(self) -> tuple[Tensor, Tensor]:
+        """Return the logs of the factors of f(x) and of x in z."""
+        if self.residual == 'normal':
+            one = self.linears[0].bias.new_ones(())
+            return one.log(), one.log()
+        return F.logsigmoid(self.gate), F.logsigmoid(-self.gate)
+
+    def add_log_residual(self, y: Tensor, log_slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and the log of its slope, given y = f(x) and the log of the slope of f."""
+        if self.residual is None:
+            return y, log_slope
+        log_s, log_rest = self.log_shares()
+        z = log_s.exp() * y + log_rest.exp() * x
+        return z, torch.logaddexp(log_s + log_slope, log_rest)
 
     def add_residual(self, y: Tensor, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and its slope, given y = f(x) and the slope of f."""
         if self.residual is None:
             return y, slope
-        if self.residual == 'normal':
-            return y + x, slope + 1
-        s, rest = torch.sigmoid(self.gate), torch.sigmoid(-self.gate)
+        s, rest = (log_share.exp() for log_share in self.log_shares())
         return s * y + rest * x, s * slope + rest
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -425,6 +417,168 @@ class BlockFlow(nn.Module):
             torch.where(found, x, math.nan),
             torch.where(found.squeeze(1), logdet, math.nan),
         )
+
+
+# ------------------------------------------------------------------------------------- fast layers
+
+STRIP = 110  # rows of W worth a product of their own, which skips the zeros to the right of them
+
+
+class FastLinear(torch.autograd.Function):
+    """``plain_linear``, with weights normalised in one pass and products that skip zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, j: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        weight, log_g, bias, mask = parameters
+        d = len(j)
+        v, g = weight * mask, log_g.exp()
+        fast_blocks(v, d).exp_()
+        w, norm = torch._weight_norm_interface(v, g, 0)
+        ctx.save_for_backward(x, j, *parameters, v, g, norm, w)
+        return product(w, x, bias, d), torch.bmm(fast_blocks(w, d), j)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_j: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, v, g, norm, w = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return gradients_of(plain_linear, inputs, (grad_y, grad_j))
+
+        x, j, _, _, _, mask = inputs
+        d = len(j)
+        grad_w = outer_product(grad_y, x, mask, d)
+        fast_blocks(grad_w, d).add_(torch.bmm(grad_j, j.transpose(1, 2)))
+        grad_v, grad_g = torch.ops.aten._weight_norm_interface_backward(grad_w, v, g, norm, 0)
+        fast_blocks(grad_v, d).mul_(fast_blocks(v, d))
+
+        grad_x = transposed_product(w, grad_y, d) if ctx.needs_input_grad[0] else None
+        grad_j_in = None
+        if ctx.needs_input_grad[1]:
+            grad_j_in = torch.bmm(fast_blocks(w, d).transpose(1, 2), grad_j)
+        return grad_x, grad_j_in, grad_v, grad_g.mul_(g), grad_y.sum(1), None
+
+
+class FastTanh(torch.autograd.Function):
+    """``plain_tanh`` with one exponential, and the derivatives tanh'(y) without their scale.
+
+    With e = exp(-2 |y|), |tanh(y)| = (1 - e) / (1 + e) and tanh'(y) = 4 e / (1 + e)^2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # in place where possible: memory that is new costs more than arithmetic
+        size = y.abs().view(len(j), len(y) // len(j), y.shape[1])
+        smallest = size.amin(1, keepdim=True)
+        e = torch.sub(2 * smallest, size, alpha=2, out=size).exp_()  # over that of the smallest
+        j_out = e * j
+        largest = j_out.amax(1, keepdim=True).clamp_min_(torch.finfo(j.dtype).tiny)
+
+        divisor = e * (-2 * smallest).exp_()
+        x = torch.rsub(divisor, 1)
+        divisor.add_(1)
+        x = x.div_(divisor).view(y.shape).copysign_(y)
+        divisor.mul_(divisor).mul_(largest)
+        j_out, slope = j_out.div_(divisor), e.div_(divisor)
+        log_scale = torch.sub(largest.log_(), smallest, alpha=2).add_(math.log(4))
+        ctx.save_for_backward(x, j_out, slope)
+        ctx.shape_of_j = j.shape
+        ctx.mark_non_differentiable(log_scale)
+        ctx.set_materialize_grads(False)
+        return x, j_out, slope, log_scale
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_x: Tensor | None,
+        grad_j: Tensor | None,
+        grad_slope: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor, Tensor]:
+        # of what was returned, so that it can be differentiated again
+        x, j, slope = ctx.saved_tensors
+        grad_x = torch.zeros_like(x) if grad_x is None else grad_x
+        grad_j = torch.zeros_like(j) if grad_j is None else grad_j
+        half = torch.mul(x, grad_x).addcmul_(grad_j.reshape(x.shape), j.view(x.shape), value=2)
+        if grad_slope is not None:
+            half = half + 2 * (grad_slope * slope).view(x.shape)
+        grad_y = torch.addcmul(grad_x, half, x, value=-1)
+        return grad_y, (grad_j * slope).sum_to_size(ctx.shape_of_j)
+
+
+def fast_tanh(y: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``plain_tanh`` does, with a scale that may be larger than needed."""
+    x, j, _, log_scale = FastTanh.apply(y, j)
+    return x, j, log_scale
+
+
+def fast_blocks(matrix: Tensor, d: int) -> Tensor:
+    """Return what ``diagonal_blocks`` does, in one operation."""
+    rows, columns = matrix.shape
+    b, a = rows // d, columns // d
+    return matrix.as_strided((d, b, a), (b * columns + a, columns, 1))
+
+
+def strips(w: Tensor, d: int) -> list[tuple[slice, slice, slice]]:
+    """Cut W (d b, d a) into strips of whole blocks of rows.
+
+    Each is given by its rows, the columns that are not all zero in them, and the last of these,
+    where the blocks on the diagonal are.
+    """
+    b, a = w.shape[0] // d, w.shape[1] // d
+    n = 1 if w.is_cuda else min(d, max(1, d * min(a, b) // STRIP))
+    edges = [round(k * d / n) for k in range(n + 1)]
+    return [
+        (slice(p * b, q * b), slice(q * a), slice(p * a, q * a)) for p, q in zip(edges, edges[1:])
+    ]
+
+
+def product(w: Tensor, x: Tensor, bias: Tensor, d: int) -> Tensor:
+    """Return W x + bias."""
+    cut = strips(w, d)
+    if len(cut) == 1:
+        return torch.addmm(bias[:, None], w, x)
+    y = x.new_empty(len(w), x.shape[1])
+    for rows, columns, _ in cut:
+        torch.addmm(bias[rows, None], w[rows, columns], x[columns], out=y[rows])
+    return y
+
+
+def transposed_product(w: Tensor, y: Tensor, d: int) -> Tensor:
+    """Return W^T y."""
+    *others, (rows, _, _) = strips(w, d)
+    x = w[rows].t() @ y[rows]
+    for rows, columns, _ in others:
+        x[columns].addmm_(w[rows, columns].t(), y[rows])
+    return x
+
+
+def outer_product(y: Tensor, x: Tensor, mask: Tensor, d: int) -> Tensor:
+    """Return y x^T, where the mask is 1."""
+    cut = strips(mask, d)
+    if len(cut) == 1:
+        return torch.mm(y, x.t()).mul_(mask)
+    w = x.new_zeros(mask.shape)
+    for rows, columns, corner in cut:
+        torch.mm(y[rows], x[columns].t(), out=w[rows, columns])
+        w[rows, corner] *= mask[rows, corner]
+    return w
+
+
+def gradients_of(
+    function: Callable, inputs: list[Tensor], grads: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the inputs of a function, such that they can be differentiated."""
+    with torch.enable_grad():
+        outputs = function(*inputs)
+    pairs = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
+    needed = [value for value in inputs if value.requires_grad]
+    kept, grads_of_kept = zip(*pairs)
+    gradients = iter(torch.autograd.grad(kept, needed, grads_of_kept, create_graph=True))
+    return tuple(next(gradients) if value.requires_grad else None for value in inputs)
+
+
+def is_transformed() -> bool:
+    """Return whether torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @torch.no_grad()
@@ -719,6 +873,13 @@ class BNAF(Sequence):
         super().__init__(layers)
         self.data_dim = data_dim
 
+    @property
+    def n_parameters(self) -> int:
+        """The number of parameters that are used: weights above the diagonal are not."""
+        linears = [module for module in self.modules() if isinstance(module, MaskedLinear)]
+        n_masked = sum(linear.n_masked for linear in linears)
+        return sum(parameter.numel() for parameter in self.parameters()) - n_masked
+
     def log_prob(self, x: Tensor) -> Tensor:
         """Return log p(x) in nats, of shape (B,), of rows (B, ``data_dim``).
 
@@ -948,10 +1109,78 @@ def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def upgrade_from_2(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint of format 2 as that of format 3.
+
+    The former keeps the blocks on the diagonal of each weight, and those below, apart.
+    """
+    adam_schema = {'state': dict, 'param_groups': [dict]}
+    require_entries(saved, {'model': dict, 'average': dict, 'optimizer': adam_schema})
+    names = list(saved['model'])
+    state, groups = saved['optimizer']['state'], saved['optimizer']['param_groups']
+    indices = [group.get('params') for group in groups]
+    if not is_same(indices, [list(range(len(names)))]):
+        raise ValueError('its optimizer belongs to other weights')
+
+    model = merge_blocks(saved['model'])
+    states: dict[int, dict[str, Any]] = {i: {} for i in range(len(model) if state else 0)}
+    keys = [list(values) for values in state.values()]
+    if any(other != keys[0] for other in keys):
+        raise ValueError("its optimizer's state does not match its weights")
+    for key in keys[0] if keys else ():
+        merged = merge_blocks({name: state[i][key] for i, name in enumerate(names)})
+        for i, value in enumerate(merged.values()):
+            states[i][key] = value
+
+    group = {**groups[0], 'params': list(range(len(model)))}
+    return {
+        **saved,
+        'model': model,
+        'average': merge_blocks(saved['average']),
+        'optimizer': {'state': states, 'param_groups': [group]},
+    }
+
+
+def merge_blocks(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict of format 2, or what an optimizer keeps for one, in format 3."""
+    merged = {}
+    for name, value in values.items():
+        layer, _, parameter = name.rpartition('.')
+        if parameter == 'log_diagonal':
+            lower = values[f'{layer}.lower']
+            merged[f'{layer}.weight'] = merge_weight(value, lower)
+        elif parameter != 'lower':
+            merged[name] = value
+    return merged
+
+
+def merge_weight(diagonal: Tensor, lower: Tensor) -> Tensor:
+    """Return the matrix (d b, d a) of blocks on the diagonal (d, b, a) and those of a matrix below.
+
+    Numbers that belong to both, counts of steps, are returned as they are. Raises ``ValueError``
+    for anything that is not of these shapes.
+    """
+    for value in (diagonal, lower):
+        is_plain = type(value) is Tensor and value.layout == torch.strided
+        if not is_plain or value.dtype != torch.float32:
+            raise ValueError('something among its weights is no tensor of numbers')
+    if diagonal.dim() == lower.dim() == 0:
+        return lower
+
+    is_fit = diagonal.dim() == 3 and diagonal.numel() > 0
+    d, b, a = diagonal.shape if is_fit else (0, 0, 0)
+    if not is_fit or lower.shape != (d * b, d * a):
+        raise ValueError('its weights do not fit each other')
+    below = torch.ones(d, d).tril(-1)
+    weight = lower * below.repeat_interleave(b, 0).repeat_interleave(a, 1)
+    diagonal_blocks(weight, d).copy_(diagonal)
+    return weight
+
+
 PLATEAU = {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}  # changes in training
 CHECKPOINT = CheckpointFormat(
     script=f'{NAME}.py',
-    number=2,
+    number=3,
     config_class=Config,
     n_dims=1,  # of a row: (D,)
     fields={
@@ -981,7 +1210,7 @@ CHECKPOINT = CheckpointFormat(
     },
     build_model=build_model,
     build_optimizer=build_optimizer,
-    upgrades={1: upgrade_from_1},
+    upgrades={1: upgrade_from_1, 2: upgrade_from_2},
 )
 
 

@@ -4,6 +4,8 @@ parameters."""
 import copy
 import functools
 import math
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ import torch.nn.functional as F
 from helpers import assert_close, jacobian, log_det, perturbed, single_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import bnaf
+from common.errors import UserError
+from common.tensors import load_tensors
 from datasets.tabular import TableData, load_table
 
 FLOWS = {
@@ -91,7 +96,7 @@ def test_masked_linear(a, b):
     for i in range(3):
         for j in range(3):
             assert (blocks[i, :, j] == 0).all() == (j > i)
-        assert torch.equal(blocks[i, :, i], diagonal[..., i])
+        assert torch.equal(blocks[i, :, i], diagonal[i])
         assert (diagonal > 0).all()
     scale = layer.log_g.exp().squeeze(1)
     torch.testing.assert_close(w.norm(dim=1), scale)
@@ -114,10 +119,12 @@ def logdet_by_logsumexp(flow, x):
             log_j = log_j + log_slope.view(log_j.shape)
             z = z.tanh()
         w, _ = linear.weights(x.dtype)
-        v = torch.block_diag(*linear.log_diagonal.exp()) + linear.mask * linear.lower
+        log_diagonal = bnaf.diagonal_blocks(linear.weight, linear.d)
+        v = linear.mask * linear.weight
+        bnaf.diagonal_blocks(v, linear.d).copy_(log_diagonal.exp())
         log_scale = linear.log_g - v.norm(dim=1, keepdim=True).log()
-        d, b, _ = linear.log_diagonal.shape
-        log_w = linear.log_diagonal + log_scale.view(d, b, 1)
+        d, b, _ = log_diagonal.shape
+        log_w = log_diagonal + log_scale.view(d, b, 1)
         z = z @ w.T + linear.bias
         log_j = torch.logsumexp(log_w + log_j[:, :, None], 3)
     return log_j.squeeze(2).sum(1)
@@ -130,12 +137,13 @@ def steep_flow(seed, spread, steepness, opposed):
     first, second, _ = flow.linears
     with torch.no_grad():
         for linear in flow.linears:
-            linear.log_diagonal.uniform_(-spread, spread)
+            bnaf.diagonal_blocks(linear.weight, 3).uniform_(-spread, spread)
         if opposed:
             is_steep = torch.tensor([1.0, 1.0, 0.0, 0.0] * 3)
             first.log_g += math.log(steepness) * is_steep[:, None]
             sign = torch.tensor([1.0, 1.0, -1.0, -1.0])
-            second.log_diagonal.copy_(spread * sign + torch.randn(3, 4, 4))
+            log_diagonal = spread * sign + torch.randn(3, 4, 4)
+            bnaf.diagonal_blocks(second.weight, 3).copy_(log_diagonal)
     return flow
 
 
@@ -174,21 +182,27 @@ def test_float32_is_as_good_as_logsumexp(seed, spread, steepness, opposed):
     torch.testing.assert_close(gradient, exact_gradient, rtol=1e-3, atol=atol)
 
 
-def test_saturated_units_are_computed_in_float64():
-    """Derivatives of e^-120 underflow in float32; those below e^-708 are rounded up to that."""
+@pytest.mark.parametrize('is_plain', [False, True])
+@pytest.mark.parametrize('residual', [None, 'gated'])
+def test_slopes_that_underflow(residual, is_plain, monkeypatch):
+    """Far out all units of a block are saturated, and slopes are below what float32 can hold."""
+    monkeypatch.setattr(bnaf, 'is_transformed', lambda: is_plain)
     torch.manual_seed(0)
-    flow = bnaf.BlockFlow(1, 0, 3)
-    flow.linears[0].log_g.data.zero_()
-    for x, low, high in (
-        (60.0, -150, -110),
-        (1e4, -712, -700),
-    ):
-        rows = torch.tensor([x, -x, 0.0])
-        z, logdet = flow(rows[:, None])
-        assert low < logdet[0] < high
-        assert low < logdet[1] < high
-        assert -10 < logdet[2]
-        assert z.dtype == logdet.dtype == torch.float32
+    flow = bnaf.BlockFlow(2, 1, 3, residual)
+    for linear in flow.linears:
+        linear.log_g.data.zero_()
+    if residual:
+        flow.gate.data.fill_(150.0)  # of the row itself, hardly anything is in the output
+    exact = copy.deepcopy(flow).double()
+    for x in (80.0, 300.0):
+        rows = torch.tensor([[x, -x], [-x, 0.1], [x, x]])
+        logdet = flow(rows)[1]
+        expected = exact(rows.double())[1]
+        assert expected.max() < math.log(1e-60)
+        torch.testing.assert_close(logdet.double(), expected, rtol=1e-6, atol=0)
+        gradient = gradient_of_logdet(flow, rows)
+        expected = gradient_of_logdet(exact, rows.double())
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-30)
 
 
 # ------------------------------------------------------------------------------------------- shapes
@@ -451,36 +465,86 @@ def test_second_derivatives_by_the_weights():
         torch.testing.assert_close(exact, (a - b) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
-def test_weight_norm_equals_that_of_torch_and_is_differentiable_twice():
-    v, g = randn(4, 3).requires_grad_(), randn(4, 1).exp().requires_grad_()
-    torch.autograd.gradcheck(bnaf.WeightNorm.apply, (v, g))
-    torch.autograd.gradgradcheck(bnaf.WeightNorm.apply, (v, g))
-
-    weights, gradients = [], []
-    for function in (bnaf.WeightNorm.apply, lambda v, g: torch._weight_norm(v, g, 0)):
-        w = function(v.float(), g.float())
-        weights.append(w)
-        gradients.append(torch.autograd.grad(w.sin().sum(), (v, g)))
-    assert torch.equal(*weights)
-    assert all(map(torch.equal, *gradients))
-
-
-def test_tanh_is_differentiable_many_times():
+def test_fast_tanh_is_differentiable_many_times():
     torch.manual_seed(0)
-    x = randn(3, 8).requires_grad_()
-    j = randn(3, 2, 4).requires_grad_()
-    torch.autograd.gradcheck(bnaf.Tanh.apply, (x, j))
-    torch.autograd.gradgradcheck(bnaf.Tanh.apply, (x, j))
+    y = randn(8, 3).requires_grad_()
+    batched, constant = randn(2, 4, 3).exp(), randn(2, 4, 1).exp()
+    for j in (batched.requires_grad_(), constant.requires_grad_()):
 
-    # of the third order, along one direction
-    def second_derivative(x):
-        y, j_out = bnaf.Tanh.apply(x, j.detach())
-        total = y.sum() + j_out.sum()
-        (first,) = torch.autograd.grad(total, x, create_graph=True)
-        (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
-        return second
+        def derivatives(y, j):
+            """Return tanh(y) and its derivatives with their scale."""
+            x, j_out, log_scale = bnaf.fast_tanh(y, j)
+            return x, j_out * log_scale.exp()
 
-    torch.autograd.gradcheck(second_derivative, (x,))
+        torch.autograd.gradcheck(derivatives, (y, j))
+        torch.autograd.gradgradcheck(derivatives, (y, j))
+
+        # of the third order, along one direction
+        def second_derivative(y):
+            total = sum(value.sum() for value in derivatives(y, j.detach()))
+            (first,) = torch.autograd.grad(total, y, create_graph=True)
+            (second,) = torch.autograd.grad(first.sum(), y, create_graph=True)
+            return second
+
+        torch.autograd.gradcheck(second_derivative, (y,))
+
+
+# d, n_hidden and hidden_dim, and into how many strips the largest weight is cut
+FAST_SHAPES = {
+    (1, 0, 1): 1,
+    (3, 2, 4): 1,
+    (2, 1, 120): 2,
+    (12, 1, 20): 2,
+    (5, 1, 70): 3,
+}
+
+
+@pytest.mark.parametrize('n_rows', [1, 5])
+@pytest.mark.parametrize('residual', [None, 'normal', 'gated'])
+@pytest.mark.parametrize('shape', FAST_SHAPES)
+def test_fast_layers_equal_plain_ones(shape, residual, n_rows, monkeypatch):
+    """In values and in gradients, where weights above the diagonal are not zero, too."""
+    torch.manual_seed(0)
+    d, n_hidden, hidden_dim = shape
+    flow = perturbed(bnaf.BlockFlow(d, n_hidden, hidden_dim, residual), 0.3)
+    largest = max((linear.weight for linear in flow.linears), key=torch.numel)
+    assert len(bnaf.strips(largest, d)) == FAST_SHAPES[shape]
+
+    x = randn(n_rows, d).requires_grad_()
+    weights = randn(n_rows, d)
+    results = []
+    for is_plain in (False, True):
+        monkeypatch.setattr(bnaf, 'is_transformed', lambda: is_plain)
+        z, logdet = flow(x)
+        loss = (weights * z).sum() + logdet.square().sum()
+        gradients = torch.autograd.grad(loss, [x, *flow.parameters()])
+        results.append([z, logdet, *gradients])
+    for fast, plain in zip(*results):
+        scale = plain.abs().max().item()
+        assert_close(fast, plain, atol=1e-12 * (1 + scale))
+
+
+def test_weights_above_the_diagonal_are_not_trained():
+    torch.manual_seed(0)
+    run = bnaf.Training(bnaf.Config(n_flows=2, hidden_dim=3), gaussian_data(), single_process(bnaf))
+    for _ in range(3):
+        run.take_step()
+    for linear in run.model.modules():
+        if isinstance(linear, bnaf.MaskedLinear):
+            assert torch.equal(linear.weight != 0, linear.mask == 1)
+
+
+@pytest.mark.parametrize('residual', [None, 'gated'])
+def test_the_number_of_parameters_is_that_of_the_weights_that_change_the_output(residual):
+    model = perturbed(bnaf.BNAF(3, 2, 1, 4, residual), 0.3)
+    model.log_prob(randn(5, 3)).sum().backward()
+    n_used = sum(parameter.grad.count_nonzero() for parameter in model.parameters())
+    assert model.n_parameters == n_used
+
+
+def test_the_number_of_parameters_of_the_official_model_in_the_plane():
+    toy = bnaf.Config(**bnaf.TOY)
+    assert bnaf.build_model(toy, (2,)).n_parameters == 15_904
 
 
 @pytest.mark.parametrize('checkpoint_grads', [False, True])
@@ -519,18 +583,66 @@ def test_second_derivatives_of_the_inverse_are_refused_rather_than_wrong(by, out
         torch.autograd.grad(value, inputs, create_graph=True)
 
 
-def test_function_transforms_are_refused_rather_than_wrong():
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('checkpoint_grads', [False, True])
+@pytest.mark.parametrize('residual', [None, 'normal', 'gated'])
+def test_function_transforms(residual, checkpoint_grads, dtype):
+    torch.manual_seed(0)
+    model = perturbed(bnaf.BNAF(3, 2, 1, 4, residual, checkpoint_grads), 0.3).to(dtype)
+    rows = randn(4, 3).to(dtype)
+
+    def log_p(row):
+        return model.log_prob(row[None])[0]
+
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    if dtype == torch.float64:
+        close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    close(torch.func.vmap(log_p)(rows), model.log_prob(rows))
+
+    leaf = rows.clone().requires_grad_()
+    (gradients,) = torch.autograd.grad(model.log_prob(leaf).sum(), leaf)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        close(torch.func.vmap(transform(log_p))(rows), gradients)
+
+    hessian = torch.autograd.functional.hessian(log_p, rows[0])
+    close(torch.func.hessian(log_p)(rows[0]), hessian)
+    close(torch.func.jacrev(torch.func.grad(log_p))(rows[0]), hessian)
+
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, rows)[1].sum()
+
+    by_weights = torch.func.grad(loss)(parameters)
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    for actual, gradient in zip(by_weights.values(), expected):
+        close(actual, gradient)
+
+
+def test_forward_mode_differentiation():
+    torch.manual_seed(0)
+    model = perturbed(bnaf.BNAF(3, 2, 1, 4), 0.3)
+    x, direction = randn(4, 3), randn(4, 3)
+    with forward_ad.dual_level():
+        dual = model.log_prob(forward_ad.make_dual(x, direction))
+        slope = forward_ad.unpack_dual(dual).tangent
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model.log_prob(x).sum(), x)
+    torch.testing.assert_close(slope, (gradient * direction).sum(1))
+
+
+def test_function_transforms_of_the_inverse_are_refused_rather_than_wrong():
     model = bnaf.BNAF(2, 2, 1, 4)
     row = torch.zeros(2)
-    for function in (
-        lambda x: model.log_prob(x[None])[0],
-        lambda z: model.inverse(z[None])[1][0],
-    ):
-        for transform in (torch.func.grad, torch.func.jacrev):
-            with pytest.raises(RuntimeError):
-                transform(function)(row)
+
+    def logdet(z):
+        return model.inverse(z[None])[1][0]
+
+    for transform in (torch.func.grad, torch.func.jacrev):
         with pytest.raises(RuntimeError):
-            torch.func.vmap(function)(row[None])
+            transform(logdet)(row)
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(logdet)(row[None])
 
 
 def test_checkpoint_grads_changes_no_gradient():
@@ -542,6 +654,88 @@ def test_checkpoint_grads_changes_no_gradient():
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
+
+
+# -------------------------------------------------------------------------- checkpoints of format 2
+
+
+STORED = Path(__file__).parent / 'checkpoints'
+
+
+def test_weights_of_format_2_are_merged():
+    """Each matrix is what its blocks on the diagonal and below it were, and so are its moments."""
+    file = STORED / 'bnaf_2.pt'
+    former, saved = load_tensors(file), bnaf.load_checkpoint(file)
+    names, new_names = list(former['model']), list(saved['model'])
+
+    def require_merged(merged, diagonal, lower):
+        mask = torch.block_diag(*torch.ones_like(diagonal))
+        d, b, a = diagonal.shape
+        rows = torch.arange(d * b)[:, None] // b
+        columns = torch.arange(d * a) // a
+        assert torch.equal(merged[mask > 0], torch.block_diag(*diagonal)[mask > 0])
+        assert torch.equal(merged[rows > columns], lower[rows > columns])
+        assert not merged[rows < columns].any()
+
+    for k, new_name in enumerate(new_names):
+        layer, _, parameter = new_name.rpartition('.')
+        if parameter != 'weight':
+            i = names.index(new_name)
+            assert torch.equal(saved['model'][new_name], former['model'][new_name])
+            for key, value in saved['optimizer']['state'][k].items():
+                assert torch.equal(value, former['optimizer']['state'][i][key])
+            continue
+
+        diagonal, lower = f'{layer}.log_diagonal', f'{layer}.lower'
+        for prefix, part in (('', 'model'), ('module.', 'average')):
+            former_pair = former[part][prefix + diagonal], former[part][prefix + lower]
+            require_merged(saved[part][prefix + new_name], *former_pair)
+        for key, value in saved['optimizer']['state'][k].items():
+            pair = [
+                former['optimizer']['state'][names.index(name)][key] for name in (diagonal, lower)
+            ]
+            if key == 'step':
+                assert value == pair[0] == pair[1]
+            else:
+                require_merged(value, *pair)
+
+
+DAMAGES = {
+    'no diagonal': lambda model, adam: model.pop('0.linears.0.log_diagonal'),
+    'no lower': lambda model, adam: model.pop('0.linears.0.lower'),
+    'shape': lambda model, adam: model.update({'0.linears.0.lower': torch.zeros(3, 2)}),
+    'flat': lambda model, adam: model.update({'0.linears.0.log_diagonal': torch.zeros(8)}),
+    'empty': lambda model, adam: model.update({'0.linears.0.log_diagonal': torch.zeros(0, 1, 1)}),
+    'scalars': lambda model, adam: model.update(
+        {f'0.linears.0.{name}': torch.zeros(()) for name in ('log_diagonal', 'lower')}
+    ),
+    'type': lambda model, adam: model.update({'0.linears.0.lower': torch.zeros(8, 2).double()}),
+    'complex': lambda model, adam: model.update({'0.linears.0.lower': torch.zeros(8, 2).cfloat()}),
+    'text': lambda model, adam: model.update({'0.linears.0.lower': 'x'}),
+    'number': lambda model, adam: model.update({3: torch.zeros(1)}),
+    'no state': lambda model, adam: adam['state'].pop(2),
+    'other state': lambda model, adam: adam['state'].update({0: 3}),
+    'moment': lambda model, adam: adam['state'][1].update(exp_avg=torch.zeros(2)),
+    'entry': lambda model, adam: adam['state'][1].pop('step'),
+    'more': lambda model, adam: adam['state'][5].update(more=torch.zeros(2)),
+    'groups': lambda model, adam: adam['param_groups'].clear(),
+    'indices': lambda model, adam: adam['param_groups'][0].update(params=[0]),
+    'tensors': lambda model, adam: adam['param_groups'][0].update(params=[torch.ones(2)] * 33),
+    'eight bits': lambda model, adam: model.update(
+        {k: v.to(torch.float8_e4m3fn) for k, v in model.items() if 'linears.0' in k}
+    ),
+    'vector': lambda model, adam: adam['param_groups'][0].update(params=torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_damaged_checkpoints_of_format_2(damage, tmp_path):
+    saved = load_tensors(STORED / 'bnaf_2.pt')
+    DAMAGES[damage](saved['model'], saved['optimizer'])
+    torch.save(saved, tmp_path / 'damaged.pt')
+    with pytest.raises(UserError, match='damaged.pt') as error:
+        bnaf.load_checkpoint(tmp_path / 'damaged.pt')
+    assert '\n' not in str(error.value)
 
 
 # ----------------------------------------------------------------------------------- trained models
