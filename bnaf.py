@@ -253,17 +253,12 @@ class MaskedLinear(nn.Module):
         self.bias = nn.Parameter(bias / math.sqrt(d * b))
         self.register_buffer('mask', mask, persistent=False)
         self.d, self.n_masked = d, d * (d - 1) // 2 * a * b
+        self.strips = cut_into_strips(d, a, b)
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return W, of shape (d b, d a), and a view (d, b, a) of its blocks on the diagonal."""
         w = normalized(self.weight.to(dtype), self.log_g.to(dtype), self.mask, self.d)
         return w, diagonal_blocks(w, self.d)
-
-    def forward(self, x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        """Map units (d a, B) and their derivatives (d, a, B) to (d b, B) and (d, b, B)."""
-        parameters = [value.to(x.dtype) for value in (self.weight, self.log_g, self.bias)]
-        linear = plain_linear if is_transformed() else FastLinear.apply
-        return linear(x, j, *parameters, self.mask)
 
 
 def diagonal_blocks(matrix: Tensor, d: int) -> Tensor:
@@ -280,14 +275,6 @@ def normalized(weight: Tensor, log_g: Tensor, mask: Tensor, d: int) -> Tensor:
     blocks = v.view(d, positive.shape[0], d, positive.shape[1])
     v = torch.diagonal_scatter(blocks, positive, dim1=0, dim2=2).view(v.shape)
     return log_g.exp() * v / v.norm(dim=1, keepdim=True)
-
-
-def plain_linear(
-    x: Tensor, j: Tensor, weight: Tensor, log_g: Tensor, bias: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return W x + bias and its derivatives, by the blocks on the diagonal of W (eq. 9)."""
-    w = normalized(weight, log_g, mask, len(j))
-    return w @ x + bias[:, None], diagonal_blocks(w, len(j)) @ j
 
 
 def plain_tanh(y: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -348,49 +335,59 @@ class BlockFlow(nn.Module):
         last.log_g.add_(math.log(REACH) - diagonal.sum(2).log())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.checkpoint_grads and torch.is_grad_enabled() and not is_transformed():
-            return checkpoint(self.compute, x, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(x)
+        parameters = tuple(value.to(x.dtype) for value in self.parameters())
+        if is_transformed():
+            return self.plain_forward(x, *parameters)
+        if self.checkpoint_grads and torch.is_grad_enabled():
+            options = dict(use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(FastFlow.apply, self, x, *parameters, **options)
+        return FastFlow.apply(self, x, *parameters)
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def plain_forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and the log-determinant by the chain rule over blocks (eq. 9-11).
 
         The derivatives j of the units with respect to their block's own variable are positive.
         They are multiplied and added as they are, but for a scale per block, kept as its log.
+        ``parameters`` are those of the flow. ``FastFlow`` computes the same, faster.
         """
-        tanh = plain_tanh if is_transformed() else fast_tanh
         u, j, log_scale = x.t(), x.new_ones(x.shape[1], 1, 1), 0.0
-        for k, linear in enumerate(self.linears):
+        for k, (weight, log_g, bias, mask) in enumerate(self.layers(parameters)):
             if k:
-                u, j, log_taken = tanh(u, j)
+                u, j, log_taken = plain_tanh(u, j)
                 log_scale = log_scale + log_taken
-            u, j = linear(u, j)
+            w = normalized(weight, log_g, mask, len(j))
+            u, j = w @ u + bias[:, None], diagonal_blocks(w, len(j)) @ j
 
         tiny = torch.finfo(j.dtype).tiny  # a slope of zero gets a logarithm that is finite
         log_slope = (j.clamp_min(tiny).log() + log_scale).squeeze(1).t()
-        z, log_slope = self.add_log_residual(u.t(), log_slope, x)
-        return z, log_slope.sum(1)
-
-    def log_shares(self) -> tuple[Tensor, Tensor]:
-        """Return the logs of the factors of f(x) and of x in z."""
-        if self.residual == 'normal':
-            one = self.linears[0].bias.new_ones(())
-            return one.log(), one.log()
-        return F.logsigmoid(self.gate), F.logsigmoid(-self.gate)
-
-    def add_log_residual(self, y: Tensor, log_slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z and the log of its slope, given y = f(x) and the log of the slope of f."""
+        y = u.t()
         if self.residual is None:
-            return y, log_slope
-        log_s, log_rest = self.log_shares()
-        z = log_s.exp() * y + log_rest.exp() * x
-        return z, torch.logaddexp(log_s + log_slope, log_rest)
+            return y, log_slope.sum(1)
+
+        log_s, log_rest = self.log_shares(parameters)
+        log_slope = torch.logaddexp(log_s + log_slope, log_rest)
+        return log_s.exp() * y + log_rest.exp() * x, log_slope.sum(1)
+
+    def layers(self, parameters: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Return the weight, log_g, bias and mask of each layer, given the flow's parameters."""
+        masks = [linear.mask.to(parameters[0].dtype) for linear in self.linears]
+        first = len(parameters) - 3 * len(masks)  # the gate comes before the layers
+        own = parameters[first:]
+        return list(zip(own[::3], own[1::3], own[2::3], masks))
+
+    def log_shares(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return the logs of s and of 1 - s, the shares of f(x) and of x in z."""
+        if self.residual == 'normal':
+            zero = parameters[0].new_zeros(())
+            return zero, zero
+        gate, *_ = parameters
+        return F.logsigmoid(gate), F.logsigmoid(-gate)
 
     def add_residual(self, y: Tensor, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and its slope, given y = f(x) and the slope of f."""
         if self.residual is None:
             return y, slope
-        s, rest = (log_share.exp() for log_share in self.log_shares())
+        s, rest = (log_share.exp() for log_share in self.log_shares(tuple(self.parameters())))
         return s * y + rest * x, s * slope + rest
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,95 +416,139 @@ class BlockFlow(nn.Module):
         )
 
 
-# ------------------------------------------------------------------------------------- fast layers
-
-STRIP = 110  # rows of W worth a product of their own, which skips the zeros to the right of them
+# --------------------------------------------------------------------------------- fast forward
 
 
-class FastLinear(torch.autograd.Function):
-    """``plain_linear``, with weights normalised in one pass and products that skip zeros."""
+class FastFlow(torch.autograd.Function):
+    """What ``BlockFlow.plain_forward`` computes, and its gradients by hand.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, j: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        weight, log_g, bias, mask = parameters
-        d = len(j)
-        v, g = weight * mask, log_g.exp()
-        fast_blocks(v, d).exp_()
-        w, norm = torch._weight_norm_interface(v, g, 0)
-        ctx.save_for_backward(x, j, *parameters, v, g, norm, w)
-        return product(w, x, bias, d), torch.bmm(fast_blocks(w, d), j)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_j: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, v, g, norm, w = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return gradients_of(plain_linear, inputs, (grad_y, grad_j))
-
-        x, j, _, _, _, mask = inputs
-        d = len(j)
-        grad_w = outer_product(grad_y, x, mask, d)
-        fast_blocks(grad_w, d).add_(torch.bmm(grad_j, j.transpose(1, 2)))
-        grad_v, grad_g = torch.ops.aten._weight_norm_interface_backward(grad_w, v, g, norm, 0)
-        fast_blocks(grad_v, d).mul_(fast_blocks(v, d))
-
-        grad_x = transposed_product(w, grad_y, d) if ctx.needs_input_grad[0] else None
-        grad_j_in = None
-        if ctx.needs_input_grad[1]:
-            grad_j_in = torch.bmm(fast_blocks(w, d).transpose(1, 2), grad_j)
-        return grad_x, grad_j_in, grad_v, grad_g.mul_(g), grad_y.sum(1), None
-
-
-class FastTanh(torch.autograd.Function):
-    """``plain_tanh`` with one exponential, and the derivatives tanh'(y) without their scale.
-
-    With e = exp(-2 |y|), |tanh(y)| = (1 - e) / (1 + e) and tanh'(y) = 4 e / (1 + e)^2.
+    Small models spend their time on starting operations, larger ones on passes over memory. Here
+    both are few: units are rows of a matrix, W is normalised in one pass, and products skip the
+    zeros of W. A gradient that is to be differentiated again comes from the plain form.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # in place where possible: memory that is new costs more than arithmetic
-        size = y.abs().view(len(j), len(y) // len(j), y.shape[1])
-        smallest = size.amin(1, keepdim=True)
-        e = torch.sub(2 * smallest, size, alpha=2, out=size).exp_()  # over that of the smallest
-        j_out = e * j
-        largest = j_out.amax(1, keepdim=True).clamp_min_(torch.finfo(j.dtype).tiny)
+    def forward(ctx: Any, flow: BlockFlow, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        d = x.shape[1]
+        u, j, log_scale = x.t(), None, 0.0
+        saved: list[Tensor | None] = []
+        for linear, (weight, log_g, bias, mask) in zip(flow.linears, flow.layers(parameters)):
+            slope = None
+            if j is not None:
+                u, j, slope, log_taken = fast_tanh(u, j)
+                log_scale = log_scale + log_taken
+            w, v, g, norm = fast_normalized(weight, log_g, mask, d)
+            saved += [u, j, slope, w, v, g, norm]
 
-        divisor = e * (-2 * smallest).exp_()
-        x = torch.rsub(divisor, 1)
-        divisor.add_(1)
-        x = x.div_(divisor).view(y.shape).copysign_(y)
-        divisor.mul_(divisor).mul_(largest)
-        j_out, slope = j_out.div_(divisor), e.div_(divisor)
-        log_scale = torch.sub(largest.log_(), smallest, alpha=2).add_(math.log(4))
-        ctx.save_for_backward(x, j_out, slope)
-        ctx.shape_of_j = j.shape
-        ctx.mark_non_differentiable(log_scale)
-        ctx.set_materialize_grads(False)
-        return x, j_out, slope, log_scale
+            u = product(w, u, bias, linear.strips)
+            j = fast_blocks(w, d) if j is None else torch.bmm(fast_blocks(w, d), j)
+
+        log_slope = j.clamp_min(torch.finfo(j.dtype).tiny).log_().add_(log_scale).squeeze(1)
+        ctx.flow = flow
+        if flow.residual is None:
+            ctx.save_for_backward(x, j, *parameters, *saved)
+            return u.t(), log_slope.sum(0)
+
+        log_s, log_rest = flow.log_shares(parameters)
+        s, rest = log_s.exp(), log_rest.exp()
+        log_slope.add_(log_s)
+        log_total = torch.logaddexp(log_slope, log_rest)
+        share = log_slope.sub_(log_total).exp_()  # of f in the slope of z
+        difference = u - x.t()
+        ctx.save_for_backward(x, j, *parameters, *saved, s, rest, share, difference)
+        return torch.addcmul(rest * x, s, u.t()), log_total.sum(0)
 
     @staticmethod
-    def backward(
-        ctx: Any,
-        grad_x: Tensor | None,
-        grad_j: Tensor | None,
-        grad_slope: Tensor | None,
-        _: None,
-    ) -> tuple[Tensor, Tensor]:
-        # of what was returned, so that it can be differentiated again
-        x, j, slope = ctx.saved_tensors
-        grad_x = torch.zeros_like(x) if grad_x is None else grad_x
-        grad_j = torch.zeros_like(j) if grad_j is None else grad_j
-        half = torch.mul(x, grad_x).addcmul_(grad_j.reshape(x.shape), j.view(x.shape), value=2)
-        if grad_slope is not None:
-            half = half + 2 * (grad_slope * slope).view(x.shape)
-        grad_y = torch.addcmul(grad_x, half, x, value=-1)
-        return grad_y, (grad_j * slope).sum_to_size(ctx.shape_of_j)
+    def backward(ctx: Any, grad_z: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
+        flow, n_parameters = ctx.flow, len(ctx.needs_input_grad) - 2
+        x, j, *others = ctx.saved_tensors
+        parameters, saved = tuple(others[:n_parameters]), others[n_parameters:]
+        if torch.is_grad_enabled():
+            inputs = [x, *parameters]
+            return None, *gradients_of(flow.plain_forward, inputs, (grad_z, grad_logdet))
+
+        d, needs_x = x.shape[1], ctx.needs_input_grad[1]
+        grad_u, grad_log_j, grad_gate = grad_z.t(), grad_logdet.expand(d, -1), []
+        if flow.residual is not None:
+            *saved, s, rest, share, difference = saved
+            if flow.residual == 'gated':
+                of_slope = (grad_log_j * (share - s)).sum()
+                grad_gate = [of_slope + s * rest * (grad_u * difference).sum()]
+            grad_u, grad_log_j = s * grad_u, grad_log_j * share
+        grad_j = grad_log_j[:, None] / j
+
+        gradients: list[Tensor] = []
+        layers = list(zip(flow.linears, flow.layers(parameters)))
+        for k, (linear, (*_, mask)) in reversed(list(enumerate(layers))):
+            u, j, slope, w, *of_weight_norm = saved[7 * k : 7 * k + 7]
+            grad_w = outer_product(grad_u, u, mask, linear.strips)
+            fast_blocks(grad_w, d).add_(grad_j if j is None else torch.bmm(grad_j, j.mT))
+            of_weights = fast_normalized_gradients(grad_w, *of_weight_norm, d)
+            gradients = [*of_weights, grad_u.sum(1), *gradients]
+
+            if k or needs_x:
+                grad_u = transposed_product(w, grad_u, linear.strips)
+            if k:
+                grad_j = torch.bmm(fast_blocks(w, d).mT, grad_j)
+                grad_u, grad_j = fast_tanh_gradients(grad_u, grad_j, u, j, slope)
+            if k == 1:
+                grad_j = grad_j.sum(2, keepdim=True)  # the same j for all rows
+
+        grad_x = None
+        if needs_x:
+            grad_x = grad_u.t()
+            if flow.residual is not None:
+                grad_x = torch.addcmul(grad_x, rest, grad_z)
+        return None, grad_x, *grad_gate, *gradients
 
 
-def fast_tanh(y: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what ``plain_tanh`` does, with a scale that may be larger than needed."""
-    x, j, _, log_scale = FastTanh.apply(y, j)
-    return x, j, log_scale
+def fast_normalized(
+    weight: Tensor, log_g: Tensor, mask: Tensor, d: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the W of a layer, and v, g and |v|, of which ``normalized`` makes it."""
+    v, g = weight * mask, log_g.exp()
+    fast_blocks(v, d).exp_()
+    w, norm = torch._weight_norm_interface(v, g, 0)
+    return w, v, g, norm
+
+
+def fast_normalized_gradients(
+    grad_w: Tensor, v: Tensor, g: Tensor, norm: Tensor, d: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a layer's ``weight`` and ``log_g``."""
+    grad_v, grad_g = torch.ops.aten._weight_norm_interface_backward(grad_w, v, g, norm, 0)
+    fast_blocks(grad_v, d).mul_(fast_blocks(v, d))
+    return grad_v, grad_g.mul_(g)
+
+
+def fast_tanh(y: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what ``plain_tanh`` does, with a scale of its own, and the slopes over that scale.
+
+    With e = exp(-2 |y|), |tanh(y)| = (1 - e) / (1 + e) and tanh'(y) = 4 e / (1 + e)^2. The scale of
+    a block is the product of its largest e, its largest j, and 4.
+    """
+    size = y.abs().view(len(j), len(y) // len(j), y.shape[1])
+    smallest = size.amin(1, keepdim=True).mul_(2)
+    e_of_largest = torch.sub(smallest, size, alpha=2, out=size).exp_()
+    largest_j = j.amax(1, keepdim=True)
+
+    e = e_of_largest * smallest.neg().exp_()
+    r = (1 + e).reciprocal_()
+    x = torch.rsub(e, 1).mul_(r).view(y.shape).copysign_(y)
+    slope = e_of_largest.mul_(r).mul_(r).div_(largest_j)
+    log_scale = torch.sub(largest_j.log(), smallest).add_(math.log(4))
+    return x, slope * j, slope, log_scale
+
+
+def fast_tanh_gradients(
+    grad_x: Tensor, grad_j: Tensor, x: Tensor, j: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of what ``fast_tanh`` takes, given those of what it returns, in place.
+
+    The derivative of tanh is 1 - x^2, and that of its slope is -2 x times the slope.
+    """
+    half = (grad_j * j).view(x.shape).mul_(2).addcmul_(x, grad_x)
+    return grad_x.addcmul_(half, x, value=-1), grad_j.mul_(slope)
 
 
 def fast_blocks(matrix: Tensor, d: int) -> Tensor:
@@ -517,47 +558,50 @@ def fast_blocks(matrix: Tensor, d: int) -> Tensor:
     return matrix.as_strided((d, b, a), (b * columns + a, columns, 1))
 
 
-def strips(w: Tensor, d: int) -> list[tuple[slice, slice, slice]]:
-    """Cut W (d b, d a) into strips of whole blocks of rows.
+Strips = list[tuple[slice, slice, slice]]
+STRIP = 110  # rows of W worth a product of their own, which skips the zeros to the right of them
+
+
+def cut_into_strips(d: int, a: int, b: int) -> Strips:
+    """Cut the W (d b, d a) of a layer into strips of whole blocks of rows.
 
     Each is given by its rows, the columns that are not all zero in them, and the last of these,
-    where the blocks on the diagonal are.
+    where the blocks on the diagonal are. A matrix that is not worth it is not cut: [].
     """
-    b, a = w.shape[0] // d, w.shape[1] // d
-    n = 1 if w.is_cuda else min(d, max(1, d * min(a, b) // STRIP))
-    edges = [round(k * d / n) for k in range(n + 1)]
+    n = min(d, d * min(a, b) // STRIP)
+    edges = [round(k * d / n) for k in range(n + 1)] if n > 1 else []
     return [
         (slice(p * b, q * b), slice(q * a), slice(p * a, q * a)) for p, q in zip(edges, edges[1:])
     ]
 
 
-def product(w: Tensor, x: Tensor, bias: Tensor, d: int) -> Tensor:
+def product(w: Tensor, x: Tensor, bias: Tensor, strips: Strips) -> Tensor:
     """Return W x + bias."""
-    cut = strips(w, d)
-    if len(cut) == 1:
+    if w.is_cuda or not strips:
         return torch.addmm(bias[:, None], w, x)
     y = x.new_empty(len(w), x.shape[1])
-    for rows, columns, _ in cut:
+    for rows, columns, _ in strips:
         torch.addmm(bias[rows, None], w[rows, columns], x[columns], out=y[rows])
     return y
 
 
-def transposed_product(w: Tensor, y: Tensor, d: int) -> Tensor:
+def transposed_product(w: Tensor, y: Tensor, strips: Strips) -> Tensor:
     """Return W^T y."""
-    *others, (rows, _, _) = strips(w, d)
+    if w.is_cuda or not strips:
+        return w.t() @ y
+    *others, (rows, _, _) = strips
     x = w[rows].t() @ y[rows]
     for rows, columns, _ in others:
         x[columns].addmm_(w[rows, columns].t(), y[rows])
     return x
 
 
-def outer_product(y: Tensor, x: Tensor, mask: Tensor, d: int) -> Tensor:
+def outer_product(y: Tensor, x: Tensor, mask: Tensor, strips: Strips) -> Tensor:
     """Return y x^T, where the mask is 1."""
-    cut = strips(mask, d)
-    if len(cut) == 1:
+    if mask.is_cuda or not strips:
         return torch.mm(y, x.t()).mul_(mask)
     w = x.new_zeros(mask.shape)
-    for rows, columns, corner in cut:
+    for rows, columns, corner in strips:
         torch.mm(y[rows], x[columns].t(), out=w[rows, columns])
         w[rows, corner] *= mask[rows, corner]
     return w
