@@ -1512,6 +1512,7 @@ def visualize(
 
 
 @torch.no_grad()
+@without_tf32()
 def check(model: Glow, data: ImageData, config: Config, device: torch.device) -> None:
     """Print the largest error of inverse(forward(x)) on the test split.
 

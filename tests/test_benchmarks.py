@@ -594,7 +594,7 @@ def test_a_row_holds_what_the_folder_of_its_run_says(evaluated_run, tmp_path, ca
     assert row['score'] == scores['log_likelihood_nats']
     assert row['best_step'] == saved['step'] and row['steps'] == 24
     model = bnaf.restore_model(saved, CPU)
-    assert row['parameters'] == sum(parameter.numel() for parameter in model.parameters())
+    assert row['parameters'] == model.n_parameters
     assert row['command'] == (
         'python bnaf.py --train --dataset=mine.npy --n_flows=2 --hidden_dim=4 --n_epochs=3 '
         '--batch_size=10 --lr=0.005'

@@ -417,7 +417,7 @@ def test_the_first_loss_is_shown_at_once_and_others_are_rarely_read(tmp_path, mo
     run = SimpleNamespace(
         process=single_process(glow),
         config=SimpleNamespace(n_epochs=1),
-        model=torch.nn.ParameterList([parameter]),
+        model=SimpleNamespace(n_parameters=1),
         optimizer=torch.optim.SGD([parameter], lr=1.0),
         score_name='score',
         score_sign=1,
