@@ -335,13 +335,18 @@ class BlockFlow(nn.Module):
         last.log_g.add_(math.log(REACH) - diagonal.sum(2).log())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parameters = tuple(value.to(x.dtype) for value in self.parameters())
-        if is_transformed():
-            return self.plain_forward(x, *parameters)
-        if self.checkpoint_grads and torch.is_grad_enabled():
-            options = dict(use_reentrant=False, preserve_rng_state=False)
-            return checkpoint(FastFlow.apply, self, x, *parameters, **options)
-        return FastFlow.apply(self, x, *parameters)
+        parameters = self.parameters_in(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # a density is never rounded
+            if is_transformed():
+                return self.plain_forward(x, *parameters)
+            if self.checkpoint_grads and torch.is_grad_enabled():
+                options = dict(use_reentrant=False, preserve_rng_state=False)
+                return checkpoint(FastFlow.apply, self, x, *parameters, **options)
+            return FastFlow.apply(self, x, *parameters)
+
+    def parameters_in(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the parameters, converted to a type."""
+        return tuple(value.to(dtype) for value in self.parameters())
 
     def plain_forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and the log-determinant by the chain rule over blocks (eq. 9-11).
@@ -387,7 +392,7 @@ class BlockFlow(nn.Module):
         """Return z and its slope, given y = f(x) and the slope of f."""
         if self.residual is None:
             return y, slope
-        s, rest = (log_share.exp() for log_share in self.log_shares(tuple(self.parameters())))
+        s, rest = (log_share.exp() for log_share in self.log_shares(self.parameters_in(y.dtype)))
         return s * y + rest * x, s * slope + rest
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -475,7 +480,7 @@ class FastFlow(torch.autograd.Function):
                 of_slope = (grad_log_j * (share - s)).sum()
                 grad_gate = [of_slope + s * rest * (grad_u * difference).sum()]
             grad_u, grad_log_j = s * grad_u, grad_log_j * share
-        grad_j = grad_log_j[:, None] / j
+        grad_j = grad_log_j[:, None] / j.clamp_min(torch.finfo(j.dtype).tiny)
 
         gradients: list[Tensor] = []
         layers = list(zip(flow.linears, flow.layers(parameters)))
@@ -524,20 +529,21 @@ def fast_normalized_gradients(
 def fast_tanh(y: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what ``plain_tanh`` does, with a scale of its own, and the slopes over that scale.
 
-    With e = exp(-2 |y|), |tanh(y)| = (1 - e) / (1 + e) and tanh'(y) = 4 e / (1 + e)^2. The scale of
-    a block is the product of its largest e, its largest j, and 4.
+    With e = exp(-2 |y|), |tanh(y)| = (1 - e) / (1 + e) and tanh'(y) = 4 e / (1 + e)^2. The scale is
+    4 times the largest e j of a block.
     """
     size = y.abs().view(len(j), len(y) // len(j), y.shape[1])
     smallest = size.amin(1, keepdim=True).mul_(2)
-    e_of_largest = torch.sub(smallest, size, alpha=2, out=size).exp_()
-    largest_j = j.amax(1, keepdim=True)
+    e_of_largest = torch.sub(smallest, size, alpha=2, out=size).exp_()  # e over the largest e
+    j_out = e_of_largest * j
+    largest = j_out.amax(1, keepdim=True).clamp_min_(torch.finfo(j.dtype).tiny)
 
     e = e_of_largest * smallest.neg().exp_()
     r = (1 + e).reciprocal_()
     x = torch.rsub(e, 1).mul_(r).view(y.shape).copysign_(y)
-    slope = e_of_largest.mul_(r).mul_(r).div_(largest_j)
-    log_scale = torch.sub(largest_j.log(), smallest).add_(math.log(4))
-    return x, slope * j, slope, log_scale
+    factor = r.mul_(r).div_(largest)
+    log_scale = largest.log().sub_(smallest).add_(math.log(4))
+    return x, j_out.mul_(factor), e_of_largest.mul_(factor), log_scale
 
 
 def fast_tanh_gradients(

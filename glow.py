@@ -375,7 +375,8 @@ def conv1x1_weights(layers: list[Invertible1x1Conv]) -> tuple[Tensor, Tensor]:
     """Return W, of shape (K, C, C), and log|det W|, of shape (K,), of K 1x1 convolutions."""
     w = torch.stack([layer.w for layer in layers])
     if not layers[0].plu:
-        return w, torch.linalg.slogdet(w)[1]
+        # one by one: on a GPU, a batch may go to a library that waits, and cannot be captured
+        return w, torch.stack([torch.linalg.slogdet(layer.w)[1] for layer in layers])
 
     p = torch.stack([layer.p for layer in layers])
     sign_s = torch.stack([layer.sign_s for layer in layers])

@@ -139,7 +139,12 @@ def make_plan(job: Job, call: Call) -> dict[str, Any]:
     """Measure a training and choose its epochs. A run that goes on keeps the plan that it has."""
     file = Path(job.folder) / 'plan.json'
     if file.exists():
-        return json.loads(file.read_text())
+        plan = json.loads(file.read_text())
+        if run_folder(job) is None:  # there was no time to begin: plan anew
+            n_epochs = choose_epochs(job, plan['measured'], call.end - time.monotonic())
+            plan['n_epochs'] = n_epochs
+            write_json(file, plan)
+        return plan
 
     report = file.with_name('measured.json')
     seconds = MEASURING_SHARE * (call.end - time.monotonic())
@@ -285,6 +290,8 @@ def compare(entry: dict, row: dict | None, published: str) -> tuple[str, bool]:
     It is worse where it differs by more than both bars allow (two standard errors each, added as
     squares). A run of fewer epochs than the recipe's is not judged.
     """
+    if not math.isfinite(entry['score'] + entry['two_standard_errors']):
+        return 'the score is not finite: WORSE', True
     text = score_cell(entry)
     if row is None:
         return f'{text}; none is recorded; published: {published or "none"}', False

@@ -29,7 +29,7 @@ class MovingAverage(AveragedModel):
     def update(self, is_skipped: Tensor) -> None:
         """Move the average towards the model, unless ``is_skipped``, a tensor of one bool.
 
-        Neither is read by the CPU, which therefore does not wait for a GPU.
+        The CPU does not read the tensor, and so does not wait for a GPU.
         """
         n = self.n_averaged.double()
         decay = ((1 + n) / (10 + n)).clamp(max=self.decay) ** self.n_batches

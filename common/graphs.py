@@ -6,6 +6,7 @@ replayed with new values at these addresses.
 """
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,7 +28,9 @@ def can_capture(process: Process, optimizer: Optimizer) -> bool:
     so does clipping for an optimizer that is not fused.
     """
     is_single_gpu = process.device.type == 'cuda' and process.world_size == 1
-    return is_single_gpu and scales_gradients(optimizer) and not torch.is_anomaly_enabled()
+    first_group, *others = optimizer.param_groups
+    is_supported = scales_gradients(optimizer) and 'capturable' in first_group and not others
+    return is_single_gpu and is_supported and not torch.is_anomaly_enabled()
 
 
 class CapturedStep:
@@ -46,6 +49,7 @@ class CapturedStep:
     def __init__(self, step: Step, optimizer: Optimizer) -> None:
         self.step, self.optimizer = step, optimizer
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
         self.n_calls = 0
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -57,12 +61,12 @@ class CapturedStep:
         return self.replay(self.graph, inputs)
 
     def warm_up(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Take a step as it is, on a stream of its own, as before a capture it has to be."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        """Take a step as it is, but on a stream of its own, as torch asks for before a capture."""
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             outputs = self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
 
     def capture(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
@@ -74,6 +78,7 @@ class CapturedStep:
         self.inputs = [value.clone() for value in inputs]
         self.lr = torch.zeros((), device=inputs[0].device)
         self.optimizer.zero_grad()  # so that gradients get addresses that belong to the graph
+        gc.collect()  # what is freed during the capture would break it
         graph = torch.cuda.CUDAGraph()
         try:
             with read_rate_from(self.lr, self.optimizer), torch.cuda.graph(graph):

@@ -287,10 +287,10 @@ def catch_stop_signals() -> Iterator[list[str]]:
 
 
 class StopQuestion:
-    """The question whether a training is to stop, asked after each step.
+    """The question whether a training is to stop, asked before each step.
 
-    It is when one of the processes has caught a signal. To find out, they wait for each other.
-    They do so every ``max_steps`` steps or as many as take ``SECONDS``, whichever are fewer.
+    It stops when any process has caught a signal. To find out, the processes wait for each other:
+    every ``max_steps`` steps, or as many as take ``SECONDS``, whichever are fewer.
 
     Arguments:
         process: this process.

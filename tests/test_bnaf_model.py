@@ -370,7 +370,7 @@ def test_gradients_through_the_inverse():
     """By the implicit function theorem, against finite differences: of z and every parameter."""
     torch.manual_seed(0)
     model = perturbed(bnaf.BNAF(3, 2, 1, 2), 0.3)
-    z = model(randn(2, 3))[0].detach().requires_grad_()
+    z = model(randn(2, 3))[0].detach().contiguous().requires_grad_()
     weights = randn(2, 3)
 
     def loss():
@@ -799,3 +799,22 @@ def test_temperature_of_samples():
     warm = model.sample(500, 1.0, generator)
     assert (cold - cold[0]).abs().max() < 1e-8
     assert warm.std(0).min() > 0.5
+
+
+def test_autocast_does_not_round_a_density():
+    torch.manual_seed(0)
+    model = bnaf.BNAF(3, 2, 1, 4)
+    x = torch.randn(5, 3)
+    with torch.autocast('cpu', torch.bfloat16):
+        log_p = model.log_prob(x)
+    assert torch.equal(log_p, model.log_prob(x))
+    log_p.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_rows_of_float64_are_exact_in_a_model_of_float32():
+    torch.manual_seed(0)
+    model = bnaf.BNAF(3, 2, 1, 4, residual='gated')
+    x = randn(50, 3)
+    assert_close(model.inverse(model(x)[0])[0], x, atol=1e-10)

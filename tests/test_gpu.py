@@ -24,6 +24,7 @@ SHAPES = {
 }
 GLOW_OPTIONS = [{}, dict(bf16=True), dict(checkpoint_grads=True), dict(plain_conv1x1=True)]
 CASES = [('glow', options) for options in GLOW_OPTIONS]
+CASES += [('glow', dict(plain_conv1x1=True, depth=20))]
 CASES += [('bnaf', {}), ('bnaf', dict(residual='normal')), ('bnaf', dict(checkpoint_grads=True))]
 
 
@@ -33,7 +34,7 @@ def small_training(name, device=GPU, saved=None, **options):
     values = random_values(name, shape, 8 * shape['batch_size'])
     data = as_image_data(values) if name == 'glow' else as_table_data(values, n_test=50)
     shape.pop('data_dim', None)
-    config = script.Config(**shape, **options)
+    config = script.Config(**{**shape, **options})
     return script.Training(config, data, script.Process(0, 1, device), saved)
 
 
