@@ -1214,7 +1214,7 @@ class Training:
         if config.compile:
             compile_couplings(self.model)
             if process.rank == 0:
-                tqdm.write('the first step compiles the model, half a minute or more')
+                tqdm.write('the first step compiles the model: half a minute or more')
 
     def initialize_actnorms(self) -> None:
         """Initialize the actnorms from images and noise that the seed decides."""
