@@ -6,12 +6,18 @@
     python bnaf.py --visualize                     what was learned beside the data
     python bnaf.py --train --dataset=u2            density matching: from an energy, without data
     python bnaf.py --train --dataset=my.csv        a table of your own
-    python bnaf.py --evaluate --scores=FILE        the log-likelihood of each row: find anomalies
+    python bnaf.py --train --dataset=my.csv --condition=age,sex      the others, given these columns
+    python bnaf.py --generate --given=age=40,sex=1                   samples given these values
+    python bnaf.py --evaluate --scores=FILE --explain                anomalies, and their causes
+
+    BNAFDensity().fit(X).score_samples(X)          from Python, as a scikit-learn estimator
 
 Notation: sec. and eq. refer to the paper, arXiv 1904.04676. Rows are (B, D).
 Every bijection has one protocol: ``forward(x) -> (z, logdet)`` and ``inverse(z) -> (x, logdet)``.
 ``logdet``, of shape (B,), is the logarithm of the absolute determinant of the Jacobian of the
 direction that was called, in nats.
+
+A conditional density p(x | c) takes the context c, (B, C), as a second argument in both directions.
 
 The layers inside a flow hold d blocks of a units each, (d a, B), one block per variable, with the
 features first. Beside them they carry j (d, a, B), the derivative of each unit with respect to its
@@ -24,10 +30,15 @@ if __name__ == '__main__':
     exit_on_interrupt()  # the imports below take seconds
 
 import contextlib
+import copy
+import dataclasses
+import io
 import math
 import os
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -39,6 +50,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
@@ -52,7 +66,7 @@ from common.batches import Stream, batch_indices, seed_sequence, seeded_generato
 from common.checkpoints import CheckpointFormat, batch_of_all_processes, is_same, require_entries
 from common.devices import collect_gradients, scales_gradients, to_device
 from common.errors import UserError, exit_on_user_error, report_error
-from common.files import write_json
+from common.files import write_atomically, write_json
 from common.graphs import CapturedStep, can_capture
 from common.logs import TrainingLog, progress_bar
 from common.options import CommandLine, Options, RunRequest, option, resolve_config
@@ -61,6 +75,7 @@ from common.runs import (
     LAST,
     StopQuestion,
     catch_stop_signals,
+    is_validation_due,
     load_on_rank_0,
     load_selected_checkpoint,
     local_device,
@@ -70,16 +85,19 @@ from common.runs import (
     require_launcher,
     stop_if_diverged,
 )
-from datasets.plots import draw_density, draw_pairs, save_figure
+from datasets.columns import Condition, encode_conditions, parse_given
+from datasets.inputs import condition_frame, input_frame
+from datasets.own_tables import is_own_table, require_new_table, save_table
+from datasets.plots import draw_curves, draw_density, draw_fan, draw_pairs, save_figure
 from datasets.tabular import (
     TABLES,
     TableData,
-    is_own_table,
+    frame_of_rows,
     load_run_table,
     read_rows,
-    require_new_table,
-    rows_of_values,
-    save_table,
+    rows_of_frame,
+    table_from_frame,
+    table_from_units,
     table_units,
 )
 from datasets.toy import ENERGIES, SAMPLERS
@@ -90,6 +108,11 @@ NAME = 'bnaf'
 ITEMS = 'rows'
 RESIDUALS = ('none', 'normal', 'gated')
 EPOCH_BATCHES = 100  # of data that is drawn anew at each step
+FAN = (0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975)  # the quantiles that are drawn along a condition
+N_ALONG, MOST_CURVES = 200, 8  # conditions along which these are drawn; densities in one picture
+LOW = 5.0  # per cent: of the validation rows, below which --explain explains
+N_CAUSES = 3  # columns that it names for each row
+MOST_EXPLAINED, N_PRINTED = 1_000, 5  # rows
 SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
 LOG_STEPS = 20
 ROWS_AT_ONCE = 10_000  # outside training
@@ -110,6 +133,17 @@ class Config(Options):
     )
     max_rows: int = option(
         'data', 0, 'train on so many rows of the training split, the first ones; 0: on all'
+    )
+    columns: list = option(
+        'data',
+        None,
+        'columns of your own table to use: names, indices from 0, ranges like 2-5 (default: all)',
+    )
+    drop: list = option('data', None, 'columns to leave out, named likewise')
+    condition: list = option(
+        'data',
+        None,
+        'columns that the density of the others is given, numbers or categories, named likewise',
     )
     dequantize: bool = option(
         'data', False, 'spread the discrete columns of your own table by uniform noise'
@@ -168,8 +202,19 @@ class Request(RunRequest):
         'write the log-likelihood of each row of the test split, or of --input, to this file',
     )
     input: str = option('output', '', 'evaluate the rows of this table instead of the test split')
+    explain: bool = option(
+        'output', False, 'name the columns that make the least likely rows so, also in --scores'
+    )
+    overwrite: bool = option('output', False, 'replace the file of --scores or --output')
     z_std: float = option('output', 1.0, 'temperature of samples')
-    n_samples: int = option('output', 1000, 'how many', low=1, high=10**9)
+    n_samples: int = option(
+        'output', 1000, 'how many; with conditions, for each row of them', low=1, high=10**9
+    )
+    given: str = option(
+        'output',
+        '',
+        'the conditions: age=40,sex=1, or a table with a row for each combination',
+    )
     output: str = option(
         'output', '', 'where samples go, .csv, .npy or .h5 (default: beside the checkpoint)'
     )
@@ -184,7 +229,9 @@ class Request(RunRequest):
         super().__post_init__()
         for file in (self.scores, self.output):
             if file:
-                require_new_table(Path(file))
+                require_new_table(Path(file), self.overwrite)
+        if self.explain and self.scores and not self.scores.endswith('.csv'):
+            raise UserError('--explain names columns: --scores should end in .csv')
 
 
 MODES = {
@@ -198,11 +245,11 @@ MODES = {
 TABLE_PATHS = {'dataset', 'test_file'}  # they may only change from one own table to another
 MODE_OPTIONS = {
     'train': {'data_dir', *TABLE_PATHS, 'checkpoint_grads', 'no_cuda_graph', 'n_epochs'}
-    | {'early_stop', 'resume', 'max_skips', 'detect_anomaly', 'scores'},
-    'evaluate': {'data_dir', *TABLE_PATHS, 'input', 'scores'},
-    'generate': {'data_dir', *TABLE_PATHS, 'seed', 'z_std'}
-    | {'n_samples', 'output', 'inverse_tol'},
-    'visualize': {'data_dir', *TABLE_PATHS, 'seed', 'inverse_tol', 'vis_dims'},
+    | {'early_stop', 'resume', 'max_skips', 'detect_anomaly', 'scores', 'explain', 'overwrite'},
+    'evaluate': {'data_dir', *TABLE_PATHS, 'input', 'scores', 'explain', 'overwrite'},
+    'generate': {'data_dir', *TABLE_PATHS, 'seed', 'z_std', 'given'}
+    | {'n_samples', 'output', 'overwrite', 'inverse_tol'},
+    'visualize': {'data_dir', *TABLE_PATHS, 'seed', 'inverse_tol', 'vis_dims', 'given'},
     'check': {'data_dir', *TABLE_PATHS, 'inverse_tol'},
 }
 # The defaults above are the official ones for tables, but for n_hidden (0 there). These are the
@@ -277,6 +324,11 @@ def normalized(weight: Tensor, log_g: Tensor, mask: Tensor, d: int) -> Tensor:
     return log_g.exp() * v / v.norm(dim=1, keepdim=True)
 
 
+def as_columns(bias: Tensor) -> Tensor:
+    """Return the biases of a layer, (n,) or (n, B), as what is added to its units (n, B)."""
+    return bias if bias.dim() == 2 else bias[:, None]
+
+
 def plain_tanh(y: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return tanh(y), its derivatives tanh'(y) j without their scale (eq. 10), and its log.
 
@@ -302,6 +354,8 @@ class BlockFlow(nn.Module):
         residual: None for z = f(x); ``'normal'`` for z = f(x) + x; or ``'gated'`` for
             z = s f(x) + (1 - s) x with s = sigmoid(gate).
         checkpoint_grads: recompute activations in the backward pass.
+        context_dim: the size of the context that the density is conditional on, 0 for none. Its
+            linear map, which has no constraints, is added to what enters the first tanh.
     """
 
     inverse_tol = None  # in units of x; by default 1e-5 in float32 and 1e-10 in float64
@@ -313,6 +367,7 @@ class BlockFlow(nn.Module):
         hidden_dim: int,
         residual: str | None = None,
         checkpoint_grads: bool = False,
+        context_dim: int = 0,
     ) -> None:
         super().__init__()
         self.units = [1, *[hidden_dim] * (n_hidden + 1), 1]  # per variable
@@ -323,6 +378,9 @@ class BlockFlow(nn.Module):
             self.widen_range()
         if residual == 'gated':
             self.gate = nn.Parameter(torch.randn(()))
+        if context_dim:
+            # zero: at first, the density is the same for all contexts
+            self.context_weight = nn.Parameter(torch.zeros(data_dim * hidden_dim, context_dim))
 
     @torch.no_grad()
     def widen_range(self) -> None:
@@ -334,9 +392,9 @@ class BlockFlow(nn.Module):
         _, diagonal = last.weights(last.bias.dtype)
         last.log_g.add_(math.log(REACH) - diagonal.sum(2).log())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parameters = self.parameters_in(x.dtype)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # a density is never rounded
+            parameters = self.parameters_in(x.dtype, context)
             if is_transformed():
                 return self.plain_forward(x, *parameters)
             if self.checkpoint_grads and torch.is_grad_enabled():
@@ -344,16 +402,27 @@ class BlockFlow(nn.Module):
                 return checkpoint(FastFlow.apply, self, x, *parameters, **options)
             return FastFlow.apply(self, x, *parameters)
 
-    def parameters_in(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return the parameters, converted to a type."""
-        return tuple(value.to(dtype) for value in self.parameters())
+    def parameters_in(
+        self, dtype: torch.dtype, context: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return the gate, if there is one, and the parameters of the layers, converted to a type.
+
+        A context (B, C) moves the biases of the first layer, which become (d b, B).
+        """
+        gates = [self.gate] if self.residual == 'gated' else []
+        parameters = [value.to(dtype) for value in (*gates, *self.linears.parameters())]
+        if context is not None:
+            first_bias = len(gates) + 2
+            shift = self.context_weight.to(dtype) @ context.to(dtype).t()
+            parameters[first_bias] = parameters[first_bias][:, None] + shift
+        return tuple(parameters)
 
     def plain_forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and the log-determinant by the chain rule over blocks (eq. 9-11).
 
         The derivatives j of the units with respect to their block's own variable are positive.
         They are multiplied and added as they are, but for a scale per block, kept as its log.
-        ``parameters`` are those of the flow. ``FastFlow`` computes the same, faster.
+        ``parameters`` are those of ``parameters_in``. ``FastFlow`` computes the same, faster.
         """
         u, j, log_scale = x.t(), x.new_ones(x.shape[1], 1, 1), 0.0
         for k, (weight, log_g, bias, mask) in enumerate(self.layers(parameters)):
@@ -361,7 +430,7 @@ class BlockFlow(nn.Module):
                 u, j, log_taken = plain_tanh(u, j)
                 log_scale = log_scale + log_taken
             w = normalized(weight, log_g, mask, len(j))
-            u, j = w @ u + bias[:, None], diagonal_blocks(w, len(j)) @ j
+            u, j = w @ u + as_columns(bias), diagonal_blocks(w, len(j)) @ j
 
         tiny = torch.finfo(j.dtype).tiny  # a slope of zero gets a logarithm that is finite
         log_slope = (j.clamp_min(tiny).log() + log_scale).squeeze(1).t()
@@ -374,7 +443,7 @@ class BlockFlow(nn.Module):
         return log_s.exp() * y + log_rest.exp() * x, log_slope.sum(1)
 
     def layers(self, parameters: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        """Return the weight, log_g, bias and mask of each layer, given the flow's parameters."""
+        """Return the weight, log_g, bias and mask of each layer, given all parameters."""
         masks = [linear.mask.to(parameters[0].dtype) for linear in self.linears]
         first = len(parameters) - 3 * len(masks)  # the gate comes before the layers
         own = parameters[first:]
@@ -395,7 +464,7 @@ class BlockFlow(nn.Module):
         s, rest = (log_share.exp() for log_share in self.log_shares(self.parameters_in(y.dtype)))
         return s * y + rest * x, s * slope + rest
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return x and the log-determinant, both NaN where ``inverse_tol`` is not reached.
 
         It is not reached where z is outside the range of a flow without a residual, which is
@@ -406,15 +475,15 @@ class BlockFlow(nn.Module):
         tol = self.inverse_tol or (1e-5 if z.dtype == torch.float32 else 1e-10)
         exact_z = z.detach().double()
         rounding = torch.finfo(z.dtype).eps / 2 * exact_z.abs()
-        x, slope = solve_inverse(self, exact_z, rounding, tol)
+        x, slope = solve_inverse(self, exact_z, rounding, tol, context)
         x, logdet = x.to(z.dtype), -slope.log().sum(1).to(z.dtype)
 
         # what was not found must not reach the gradients of the others
         found = x.isfinite().all(1, keepdim=True)
         x = torch.where(found, x, 0.0)
         if torch.is_grad_enabled():
-            x = attach_gradients(self, x, torch.where(found, z, 0.0))
-            logdet = -self(x)[1]
+            x = attach_gradients(self, x, torch.where(found, z, 0.0), context)
+            logdet = -self(x, context)[1]
         return (
             torch.where(found, x, math.nan),
             torch.where(found.squeeze(1), logdet, math.nan),
@@ -484,12 +553,13 @@ class FastFlow(torch.autograd.Function):
 
         gradients: list[Tensor] = []
         layers = list(zip(flow.linears, flow.layers(parameters)))
-        for k, (linear, (*_, mask)) in reversed(list(enumerate(layers))):
+        for k, (linear, (*_, bias, mask)) in reversed(list(enumerate(layers))):
             u, j, slope, w, *of_weight_norm = saved[7 * k : 7 * k + 7]
+            grad_bias = grad_u if bias.dim() == 2 else grad_u.sum(1)
             grad_w = outer_product(grad_u, u, mask, linear.strips)
             fast_blocks(grad_w, d).add_(grad_j if j is None else torch.bmm(grad_j, j.mT))
             of_weights = fast_normalized_gradients(grad_w, *of_weight_norm, d)
-            gradients = [*of_weights, grad_u.sum(1), *gradients]
+            gradients = [*of_weights, grad_bias, *gradients]
 
             if k or needs_x:
                 grad_u = transposed_product(w, grad_u, linear.strips)
@@ -583,11 +653,12 @@ def cut_into_strips(d: int, a: int, b: int) -> Strips:
 
 def product(w: Tensor, x: Tensor, bias: Tensor, strips: Strips) -> Tensor:
     """Return W x + bias."""
+    bias = as_columns(bias)
     if w.is_cuda or not strips:
-        return torch.addmm(bias[:, None], w, x)
+        return torch.addmm(bias, w, x)
     y = x.new_empty(len(w), x.shape[1])
     for rows, columns, _ in strips:
-        torch.addmm(bias[rows, None], w[rows, columns], x[columns], out=y[rows])
+        torch.addmm(bias[rows], w[rows, columns], x[columns], out=y[rows])
     return y
 
 
@@ -633,7 +704,7 @@ def is_transformed() -> bool:
 
 @torch.no_grad()
 def solve_inverse(
-    flow: BlockFlow, z: Tensor, rounding: Tensor, tol: float
+    flow: BlockFlow, z: Tensor, rounding: Tensor, tol: float, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return x (B, D) with flow(x) = z, NaN where it is not found within ``tol``, and dz_i / dx_i.
 
@@ -642,7 +713,8 @@ def solve_inverse(
     (D, B) in here, as products of so few units are several times as fast that way.
     """
     weights = [linear.weights(z.dtype)[0] for linear in flow.linears]
-    biases = [linear.bias.to(z.dtype)[:, None] for linear in flow.linears]
+    parameters = flow.parameters_in(z.dtype, context)
+    biases = [as_columns(bias) for _, _, bias, _ in flow.layers(parameters)]
 
     # the last layer rounds as well: it adds up products with tanhs, which are at most 1
     largest_sum = weights[-1].abs().sum(1) + biases[-1].abs().squeeze(1)
@@ -674,7 +746,7 @@ class LayerOfInverse:
 
     Arguments:
         weight: of shape (d b, d a).
-        bias: of shape (d b, 1).
+        bias: of shape (d b, 1) or (d b, B).
         z: what is inverted, of shape (B, d).
     """
 
@@ -822,15 +894,18 @@ def find_root(
     return root, found
 
 
-def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:
+def attach_gradients(
+    flow: BlockFlow, x: Tensor, z: Tensor, context: Tensor | None = None
+) -> Tensor:
     """Return x after one more Newton step, with the gradients of the inverse.
 
-    By the implicit function theorem, dx = (df/dx)^-1 (dz - df/dtheta dtheta). df/dx is a constant
-    here, so these gradients cannot be differentiated again.
+    By the implicit function theorem, dx = (df/dx)^-1 (dz - df/dtheta dtheta), where theta are the
+    parameters and the context. df/dx is a constant here, so these gradients cannot be
+    differentiated again.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        f = flow(x)[0]
+        f = flow(x, context)[0]
         rows = []
         for i in range(x.shape[1]):
             (row,) = torch.autograd.grad(f[:, i].sum(), x, retain_graph=True)
@@ -838,7 +913,7 @@ def attach_gradients(flow: BlockFlow, x: Tensor, z: Tensor) -> Tensor:
         jacobian = torch.stack(rows, 1)
 
     x = x.detach()
-    residual = (z - flow(x)[0])[..., None]
+    residual = (z - flow(x, context)[0])[..., None]
     step = torch.linalg.solve_triangular(jacobian, residual, upper=False).squeeze(2)
     return OnceDifferentiable.apply(x + step)
 
@@ -863,26 +938,26 @@ class OnceDifferentiable(torch.autograd.Function):
 class Flip(nn.Module):
     """The variables in reverse order; log|det| = 0."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.flip(1), x.new_zeros(len(x))
 
     inverse = forward
 
 
 class Sequence(nn.ModuleList):
-    """Bijections one after the other. Their log-determinants add up."""
+    """Bijections one after the other, given the same context. Their log-determinants add up."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logdet = x.new_zeros(len(x))
         for layer in self:
-            x, logdet_layer = layer(x)
+            x, logdet_layer = layer(x, context)
             logdet = logdet + logdet_layer
         return x, logdet
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logdet = z.new_zeros(len(z))
         for layer in reversed(self):
-            z, logdet_layer = layer.inverse(z)
+            z, logdet_layer = layer.inverse(z, context)
             logdet = logdet + logdet_layer
         return z, logdet
 
@@ -893,8 +968,9 @@ class Sequence(nn.ModuleList):
 class BNAF(Sequence):
     """Block neural autoregressive flows, with the variables flipped between them.
 
-    A model of data maps rows (B, ``data_dim``) to latents z ~ N(0, I). One that is matched to an
-    energy maps noise to rows. The last flow has no residual.
+    A model of data maps rows x (B, ``data_dim``) to latents z ~ N(0, I), given their contexts
+    (B, ``context_dim``) if there are any: the density is p(x | context). A model that is matched
+    to an energy maps noise to rows. The last flow has no residual.
 
     Arguments:
         data_dim: the number of variables.
@@ -903,6 +979,7 @@ class BNAF(Sequence):
         hidden_dim: hidden units per variable.
         residual: of all flows but the last: None, ``'normal'`` or ``'gated'``.
         checkpoint_grads: recompute activations in the backward pass.
+        context_dim: the size of the context, 0 for a density without conditions.
     """
 
     def __init__(
@@ -913,15 +990,17 @@ class BNAF(Sequence):
         hidden_dim: int = 10,
         residual: str | None = 'gated',
         checkpoint_grads: bool = False,
+        context_dim: int = 0,
     ) -> None:
         layers: list[nn.Module] = []
         for k in range(n_flows):
             if k:
                 layers.append(Flip())
             own = residual if k < n_flows - 1 else None
-            layers.append(BlockFlow(data_dim, n_hidden, hidden_dim, own, checkpoint_grads))
+            options = checkpoint_grads, context_dim
+            layers.append(BlockFlow(data_dim, n_hidden, hidden_dim, own, *options))
         super().__init__(layers)
-        self.data_dim = data_dim
+        self.data_dim, self.context_dim = data_dim, context_dim
 
     @property
     def n_parameters(self) -> int:
@@ -930,60 +1009,92 @@ class BNAF(Sequence):
         n_masked = sum(linear.n_masked for linear in linears)
         return sum(parameter.numel() for parameter in self.parameters()) - n_masked
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return log p(x) in nats, of shape (B,), of rows (B, ``data_dim``).
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Split rows (B, ``data_dim`` + ``context_dim``) into x and its context, None for none."""
+        if self.context_dim == 0:
+            return rows, None
+        return rows[:, : self.data_dim], rows[:, self.data_dim :]
 
-        Raises ``ValueError`` for any other shape.
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return log p(x), or log p(x | context), in nats and of shape (B,).
+
+        ``x`` is of shape (B, ``data_dim``) and ``context`` of (B, ``context_dim``). Raises
+        ``ValueError`` for any other shape, and where a context is missing or too much.
         """
         if x.ndim != 2 or x.shape[1] != self.data_dim:
             raise ValueError(f'log_prob takes rows (B, {self.data_dim}), not {tuple(x.shape)}')
-        z, logdet = self(x)
+        self.require_context(context, len(x))
+        z, logdet = self(x, context)
         return log_normal(z) + logdet
 
     def sample(
-        self, n: int, z_std: float = 1.0, generator: torch.Generator | None = None
+        self,
+        n: int,
+        z_std: float = 1.0,
+        generator: torch.Generator | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
-        """Return ``n`` rows, drawn at temperature ``z_std`` through the inverse."""
+        """Return ``n`` rows, drawn at temperature ``z_std`` through the inverse.
+
+        A model with conditions takes the context of each row, of shape (n, ``context_dim``).
+        """
+        self.require_context(context, n)
         like = next(self.parameters())
-        return sample_with_log_prob(self.inverse, n, self.data_dim, like, z_std, generator)[0]
+        return sample_with_log_prob(
+            self.inverse, n, self.data_dim, like, z_std, generator, context
+        )[0]
+
+    def require_context(self, context: Tensor | None, n: int) -> None:
+        """Raise ``ValueError`` unless there is a context of n rows if the model takes one."""
+        shape = None if context is None else tuple(context.shape)
+        wanted = (n, self.context_dim) if self.context_dim else None
+        if shape != wanted:
+            raise ValueError(f'the context of this model is of shape {wanted}, not {shape}')
 
 
 @torch.no_grad()
 def sample_with_log_prob(
-    from_noise: Callable[[Tensor], tuple[Tensor, Tensor]],
+    from_noise: Callable[..., tuple[Tensor, Tensor]],
     n: int,
     data_dim: int,
     like: Tensor,
     z_std: float = 1.0,
     generator: torch.Generator | None = None,
+    context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Draw ``n`` rows x = from_noise(z) with z ~ N(0, z_std^2 I).
+
+    Where there are contexts (n, C), the i-th row is from_noise(z, context[i]).
 
     Returns the rows (n, ``data_dim``), of the type and on the device of ``like``, their log p(x),
     and the number of z that were rejected: a flow that ends in tanhs does not reach all of space,
     and a z without an x within the tolerance of the inverse is drawn again. Raises ``UserError``
     where hardly any z has an x.
     """
-    rows, log_probs = [like.new_empty(0, data_dim)], [like.new_empty(0)]
-    n_kept, n_drawn = 0, 0
-    while n_kept < n:
-        n_now = min(n, ROWS_AT_ONCE)
-        eps = torch.randn(n_now, data_dim, generator=generator, dtype=like.dtype)
+    rows, log_probs = like.new_empty(n, data_dim), like.new_empty(n)
+    waiting = torch.arange(n, device=like.device)  # the rows that have no x yet
+    n_drawn, n_in_vain = 0, 0
+    while len(waiting):
+        now, later = waiting[:ROWS_AT_ONCE], waiting[ROWS_AT_ONCE:]
+        eps = torch.randn(len(now), data_dim, generator=generator, dtype=like.dtype)
         z = z_std * eps.to(like.device)
-        x, logdet = from_noise(z)
-        found = x.isfinite().all(1) & logdet.isfinite()
-        rows.append(x[found])
-        log_probs.append((log_normal(z) - logdet)[found])
+        given = () if context is None else (context[now],)
+        x, logdet = from_noise(z, *given)
 
-        n_kept += int(found.sum())
+        found = x.isfinite().all(1) & logdet.isfinite()
+        rows[now[found]] = x[found]
+        log_probs[now[found]] = (log_normal(z) - logdet)[found]
+        waiting = torch.cat([now[~found], later])
+
         n_drawn += len(z)
-        if n_drawn >= 1000 and n_kept < 0.01 * n_drawn:
+        n_in_vain = 0 if found.any() else n_in_vain + len(z)
+        n_found = n - len(waiting)
+        if n_in_vain >= 1000 or (n_drawn >= 1000 and n_found < 0.01 * n_drawn):
             raise UserError(
-                f'of {n_drawn:,} draws only {n_kept} gave finite rows: the model is not trained, '
+                f'of {n_drawn:,} draws only {n_found} gave finite rows: the model is not trained, '
                 'or --inverse_tol is below its precision'
             )
-    x, log_p = torch.cat(rows)[:n], torch.cat(log_probs)[:n]
-    return x, log_p, n_drawn - n_kept
+    return rows, log_probs, n_drawn - n
 
 
 def log_normal(z: Tensor) -> Tensor:
@@ -995,8 +1106,8 @@ def log_normal(z: Tensor) -> Tensor:
 class Objective(nn.Module):
     """The training objective in nats, which DistributedDataParallel wraps.
 
-    For data it is -log p(x), in the data's own units (eq. 2). For an energy it is the KL divergence
-    of the flow's density to exp(-U) / Z, and x is noise (eq. 3).
+    For data it is -log p(x), in the data's own units (eq. 2), or -log p(x | context). For an energy
+    it is the KL divergence of the flow's density to exp(-U) / Z, and x is noise (eq. 3).
     """
 
     def __init__(self, model: BNAF, data: TableData) -> None:
@@ -1005,28 +1116,33 @@ class Objective(nn.Module):
         self.energy = data.energy
         self.constant = float(data.log_z + np.log(data.std).sum())
 
-    def per_row(self, x: Tensor, beta: Tensor | float = 1.0) -> Tensor:
-        """Return the objective of each row. ``beta`` multiplies an energy."""
-        if self.energy is None:
-            return self.constant - self.model.log_prob(x)
-        y, logdet = self.model(x)
-        return self.constant + log_normal(x) - logdet + beta * self.energy(y)
+    def per_row(self, rows: Tensor, beta: Tensor | float = 1.0) -> Tensor:
+        """Return the objective of each row, which holds x and its context.
 
-    def forward(self, x: Tensor, beta: Tensor | float = 1.0) -> Tensor:
-        return self.per_row(x, beta).mean()
+        ``beta`` multiplies an energy.
+        """
+        if self.energy is None:
+            return self.constant - self.model.log_prob(*self.model.split(rows))
+        y, logdet = self.model(rows)
+        return self.constant + log_normal(rows) - logdet + beta * self.energy(y)
+
+    def forward(self, rows: Tensor, beta: Tensor | float = 1.0) -> Tensor:
+        return self.per_row(rows, beta).mean()
 
 
 def build_model(config: Config, input_dims: tuple[int, ...]) -> BNAF:
-    """Build the model of a config for rows of (D,), seeded by the config."""
+    """Build the model of a config, seeded by it, for rows of D columns given C values: (D, C)."""
     torch.manual_seed(config.seed)
+    data_dim, context_dim = input_dims
     residual = None if config.residual == 'none' else config.residual
     return BNAF(
-        input_dims[0],
+        data_dim,
         config.n_flows,
         config.n_hidden,
         config.hidden_dim,
         residual,
         config.checkpoint_grads,
+        context_dim,
     )
 
 
@@ -1227,12 +1343,30 @@ def merge_weight(diagonal: Tensor, lower: Tensor) -> Tensor:
     return weight
 
 
+def upgrade_from_3(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint of format 3, without conditions, as that of format 4."""
+    require_entries(saved, {'input_dims': [int], 'units': dict})
+    n_columns = len(saved['units']['columns'])
+    units = {
+        **saved['units'],
+        'features': saved['units']['columns'],
+        'conditions': [],
+        'quantiles': [[] for _ in range(n_columns)],  # not known
+    }
+    return {
+        **saved,
+        'input_dims': [*saved['input_dims'], 0],
+        'units': units,
+        'validation_quantiles': [],  # not known
+    }
+
+
 PLATEAU = {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}  # changes in training
 CHECKPOINT = CheckpointFormat(
     script=f'{NAME}.py',
-    number=3,
+    number=4,
     config_class=Config,
-    n_dims=1,  # of a row: (D,)
+    least_dims=(1, 0),  # D columns, given C values
     fields={
         'units': {
             'columns': [str],
@@ -1240,6 +1374,9 @@ CHECKPOINT = CheckpointFormat(
             'std': [float],
             'steps': [float],
             'levels': [[float]],
+            'features': [str],
+            'conditions': [{'name': str, 'mean': float, 'std': float, 'categories': [str]}],
+            'quantiles': [[float]],
         },
         'fingerprint': str,
         'first_world_size': int,
@@ -1249,6 +1386,7 @@ CHECKPOINT = CheckpointFormat(
         'skips_in_a_row': int,
         'n_annealing': float,
         'validation_loss': float,
+        'validation_quantiles': [float],
         'best': float,
         'n_seen_at_best': int,
     },
@@ -1260,7 +1398,7 @@ CHECKPOINT = CheckpointFormat(
     },
     build_model=build_model,
     build_optimizer=build_optimizer,
-    upgrades={1: upgrade_from_1, 2: upgrade_from_2},
+    upgrades={1: upgrade_from_1, 2: upgrade_from_2, 3: upgrade_from_3},
 )
 
 
@@ -1356,12 +1494,13 @@ class Training:
         self.score_name, self.score_sign = 'log_likelihood', -1
         if data.energy:
             self.score_name, self.score_sign = 'kl', 1
-        self.input_dims = [len(data.columns)]
+        self.input_dims = [len(data.columns), data.n_context]
         self.step, self.n_seen = 0, 0
         self.n_skipped, self.skips_in_a_row = torch.zeros(
             2, dtype=torch.int64, device=process.device
         )
         self.best, self.n_seen_at_best, self.validation_loss = math.inf, 0, math.nan
+        self.validation_quantiles: list[float] = []
         self.first_world_size = saved['first_world_size'] if saved else process.world_size
 
         self.model = build_model(config, self.input_dims).to(process.device)
@@ -1429,18 +1568,24 @@ class Training:
         """Compute the objective and change the weights: what a GPU captures of a step."""
         return update(self, self.objective(x, beta))
 
-    def validate(self, folder: Path) -> None:
-        """Score the averaged weights on the validation split, and adjust the learning rate."""
+    def validate(self, folder: Path | None) -> None:
+        """Score the averaged weights on the validation split, and adjust the learning rate.
+
+        An end of training is announced, unless it has no folder.
+        """
         objective = Objective(self.average.module, self.data)
-        loss = row_losses(objective, self.data.validation, self.process).mean().item()
+        losses = row_losses(objective, self.data.validation, self.process)
+        loss = losses.mean().item()
         if math.isfinite(loss):
             self.scheduler.step(loss)
         self.validation_loss = loss
+        self.validation_quantiles = quantiles_of_scores(-losses)
         if loss < self.best:
             self.n_seen_at_best = self.n_seen
 
         n_most = self.config.n_epochs * self.n_per_epoch
-        if self.process.rank == 0 and self.n_to_see <= self.n_seen < n_most:
+        is_over = self.n_to_see <= self.n_seen < n_most
+        if is_over and folder and self.process.rank == 0:
             tqdm.write(
                 f'step {self.step}: training ends early, as {self.config.early_stop} epochs have '
                 'not brought a better validation score'
@@ -1525,8 +1670,7 @@ def take_steps(
         loss, norm = run.take_step()
         log.log_step(loss, norm, LOG_STEPS)
 
-        n_into_epochs = run.n_seen % run.n_per_validation
-        validates = n_into_epochs < run.n_per_step or run.n_seen >= run.n_to_see
+        validates = is_validation_due(run)
         if validates:
             run.validate(folder)
             log.log_validation()
@@ -1558,52 +1702,151 @@ def evaluate(
     saved: dict[str, Any],
     config: Config,
     process: Process,
-    scores: str,
-    input_file: str,
+    request: Request,
 ) -> None:
     """Print the log-likelihood of the test split, or the KL divergence to an energy.
 
-    The test split's is saved as results.json beside the checkpoint. ``input_file`` is a table to
-    score instead; the file ``scores`` gets the log-likelihood of every row.
+    The test split's is saved as results.json beside the checkpoint. ``--input`` is a table to score
+    instead. The file ``--scores`` gets the log-likelihood of every row.
     """
-    if data.energy and (scores or input_file):
+    if data.energy and (request.scores or request.input or request.explain):
         raise UserError(
-            '--scores and --input are for models of data; --generate gives the log-density of '
-            'each sample'
+            '--scores, --input and --explain are for models of data; --generate gives the '
+            'log-density of each sample'
         )
-    rows = read_rows(input_file, data) if input_file else data.test
-    losses = row_losses(Objective(model, data), rows, process)
+    rows = read_rows(request.input, data) if request.input else data.test
+    objective = Objective(model, data)
+    losses = row_losses(objective, rows, process)
+    indices = np.arange(len(rows)) if request.input else data.test_index
+    scores = score_columns(losses, indices, saved['validation_quantiles'])
+    if request.explain:
+        scores |= explain_rows(objective, data, rows, losses, scores, process)
     if process.rank > 0:
         return
 
-    mean = losses.mean().item()
-    error = 2 * losses.std(correction=0).item() / math.sqrt(len(rows))
-    name = str(input_file) if input_file else f'{Path(config.dataset).name} test'
+    results = summarise(losses, data, request.input, config)
+    if not request.input:
+        results = {**results, 'step': saved['step'], 'checkpoint': saved['path'].name}
+        write_json(saved['path'].with_name('results.json'), results)
+    if request.explain:
+        print_causes(scores)
+    if request.scores:
+        save_table(request.scores, scores)
+
+
+def summarise(
+    losses: Tensor, data: TableData, input_file: str, config: Config
+) -> dict[str, Any]:
+    """Print the mean objective of rows; return it, and what it is of, as plain values."""
+    mean, n_rows = losses.mean().item(), len(losses)
+    error = 2 * losses.std(correction=0).item() / math.sqrt(n_rows)
+    name = input_file or f'{Path(config.dataset).name} test'
     if data.energy is None:
         items = 'rows'
         results = {'log_likelihood_nats': -mean}
         summary = f'{-mean:.4f} ± {error:.4f} nats'
     else:
         weights = (-losses).softmax(0)
-        effective = 1 / (weights.square().sum().item() * len(rows))
+        effective = 1 / (weights.square().sum().item() * n_rows)
         items = 'samples'
         results = {'kl_nats': mean, 'effective_sample_size': effective}
         summary = f'KL(q || p) {mean:.4f} ± {error:.4f} nats, effective sample size {effective:.1%}'
-    print(f'{name}: {summary} ({len(rows):,} {items}, two standard errors)')
+    names = ', '.join(condition.name for condition in data.conditions)
+    given = f', given {names}' if names else ''
+    print(f'{name}{given}: {summary} ({n_rows:,} {items}, two standard errors)')
+    return {**results, 'dataset': name, 'n_rows': n_rows, 'two_standard_errors': error}
 
-    if not input_file:
-        results = {
-            **results,
-            'dataset': name,
-            'n_rows': len(rows),
-            'two_standard_errors': error,
-            'step': saved['step'],
-            'checkpoint': saved['path'].name,
-        }
-        write_json(saved['path'].with_name('results.json'), results)
-    if scores:
-        indices = np.arange(len(rows)) if input_file else data.test_index
-        save_table(scores, np.stack([indices, -losses], 1), ('row', 'log_likelihood'))
+
+def quantiles_of_scores(scores: Tensor) -> list[float]:
+    """Return at most 1,001 quantiles of scores (N,), from the smallest to the largest."""
+    levels = np.linspace(0, 1, min(len(scores), 1001))
+    return np.quantile(scores.numpy(), levels).tolist()
+
+
+def score_columns(
+    losses: Tensor, indices: np.ndarray, quantiles: list[float]
+) -> dict[str, np.ndarray]:
+    """Return the columns of ``--scores``: each row's number, log-likelihood and percentile.
+
+    The percentile is that among the validation rows, of whose scores ``quantiles`` are the
+    quantiles. Checkpoints of before format 4 have none of them.
+    """
+    scores = -losses.numpy()
+    columns = {'row': indices, 'log_likelihood': scores}
+    if quantiles:
+        levels = np.linspace(0, 100, len(quantiles))
+        columns['percentile'] = np.interp(scores, quantiles, levels)
+    return columns
+
+
+def explain_rows(
+    objective: Objective,
+    data: TableData,
+    rows: np.ndarray,
+    losses: Tensor,
+    scores: dict[str, np.ndarray],
+    process: Process,
+) -> dict[str, np.ndarray]:
+    """Return the columns of ``--explain``: which cells make the least likely rows so.
+
+    They are named, with their gains, for the rows below percentile ``LOW``. The gain of a cell is
+    how far the log-likelihood would rise if it alone were at the best of the quantiles that its
+    column has in the training split. Conditions stay as they are.
+    """
+    if 'percentile' not in scores or not len(data.quantiles):
+        raise UserError(
+            '--explain needs to know the columns, and this checkpoint is from before it did: '
+            'train it on, or train a new model'
+        )
+    order = np.argsort(scores['log_likelihood'], kind='stable')
+    lowest = order[scores['percentile'][order] < LOW][:MOST_EXPLAINED]
+    gains = np.stack(
+        [
+            losses[lowest].numpy() - best_losses(objective, data, rows[lowest], k, process)
+            for k in range(len(data.columns))
+        ],
+        axis=1,
+    )
+
+    n_rows, names = len(rows), np.array(data.columns, dtype=object)
+    columns: dict[str, np.ndarray] = {}
+    best_first = np.argsort(-gains, axis=1, kind='stable')
+    for rank in range(min(N_CAUSES, len(names))):
+        k = best_first[:, rank]
+        gain = np.full(n_rows, np.nan)
+        gain[lowest] = gains[np.arange(len(lowest)), k]
+        name = np.full(n_rows, '', dtype=object)
+        name[lowest] = names[k]
+        helps = gain > 0
+        columns[f'column_{rank + 1}'] = np.where(helps, name, '')
+        columns[f'gain_{rank + 1}'] = np.where(helps, gain, np.nan)
+    return columns
+
+
+def best_losses(
+    objective: Objective, data: TableData, rows: np.ndarray, k: int, process: Process
+) -> np.ndarray:
+    """Return the objective of each row (N, D) with its k-th cell at the best quantile, (N,)."""
+    n_levels = len(data.quantiles)
+    changed = np.repeat(rows, n_levels, axis=0)
+    changed[:, k] = np.tile(data.quantiles[:, k], len(rows))
+    losses = row_losses(objective, changed, process)
+    return losses.view(len(rows), n_levels).amin(1).numpy()
+
+
+def print_causes(scores: dict[str, np.ndarray]) -> None:
+    """Print the least likely rows, at most ``N_PRINTED``, and the cells that make them so."""
+    order = np.argsort(scores['log_likelihood'], kind='stable')
+    for i in order[scores['percentile'][order] < LOW][:N_PRINTED]:
+        causes = []
+        for rank in range(1, N_CAUSES + 1):
+            name = scores.get(f'column_{rank}', {i: ''})[i]
+            if name:
+                causes.append(f'{name} (+{scores[f"gain_{rank}"][i]:.1f})')
+        print(
+            f'row {scores["row"][i]}: {scores["log_likelihood"][i]:.2f} nats: '
+            f'{", ".join(causes) or "no single cell"}'
+        )
 
 
 def directions(model: BNAF, data: TableData) -> tuple[Callable, Callable]:
@@ -1618,25 +1861,32 @@ def directions(model: BNAF, data: TableData) -> tuple[Callable, Callable]:
 
 @torch.no_grad()
 def sample_rows(
-    model: BNAF, data: TableData, n: int, z_std: float, seed: int
+    model: BNAF,
+    data: TableData,
+    n: int,
+    z_std: float,
+    seed: int,
+    context: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ``n`` rows (n, D) in the data's own units, and log p of each.
 
-    Columns that ``--dequantize`` has spread are still spread. The model is converted to float64,
-    where the inverse is exact to 1e-10 unless ``--inverse_tol`` says otherwise. Prints the speed
-    and the error of a round trip.
+    A model with conditions takes the context of each row, (n, C). Columns that ``--dequantize`` has
+    spread are still spread. The model is converted to float64, where the inverse is exact to 1e-10
+    unless ``--inverse_tol`` says otherwise. Prints the speed and the error of a round trip.
     """
     from_noise, to_noise = directions(model.double(), data)
     like = next(model.parameters())
     generator = seeded_generator('cpu', Stream.SAMPLES, seed)
+    contexts = None if context is None else torch.from_numpy(context).to(like)
     start = time.perf_counter()
     x, log_p, n_lost = sample_with_log_prob(
-        from_noise, n, len(data.columns), like, z_std, generator
+        from_noise, n, len(data.columns), like, z_std, generator, contexts
     )
     speed = n / (time.perf_counter() - start)
 
     head = x[:1000]
-    again, _ = from_noise(to_noise(head)[0])
+    given = [] if contexts is None else [contexts[:1000]]
+    again, _ = from_noise(to_noise(head, *given)[0], *given)
     error = (again - head).abs().max().item()
     lost = f'{n_lost:,} more draws lay beyond what the flow reaches; ' if n_lost else ''
     print(f'{n:,} samples, {speed:,.0f} per second; {lost}round trip within {error:.0e}')
@@ -1645,31 +1895,68 @@ def sample_rows(
     return data.to_own_units(x.cpu().numpy()), log_p
 
 
+def given_conditions(text: str, data: TableData, n: int = 1) -> tuple[Any, np.ndarray]:
+    """Return the rows of ``--given``, each ``n`` times, as a table and as contexts (N, C).
+
+    Raises ``UserError`` where the model has no conditions, or ``text`` lacks one of them.
+    """
+    names = [condition.name for condition in data.conditions]
+    if not names:
+        raise UserError('--given is for models that were trained with --condition')
+    if not text:
+        example = ','.join(f'{name}=...' for name in names)
+        raise UserError(
+            f'the model has conditions: add --given={example}, or --given=TABLE with these columns'
+        )
+    given = parse_given(text, names)
+    context = encode_conditions(given, data.conditions, '--given')
+    again = np.repeat(np.arange(len(given)), n)
+    return given[names].iloc[again], context[again]
+
+
 def generate(model: BNAF, data: TableData, path: Path, config: Config, request: Request) -> None:
     """Save samples in the data's own units, with their log-likelihood, as a table.
 
-    Columns that ``--dequantize`` has spread are put back on the values of the table. The
-    log-likelihood is that of the row as it is saved, which ``--evaluate --input`` gives too.
+    A model with conditions draws ``--n_samples`` for each row of ``--given``, and the table has
+    these besides. Columns that ``--dequantize`` has spread are put back on the values of the table.
+    The log-likelihood is that of the row as it is saved, which ``--evaluate --input`` gives too.
     """
-    x, log_p = sample_rows(model, data, request.n_samples, request.z_std, config.seed)
     output = request.output or path.with_name('generated_samples.csv')
+    given, context, n = None, None, request.n_samples
+    if data.conditions or request.given:
+        given, context = given_conditions(request.given, data, n)
+        n = len(given)
+        require_writable(output, given)
+
+    x, log_p = sample_rows(model, data, n, request.z_std, config.seed, context)
     if any(map(len, data.levels)):
         x = data.quantize(x)
-        rows = rows_of_values(x, data, output).astype(np.float64)
+    table = frame_of_rows(x, data, given)
+    if any(map(len, data.levels)):
+        rows = rows_of_frame(table, data, output).astype(np.float64)
         single = Process(rank=0, world_size=1, device=next(model.parameters()).device)
         log_p = -row_losses(Objective(model, data), rows, single).numpy()
-    save_table(output, np.column_stack([x, log_p]), [*data.columns, 'log_likelihood'])
+    table['log_likelihood'] = log_p
+    save_table(output, table)
 
 
 @torch.no_grad()
-def density(model: BNAF, data: TableData, points: np.ndarray) -> np.ndarray:
-    """Return p at points (N, D) in the data's own units; 0 where the flow does not reach."""
+def density(
+    model: BNAF, data: TableData, points: np.ndarray, context: np.ndarray | None = None
+) -> np.ndarray:
+    """Return p at points (N, D) in the data's own units; 0 where the flow does not reach.
+
+    ``context`` is of shape (N, C), or (1, C) for all points.
+    """
     _, to_noise = directions(model.double(), data)
-    rows = torch.from_numpy((points - data.mean) / data.std)
-    rows = rows.to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    rows = torch.from_numpy((points - data.mean) / data.std).to(device)
+    contexts = torch.zeros(len(rows), 0, dtype=torch.float64)
+    if context is not None:
+        contexts = torch.from_numpy(context).double().expand(len(rows), -1)
     log_p = []
-    for x in rows.split(ROWS_AT_ONCE):
-        z, logdet = to_noise(x)
+    for x, given in zip(rows.split(ROWS_AT_ONCE), contexts.to(device).split(ROWS_AT_ONCE)):
+        z, logdet = to_noise(x) if context is None else to_noise(x, given)
         log_p.append(log_normal(z) + logdet)
     p = torch.cat(log_p).exp().nan_to_num(0.0).cpu().numpy()
     return p / data.std.prod()
@@ -1681,17 +1968,20 @@ def visualize(
     path: Path,
     config: Config,
     process: Process,
-    vis_dims: list[str] | None,
+    request: Request,
 ) -> None:
     """Save a picture of what was learned.
 
     With two variables it shows the target, the learned density and samples, side by side. With
-    more it shows each pair of columns: data below the diagonal, samples above it.
+    more it shows each pair of columns: data below the diagonal, samples above it. Of a model with
+    conditions, ``draw_conditional`` shows the density for those of ``--given``. Without them, each
+    sample has the conditions of a test row.
 
-    Columns that ``--dequantize`` has spread are spread in the former picture, as is the density
-    that it compares them with, and are on the values of the table in the latter.
+    Columns that ``--dequantize`` has spread are spread in the first picture, as is the density
+    that it compares them with, and are on the values of the table in the second.
     """
-    if vis_dims and len(data.columns) == 2:
+    n_columns, context = len(data.columns), None
+    if request.vis_dims and n_columns == 2 and not data.conditions:
         raise UserError(
             '--vis_dims is for more than two columns: the density of two is drawn whole'
         )
@@ -1699,20 +1989,129 @@ def visualize(
     loss = row_losses(Objective(model, data), data.test, single).mean().item()
     title = f'{Path(config.dataset).stem}: {format_score(config, loss)}'
 
-    if len(data.columns) == 2:
+    is_fan = n_columns == 1 and len(data.conditions) == 1
+    if request.given or is_fan:
+        figure = draw_conditional(model, data, request.given, config.seed, title)
+    elif n_columns == 2 and not data.conditions:
         samples, _ = sample_rows(model, data, 50_000, 1.0, config.seed)
         figure = draw_density(data, samples, partial(density, model, data), title)
     else:
-        chosen = list(range(min(8, len(data.columns))))
-        if vis_dims:
-            chosen = [data.column_index(text) for text in vis_dims]
-        real = data.quantize(data.head(1500))
-        drawn, _ = sample_rows(model, data, len(real), 1.0, config.seed)
-        drawn = data.quantize(drawn)
-        columns = [data.columns[k] for k in chosen]
-        title += '; data grey, samples orange'
-        figure = draw_pairs(real[:, chosen], drawn[:, chosen], columns, title)
+        rows = data.head(1500)
+        if data.conditions:
+            context = rows[:, n_columns:]
+        figure = draw_samples(model, data, rows, context, request.vis_dims, config.seed, title)
     save_figure(path.with_name('visualization.png'), figure)
+
+
+def draw_samples(
+    model: BNAF,
+    data: TableData,
+    rows: np.ndarray,
+    context: np.ndarray | None,
+    vis_dims: list[str] | None,
+    seed: int,
+    title: str,
+) -> Any:
+    """Draw pairs of columns of standardised rows, and of as many samples."""
+    chosen = list(range(min(8, len(data.columns))))
+    if vis_dims:
+        chosen = [data.column_index(text) for text in vis_dims]
+    real = data.quantize(data.to_own_units(rows))
+    drawn, _ = sample_rows(model, data, len(real), 1.0, seed, context)
+    drawn = data.quantize(drawn)
+    columns = [data.columns[k] for k in chosen]
+    return draw_pairs(real[:, chosen], drawn[:, chosen], columns, f'{title}; data grey, samples orange')
+
+
+def draw_conditional(model: BNAF, data: TableData, text: str, seed: int, title: str) -> Any:
+    """Draw the density given the conditions of ``--given``, which is ``text``.
+
+    Of one column it is a curve for each row of conditions. One of these may be left out: a category
+    gets a curve for each of its values, and a number the quantiles along it. Two columns get a
+    picture of the plane, and more get samples beside the data, for one row of conditions.
+    """
+    names = [condition.name for condition in data.conditions]
+    given = parse_given(text, names) if text else None
+    free = [c for c in data.conditions if given is None or c.name not in given]
+    n_columns = len(data.columns)
+    if len(free) > (n_columns == 1):
+        lacks = ', '.join(condition.name for condition in free)
+        raise UserError(f'--given lacks {lacks}; only of one column may one condition be left out')
+    if free:
+        return draw_along(model, data, given, free[0], title)
+
+    context = encode_conditions(given, data.conditions, '--given')
+    labels = [', '.join(f'{name}={row[name]}' for name in names) for _, row in given.iterrows()]
+    if n_columns == 1:
+        return draw_density_of_column(model, data, labels, context, title)
+    if len(labels) > 1:
+        raise UserError('--visualize takes one row of --given where there are several columns')
+    title = f'{title}, given {labels[0]}'
+    if n_columns > 2:
+        return draw_samples(model, data, data.head(1500), context, None, seed, title)
+    samples, _ = sample_rows(model, data, 50_000, 1.0, seed, context.repeat(50_000, 0))
+    return draw_density(data, samples, partial(density, model, data, context=context), title)
+
+
+def draw_along(model: BNAF, data: TableData, given: Any, free: Condition, title: str) -> Any:
+    """Draw the density of one column along a condition, given one row of the others."""
+    if given is not None and len(given) > 1:
+        raise UserError(f'--given has several rows and leaves out {free.name}: give it, or one row')
+    rows = data.head(5000)
+    start = len(data.columns)
+    blocks, shown = [], np.ones(len(rows), dtype=bool)
+    for condition in data.conditions:
+        own = rows[:, start : start + condition.width]
+        if condition is free:
+            values = np.eye(condition.width)
+            if not condition.categories:
+                values = np.linspace(own.min(), own.max(), N_ALONG)[:, None]
+            blocks.append(values)
+            along = own[:, 0]
+        else:
+            blocks.append(condition.encode(given[condition.name], '--given'))
+            if condition.categories:
+                shown &= (own == blocks[-1].astype(own.dtype)).all(axis=1)
+        start += condition.width
+    n = max(map(len, blocks))
+    context = np.hstack([np.broadcast_to(block, (n, block.shape[1])) for block in blocks])
+
+    if free.categories:
+        labels = [f'{free.name}={category}' for category in free.categories]
+        return draw_density_of_column(model, data, labels, context, title)
+    points = free.mean + free.std * along[shown], data.to_own_units(rows[shown])[:, 0]
+    quantiles = quantiles_along(model, data, context)
+    values = free.mean + free.std * values[:, 0]
+    return draw_fan(values, quantiles, FAN, points, (free.name, data.columns[0]), title)
+
+
+@torch.no_grad()
+def quantiles_along(model: BNAF, data: TableData, context: np.ndarray) -> np.ndarray:
+    """Return the quantiles ``FAN`` of the only column for each context (N, C), (N, len(FAN)).
+
+    All flows increase, so they are what the quantiles of the noise are mapped to.
+    """
+    like = next(model.double().parameters())
+    z = torch.special.ndtri(torch.tensor(FAN, dtype=torch.float64)).to(like)
+    contexts = torch.from_numpy(context).to(like).repeat_interleave(len(z), 0)
+    x, _ = model.inverse(z.repeat(len(context))[:, None], contexts)
+    return data.to_own_units(x.cpu().numpy()).reshape(len(context), len(z))
+
+
+def draw_density_of_column(
+    model: BNAF, data: TableData, labels: list[str], context: np.ndarray, title: str
+) -> Any:
+    """Draw the density of the only column for each context (n, C), over a histogram of the data."""
+    if len(labels) > MOST_CURVES:
+        raise UserError(f'{len(labels)} densities are too many for a picture: at most {MOST_CURVES}')
+    values = data.to_own_units(data.head(5000))[:, 0]
+    low, high = np.quantile(values, [0.002, 0.998])
+    margin = 0.15 * (high - low)
+    x = np.linspace(low - margin, high + margin, 500)
+    curves = {}
+    for label, row in zip(labels, context):
+        curves[label] = density(model, data, x[:, None], row[None])
+    return draw_curves(x, curves, values, data.columns[0], title)
 
 
 @torch.no_grad()
@@ -1728,13 +2127,14 @@ def check(model: BNAF, data: TableData, config: Config) -> None:
     n_lost, largest = 0, 0.0
     for start in progress_bar(range(0, len(data.test), ROWS_AT_ONCE), 'inverting test rows'):
         rows = np.array(data.test[start : start + ROWS_AT_ONCE])
-        x = z = torch.from_numpy(rows).double().to(device)
+        x, context = model.split(torch.from_numpy(rows).double().to(device))
+        z = x
         for k, flow in enumerate(model):
             y = z
-            z, _ = flow(y)
-            error = (flow.inverse(z)[0] - y).abs().nan_to_num(0.0)
+            z, _ = flow(y, context)
+            error = (flow.inverse(z, context)[0] - y).abs().nan_to_num(0.0)
             errors[k] = max(errors[k], error.max().item())
-        error_of_row = (model.inverse(z)[0] - x).abs().amax(1)
+        error_of_row = (model.inverse(z, context)[0] - x).abs().amax(1)
         n_lost += int(error_of_row.isnan().sum())
         largest = max(largest, error_of_row.nan_to_num(0.0).max().item())
 
@@ -1794,11 +2194,11 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         flow.inverse_tol = request.inverse_tol
 
     if mode in ('train', 'evaluate'):
-        evaluate(model, data, saved, config, process, request.scores, request.input)
+        evaluate(model, data, saved, config, process, request)
     elif process.rank == 0 and mode == 'generate':
         generate(model, data, path, config, request)
     elif process.rank == 0 and mode == 'visualize':
-        visualize(model, data, path, config, process, request.vis_dims)
+        visualize(model, data, path, config, process, request)
     elif process.rank == 0:
         check(model, data, config)
     if process.rank == 0 and mode == 'train':
@@ -1817,6 +2217,305 @@ def main(argv: list[str] | None = None) -> None:
             named = {f'--{name}': value for name, value in settings.items()}
             require_agreement(process, mode=mode, **named)
             run_mode(mode, options, request, process)
+
+
+# ------------------------------------------------------------------------------------ scikit-learn
+
+FEW = 1_000  # rows, below which an estimator is smaller and ends its training earlier
+OF_FEW_ROWS = dict(hidden_dim=4, batch_size=50, early_stop=30, ema_decay=0.99)
+BUILDING = threading.Lock()  # of torch's random generator, which all threads share
+
+
+class BNAFDensity(DensityMixin, BaseEstimator):
+    """The density of the rows of a table, p(x), or p(x | c), as an estimator of scikit-learn.
+
+    ``fit`` writes no file; a tenth of the rows, at least one, decides when its training ends.
+    Columns may be given by name, by index, or as a range such as ``'2-5'``. In arrays of scikit-learn
+    they have no names.
+
+    Arguments:
+        condition: the columns c that the density of the others is conditional on. They may be
+            numbers, or categories: texts, booleans, and numbers of at most ten different values.
+        columns: the columns to use, by default all.
+        drop: the columns to leave out.
+        dequantize: spread discrete columns by uniform noise.
+        n_flows: flows, with the variables flipped between them.
+        n_hidden: inner layers of a flow.
+        hidden_dim: hidden units per variable.
+        residual: ``'gated'``, ``'normal'`` or ``'none'``; none on the last flow.
+        checkpoint_grads: take less memory and more time.
+        no_cuda_graph: launch the kernels of a step one by one, on a GPU.
+        n_epochs: epochs, at most.
+        n_epochs_warmup: epochs over which the learning rate rises from 0.
+        batch_size: rows per step.
+        lr: the learning rate.
+        lr_patience: epochs without a better validation score before the rate is halved.
+        min_lr: lower bound of the rate when it is halved.
+        early_stop: epochs without a better validation score that end training.
+        grad_norm_clip: the norm at which gradients are clipped.
+        ema_decay: of the average of the weights that is used after training.
+        seed: of the initial weights, the validation rows, and the order of the others.
+        device: ``'cpu'`` or ``'cuda'``; by default a GPU if there is one.
+        verbose: whether to show a progress bar.
+
+    These are the options of ``python bnaf.py --train``, with its defaults. Those that are None have
+    these too or, of fewer than 1,000 rows, the values of ``OF_FEW_ROWS``.
+
+    Attributes:
+        model_: the ``BNAF``, in float64, of standardised rows.
+        data_: a ``TableData`` without rows: the columns, their units and conditions.
+        n_features_in_, feature_names_in_: the number of columns of the table, and their names.
+
+    Errors are those of scikit-learn, and ``ValueError`` with a line that says what to do.
+    """
+
+    def __init__(
+        self,
+        condition: list[str | int] | None = None,
+        columns: list[str | int] | None = None,
+        drop: list[str | int] | None = None,
+        dequantize: bool = False,
+        n_flows: int = 5,
+        n_hidden: int = 1,
+        hidden_dim: int | None = None,
+        residual: str = 'gated',
+        checkpoint_grads: bool = False,
+        no_cuda_graph: bool = False,
+        n_epochs: int = 1000,
+        n_epochs_warmup: float = 0.0,
+        batch_size: int | None = None,
+        lr: float = 1e-2,
+        lr_patience: int = 20,
+        min_lr: float = 5e-4,
+        early_stop: int | None = None,
+        grad_norm_clip: float = 0.1,
+        ema_decay: float | None = None,
+        seed: int = 0,
+        device: str = '',
+        verbose: bool = False,
+    ) -> None:
+        self.condition = condition
+        self.columns = columns
+        self.drop = drop
+        self.dequantize = dequantize
+        self.n_flows = n_flows
+        self.n_hidden = n_hidden
+        self.hidden_dim = hidden_dim
+        self.residual = residual
+        self.checkpoint_grads = checkpoint_grads
+        self.no_cuda_graph = no_cuda_graph
+        self.n_epochs = n_epochs
+        self.n_epochs_warmup = n_epochs_warmup
+        self.batch_size = batch_size
+        self.lr = lr
+        self.lr_patience = lr_patience
+        self.min_lr = min_lr
+        self.early_stop = early_stop
+        self.grad_norm_clip = grad_norm_clip
+        self.ema_decay = ema_decay
+        self.seed = seed
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: None = None) -> 'BNAFDensity':
+        """Learn the density of the rows of a DataFrame or an array (N, D). Returns itself.
+
+        Warns where the likelihood has no upper bound, as that of discrete columns.
+        """
+        with value_errors():
+            frame = input_frame(self, X, is_new=True)
+            config = self.build_config(len(frame))
+            data = table_from_frame(
+                frame,
+                'X',
+                config.seed,
+                with_test=False,
+                dequantize=config.dequantize,
+                columns=config.columns,
+                drop=config.drop,
+                condition=config.condition,
+            )
+            for note in data.notes:
+                warnings.warn(note, stacklevel=2)
+
+            process = Process(0, 1, local_device(self.device, 0, 1, None))
+            with BUILDING, torch.random.fork_rng(devices=[]):
+                run = Training(config, data, process)
+            self.checkpoint_ = train_in_memory(run, self.verbose)
+            content = torch.load(io.BytesIO(self.checkpoint_), 'cpu', weights_only=True)
+            self.use_checkpoint({**content, 'config': config, 'path': Path('X')})
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Return the log-likelihood of each row, in nats and in the units of the data, (N,).
+
+        With conditions, it is that of the other columns given these.
+        """
+        rows = self.standardised_rows(X)
+        return -self.losses(rows).numpy()
+
+    def score(self, X: Any, y: None = None) -> float:
+        """Return the sum of the log-likelihoods of all rows, as ``KernelDensity`` does."""
+        return float(self.score_samples(X).sum())
+
+    def explain(self, X: Any) -> np.ndarray:
+        """Return which cells make rows unlikely, (N, D): the gain of each cell, in nats.
+
+        It is how far the log-likelihood of the row would rise if this cell alone were at the best of
+        the quantiles that its column has in the training rows. D counts the columns of the density,
+        ``data_.columns``, without conditions.
+        """
+        rows = self.standardised_rows(X)
+        losses = self.losses(rows).numpy()
+        objective, process = self.objective(), self.process()
+        gains = []
+        for k in range(len(self.data_.columns)):
+            gains.append(losses - best_losses(objective, self.data_, rows, k, process))
+        return np.stack(gains, 1)
+
+    def sample(
+        self, n_samples: int = 1, given: Any = None, random_state: Any = None
+    ) -> Any:
+        """Draw rows, as a DataFrame if the model was fitted to one and as an array otherwise.
+
+        Arguments:
+            n_samples: how many; with conditions, for each row of them.
+            given: the conditions, as a dict ``{'age': 40, 'sex': 'f'}`` or a DataFrame. They are part
+                of the rows that are returned.
+            random_state: None, a seed, or a ``numpy.random.RandomState``.
+        """
+        check_is_fitted(self)
+        seed = check_random_state(random_state).randint(2**31 - 1)
+        with value_errors():
+            conditions, contexts, n = None, None, n_samples
+            if self.data_.conditions or given is not None:
+                conditions = condition_frame(given, self.data_.conditions)
+                context = encode_conditions(conditions, self.data_.conditions, 'given')
+                again = np.repeat(np.arange(len(conditions)), n_samples)
+                conditions, n = conditions.iloc[again], len(again)
+                contexts = torch.from_numpy(context[again])
+
+            like = next(self.model_.parameters())
+            if contexts is not None:
+                contexts = contexts.to(like)
+            generator = seeded_generator('cpu', Stream.SAMPLES, seed)
+            n_columns = len(self.data_.columns)
+            x, _, _ = sample_with_log_prob(
+                self.model_.inverse, n, n_columns, like, 1.0, generator, contexts
+            )
+            values = self.data_.quantize(self.data_.to_own_units(x.cpu().numpy()))
+            frame = frame_of_rows(values, self.data_, conditions)
+        names = [name for name in self.data_.features if name in frame]
+        return frame[names] if hasattr(self, 'feature_names_in_') else frame[names].to_numpy()
+
+    def save(self, path: str | Path) -> None:
+        """Save the model as a checkpoint, which ``bnaf.py --restore_file=PATH`` reads too."""
+        check_is_fitted(self)
+        with value_errors():
+            write_atomically(Path(path), lambda temporary: temporary.write_bytes(self.checkpoint_))
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = '') -> 'BNAFDensity':
+        """Return the fitted estimator of a checkpoint, one that ``bnaf.py`` wrote included."""
+        with value_errors():
+            saved = load_checkpoint(Path(path))
+            config = saved['config']
+            if config.dataset in ENERGIES:
+                raise UserError(f'{path} is a model of the energy {config.dataset}, not of rows')
+            names = set(cls._get_param_names()) & set(asdict(config))
+            estimator = cls(**{name: getattr(config, name) for name in names}, device=device)
+            estimator.checkpoint_ = Path(path).read_bytes()
+            estimator.use_checkpoint(saved)
+        return estimator
+
+    # ------------------------------------------------------------------------ what these are made of
+
+    def build_config(self, n_rows: int) -> Config:
+        """Return the options of a training on so many rows."""
+        options = {'dataset': ''}
+        for field in dataclasses.fields(Config):
+            value = getattr(self, field.name, None)
+            if value is None:
+                value = OF_FEW_ROWS.get(field.name) if n_rows < FEW else None
+            if value is None:
+                continue
+            if field.type is list:
+                value = [str(item) for item in value]
+            options[field.name] = field.type(value) if field.type in (int, float, bool) else value
+        return Config(**options)
+
+    def use_checkpoint(self, saved: dict[str, Any]) -> None:
+        """Take the model and the units from the content of a checkpoint."""
+        device = local_device(self.device, 0, 1, None)
+        self.data_ = table_from_units(saved['units'], *saved['input_dims'], saved['path'])
+        with BUILDING, torch.random.fork_rng(devices=[]):
+            self.model_ = restore_model(saved, device).double()
+        self.n_features_in_ = len(self.data_.features)
+        if not is_unnamed(self.data_.features):
+            self.feature_names_in_ = np.array(self.data_.features, dtype=object)
+
+    def standardised_rows(self, X: Any) -> np.ndarray:
+        """Return rows in the units of the model, with their encoded conditions."""
+        check_is_fitted(self)
+        with value_errors():
+            frame = input_frame(self, X)
+            return rows_of_frame(frame, self.data_, 'X', np.float64)
+
+    def losses(self, rows: np.ndarray) -> Tensor:
+        """Return minus the log-likelihood of each standardised row."""
+        return row_losses(self.objective(), rows, self.process())
+
+    def objective(self) -> Objective:
+        """Return the objective of the model."""
+        return Objective(self.model_, self.data_)
+
+    def process(self) -> Process:
+        """Return this process, and the device that the model is on."""
+        return Process(0, 1, next(self.model_.parameters()).device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: a model on a GPU is brought to the CPU."""
+        state = dict(super().__getstate__())
+        if 'model_' in state:
+            state['model_'] = copy.deepcopy(state['model_']).cpu()
+        return state
+
+
+def train_in_memory(run: Training, is_shown: bool) -> bytes:
+    """Train to the end. Returns the checkpoint with the best validation score.
+
+    Raises ``UserError`` where the validation score is not finite.
+    """
+    n_steps = math.ceil(run.config.n_epochs * run.n_per_epoch / run.n_per_step)
+    best = io.BytesIO()
+    with progress_bar(total=n_steps, unit='step', disable=not is_shown) as bar:
+        while run.n_seen < run.n_to_see:
+            run.take_step()
+            bar.update()
+            if not is_validation_due(run):
+                continue
+
+            run.validate(None)
+            if not math.isfinite(run.validation_loss):
+                raise UserError(f'training diverged at step {run.step}: fit again with a lower lr')
+            bar.set_postfix_str(format_score(run.config, run.validation_loss), refresh=False)
+            if run.validation_loss < run.best:
+                run.best = run.validation_loss
+                best = io.BytesIO()
+                torch.save(CHECKPOINT.content(run), best)
+    return best.getvalue()
+
+
+@contextlib.contextmanager
+def value_errors() -> Iterator[None]:
+    """Raise ``UserError`` as ``ValueError``, which users of scikit-learn expect.
+
+    What its text calls an option, ``--drop``, is a parameter here: ``drop``.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise ValueError(str(error).replace('--', '')) from error
 
 
 if __name__ == '__main__':

@@ -57,6 +57,7 @@ from common.runs import (
     LAST,
     StopQuestion,
     catch_stop_signals,
+    is_validation_due,
     load_on_rank_0,
     load_selected_checkpoint,
     local_device,
@@ -1005,7 +1006,7 @@ CHECKPOINT = CheckpointFormat(
     script=f'{NAME}.py',
     number=2,
     config_class=Config,
-    n_dims=3,  # of an image: (C, H, W)
+    least_dims=(1, 1, 1),  # of an image: (C, H, W)
     fields={
         'fingerprint': str,
         'split_bounds': [int],
@@ -1339,8 +1340,7 @@ def take_steps(
         loss, norm = run.take_step()
         log.log_step(loss, norm, LOG_STEPS)
 
-        n_into_epochs = run.n_seen % run.n_per_validation
-        validates = n_into_epochs < run.n_per_step or run.n_seen >= run.n_to_see
+        validates = is_validation_due(run)
         if validates:
             run.validate(folder)
             log.log_validation()

@@ -35,7 +35,7 @@ class CheckpointFormat:
         script: the file name of the script.
         number: the number of the format. It is raised when older checkpoints cannot be read.
         config_class: the dataclass of the options that are kept.
-        n_dims: the number of dimensions of an input, without the batch.
+        least_dims: the least of each dimension of an input, without the batch.
         fields: the attributes of a training that are kept, with their schema (``has_schema``).
         parts: the attributes that are kept by their ``state_dict()``, with its schema. Among them
             are ``model``, ``average`` and ``optimizer``.
@@ -49,7 +49,7 @@ class CheckpointFormat:
     script: str
     number: int
     config_class: type[Options]
-    n_dims: int
+    least_dims: tuple[int, ...]
     fields: dict[str, Any]
     parts: dict[str, Any]
     build_model: Callable[[Any, list[int]], nn.Module]
@@ -59,6 +59,10 @@ class CheckpointFormat:
 
     def save(self, run: Training, path: Path) -> None:
         """Save everything needed to resume a training or to use its model."""
+        save_tensors(path, self.content(run))
+
+    def content(self, run: Training) -> dict[str, Any]:
+        """Return what ``save`` saves. Its tensors are those of the training, not copies."""
         content = {
             'script': self.script,
             'format': self.number,
@@ -71,7 +75,7 @@ class CheckpointFormat:
             content[name] = int(value) if schema is int else value  # some are on a GPU
         for name in self.parts:
             content[name] = getattr(run, name).state_dict()
-        save_tensors(path, content)
+        return content
 
     def restore(self, run: Training, saved: dict[str, Any]) -> None:
         """Bring a training to where a checkpoint was saved.
@@ -158,9 +162,10 @@ class CheckpointFormat:
             if saved.get(name, 1) < 1:
                 raise ValueError(f'its {name} is 0')
         dims = saved['input_dims']
-        if len(dims) != self.n_dims:
+        if len(dims) != len(self.least_dims):
             raise ValueError(f'its inputs have {len(dims)} dimensions')
-        if not all(0 < n < LARGEST_DIM for n in dims) or math.prod(dims) >= LARGEST_INPUT:
+        are_within = all(low <= n < LARGEST_DIM for low, n in zip(self.least_dims, dims))
+        if not are_within or math.prod(dims) >= LARGEST_INPUT:
             raise ValueError(f'its input_dims are {dims}')
 
     def parse_config(self, config: dict[str, Any]) -> Options:
@@ -173,7 +178,8 @@ class CheckpointFormat:
         if unknown:
             raise ValueError(f'unknown options: {", ".join(sorted(map(str, unknown)))}')
         for name, value in config.items():
-            if not isinstance(value, (str, int, float)):
+            is_list = value is None or has_schema(value, [str])  # None: it was not given
+            if not is_list and not isinstance(value, (str, int, float)):
                 raise ValueError(f'its option {name} is neither text nor a number')
         return self.config_class(**config)
 

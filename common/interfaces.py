@@ -44,6 +44,8 @@ class Training(Protocol):
     n_seen: int
     n_per_step: int
     n_per_epoch: int
+    n_per_validation: int
+    n_to_see: int
     n_skipped: torch.Tensor
     skips_in_a_row: torch.Tensor
     best: float

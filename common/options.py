@@ -73,7 +73,9 @@ class Options:
 def check_value(f: Field, value: Any) -> None:
     """Raise ``UserError`` unless an option may have this value."""
     if f.type in (str, bool, list):
-        is_printable = f.type is not str or (isinstance(value, str) and value.isprintable())
+        texts = value if isinstance(value, list) else [value]
+        is_text = all(isinstance(text, str) and text.isprintable() for text in texts)
+        is_printable = is_text or f.type is bool
         if type(value) is not f.type or not is_printable:
             raise UserError(f'--{f.name}={value!r} is not printable text or has the wrong type')
         choices = f.metadata['choices']
@@ -289,7 +291,14 @@ def resolve_config(
         saved_value = getattr(config, name)
         if options[name] != saved_value:
             raise UserError(
-                f'--{name}={options[name]} contradicts the checkpoint {saved["path"]}, '
-                f'which has {name}={saved_value}'
+                f'--{name}={as_typed(options[name])} contradicts the checkpoint {saved["path"]}, '
+                f'which has {name}={as_typed(saved_value)}'
             )
     return replace(config, **options)
+
+
+def as_typed(value: Any) -> str:
+    """Return the value of an option as it is typed: a list as words with commas between them."""
+    if value is None:
+        return 'none'
+    return ','.join(map(str, value)) if isinstance(value, list) else str(value)

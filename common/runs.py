@@ -340,6 +340,12 @@ def launcher() -> str:
     return ' '.join(words)
 
 
+def is_validation_due(run: Training) -> bool:
+    """Return whether the last step has ended the rows between two validations, or the training."""
+    n_rows = run.n_seen % run.n_per_validation
+    return n_rows < run.n_per_step or run.n_seen >= run.n_to_see
+
+
 def stop_if_diverged(run: Training, is_validated: bool, max_skips: int, checkpoint: Path) -> None:
     """Raise ``UserError`` where a training has diverged.
 

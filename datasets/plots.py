@@ -63,7 +63,7 @@ def draw_density(
         assert data.test is not None, 'a table without a sampler has rows'
         rows = data.to_own_units(data.test)
         extent, n_bins = bounding_box(rows), 40
-        target_title = 'test data'
+        target_title = 'test data, all conditions' if data.conditions else 'test data'
 
     points = cell_centres(extent, n_cells)
     if data.energy is None:
@@ -132,6 +132,71 @@ def histogram(points: np.ndarray, extent: Extent, n: int) -> np.ndarray:
     ranges = extent[:2], extent[2:]
     counts, _, _ = np.histogram2d(x, y, n, ranges)
     return counts.T
+
+
+# ----------------------------------------------------------------------- one column, given others
+
+
+def draw_curves(
+    x: np.ndarray, curves: Mapping[str, np.ndarray], values: np.ndarray, column: str, title: str
+) -> Figure:
+    """Draw densities of one column over a histogram of data.
+
+    Arguments:
+        x: the values (n,) at which the densities are known.
+        curves: each density (n,), by its label.
+        values: the data (N,), which need not have the conditions of any of the densities.
+        column: the name of the column.
+        title: the title of the figure.
+    """
+    figure = Figure((7, 4.3), layout='constrained')
+    axes = figure.subplots()
+    bins = np.linspace(x[0], x[-1], 60).tolist()
+    axes.hist(values, bins, density=True, color='0.85', label='data, all conditions')
+    for label, density in curves.items():
+        axes.plot(x, density, label=truncate(label))
+    axes.set(xlabel=truncate(column), ylabel='density', title=title, xlim=(x[0], x[-1]))
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_fan(
+    x: np.ndarray,
+    quantiles: np.ndarray,
+    levels: Sequence[float],
+    points: tuple[np.ndarray, np.ndarray],
+    names: tuple[str, str],
+    title: str,
+) -> Figure:
+    """Draw how the quantiles of one column depend on a condition.
+
+    Arguments:
+        x: values of the condition (n,), in increasing order.
+        quantiles: the quantiles of the column given each of them, (n, k).
+        levels: the k levels of the quantiles, in increasing order and symmetric about 0.5.
+        points: data to draw behind: the conditions (N,) and the values (N,) of the column.
+        names: of the condition and of the column.
+        title: the title of the figure.
+    """
+    figure = Figure((7, 4.6), layout='constrained')
+    axes = figure.subplots()
+    axes.scatter(*points, 8, '0.5', alpha=0.6, linewidths=0, label='data')
+    k = len(levels)
+    for i in range(k // 2):
+        share = levels[k - 1 - i] - levels[i]
+        axes.fill_between(
+            x,
+            quantiles[:, i],
+            quantiles[:, k - 1 - i],
+            color='tab:orange',
+            alpha=0.22,
+            linewidth=0,
+            label=f'{share:.0%} of the density',
+        )
+    axes.plot(x, quantiles[:, k // 2], color='tab:red', label='median')
+    axes.set(xlabel=truncate(names[0]), ylabel=truncate(names[1]), title=title)
+    axes.legend(frameon=False)
+    return figure
 
 
 # -------------------------------------------------------------------------------- pairs of columns
