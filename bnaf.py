@@ -70,16 +70,15 @@ from common.runs import (
     require_launcher,
     stop_if_diverged,
 )
+from datasets.own_tables import frame_of_columns, is_own_table, require_new_table, save_table
 from datasets.plots import draw_density, draw_pairs, save_figure
 from datasets.tabular import (
     TABLES,
     TableData,
-    is_own_table,
+    frame_of_rows,
     load_run_table,
     read_rows,
-    require_new_table,
-    rows_of_values,
-    save_table,
+    rows_of_frame,
     table_units,
 )
 from datasets.toy import ENERGIES, SAMPLERS
@@ -1392,7 +1391,8 @@ class Training:
         if saved is not None:
             CHECKPOINT.restore(self, saved)
         # not those of the checkpoint, which may be older and not know the levels or the rows
-        self.units = table_units(data)
+        units = table_units(data)
+        self.units = {name: units[name] for name in CHECKPOINT.fields['units']}
         self.fingerprint = data.fingerprint
 
         self.compute = self.forward_and_update
@@ -1603,7 +1603,7 @@ def evaluate(
         write_json(saved['path'].with_name('results.json'), results)
     if scores:
         indices = np.arange(len(rows)) if input_file else data.test_index
-        save_table(scores, np.stack([indices, -losses], 1), ('row', 'log_likelihood'))
+        save_table(scores, frame_of_columns({'row': indices, 'log_likelihood': -losses.numpy()}))
 
 
 def directions(model: BNAF, data: TableData) -> tuple[Callable, Callable]:
@@ -1655,10 +1655,10 @@ def generate(model: BNAF, data: TableData, path: Path, config: Config, request: 
     output = request.output or path.with_name('generated_samples.csv')
     if any(map(len, data.levels)):
         x = data.quantize(x)
-        rows = rows_of_values(x, data, output).astype(np.float64)
+        rows = rows_of_frame(frame_of_rows(x, data), data, output).astype(np.float64)
         single = Process(rank=0, world_size=1, device=next(model.parameters()).device)
         log_p = -row_losses(Objective(model, data), rows, single).numpy()
-    save_table(output, np.column_stack([x, log_p]), [*data.columns, 'log_likelihood'])
+    save_table(output, frame_of_rows(x, data).assign(log_likelihood=log_p))
 
 
 @torch.no_grad()
