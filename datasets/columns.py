@@ -27,6 +27,7 @@ ROWS_PER_CATEGORY = 5  # and so is one of fewer rows per number
 MAX_SUGGESTED_CATEGORIES = 20  # a column of more different texts is not suggested as a condition
 MIN_INDEX_ROWS = 20  # of a table in which a column of different whole numbers looks like an index
 MAX_NAMED = 8  # columns that a message describes, one by one
+MAX_OPTION = 240  # characters of an option that a message suggests
 BOOLEANS = {'true': 1.0, 'false': 0.0}
 
 
@@ -216,28 +217,37 @@ def looks_like_an_index(values: np.ndarray) -> bool:
 def list_names(names: Sequence[str]) -> str:
     """Return the first names of a list as text, for a message."""
     more = f' and {len(names) - MAX_NAMED} more' if len(names) > MAX_NAMED else ''
-    return ', '.join(truncate(name) for name in names[:MAX_NAMED]) + more
+    return ', '.join(map(shorten, names[:MAX_NAMED])) + more
 
 
-def option_words(option: str, given: Sequence[str] | None, names: Sequence[str], index: Any) -> str:
+def shorten(name: str) -> str:
+    """Shorten the name of a column for a message, which names several."""
+    return truncate(name, 30)
+
+
+def option_words(
+    option: str, given: Sequence[str] | None, names: Sequence[str], added: Iterable[str]
+) -> str:
     """Return an option that adds columns to those that it was given, as it is typed.
 
     Arguments:
         option: its name, such as ``'drop'``.
         given: what it was given.
         names: all columns of the table.
-        index: the names of the columns to be added. A column whose name cannot be typed in a list
+        added: the names of the columns to be added. A column whose name cannot be typed in a list
             is given by its index.
     """
     words = list(given or [])
-    for name in index:
+    for name in added:
         is_plain = name == name.strip() and ',' not in name and len(name) <= 40
         if is_plain and not re.fullmatch(r'-?\d+|column \d+|', name) and name != UNNAMED_FIRST:
             words.append(name)
         else:
             words.append(str(list(names).index(name)))
-    shown = words if len(words) <= 20 else [*words[:20], '...']
-    return f'--{option}={shlex.quote(",".join(shown))}'
+    value = ','.join(words)
+    if len(value) > MAX_OPTION:
+        return f'--{option}={shlex.quote(value[:MAX_OPTION])}... ({len(words)} columns)'
+    return f'--{option}={shlex.quote(value)}'
 
 
 @dataclass(frozen=True)
@@ -302,10 +312,10 @@ def require_numeric(
     for name in not_numeric:
         example, row, n_distinct, has_numbers = describe_text(frame[name])
         if has_numbers or options is None:
-            texts.append(f'{truncate(name)} ({example!r} in row {row})')
+            texts.append(f'{shorten(name)} ({example!r} in row {row})')
             to_drop.append(name)
             continue
-        texts.append(f'{truncate(name)} ({example!r}, {n_distinct:,} different)')
+        texts.append(f'{shorten(name)} ({example!r}, {n_distinct:,} different)')
         is_category = 1 < n_distinct <= MAX_SUGGESTED_CATEGORIES
         (to_condition if is_category else to_drop).append(name)
 
@@ -327,7 +337,7 @@ def describe_text(column: pd.Series) -> tuple[str, int, int, bool]:
     is_text = [parse_cell(cell) is None for cell in cells]
     first = is_text.index(True)
     row = int(np.argmax(codes == first))
-    return str(cells[first])[:40], row, len(cells), not all(is_text)
+    return str(cells[first])[:30], row, len(cells), not all(is_text)
 
 
 def require_complete(
@@ -352,7 +362,7 @@ def require_complete(
     for k in np.flatnonzero(counts).tolist():
         row = int(np.argmax(is_missing[:, k]))
         what = '' if texts else ' missing or infinite values, the first'
-        texts.append(f'{counts[k]:,}{what} in column {truncate(names[k])}, row {row}')
+        texts.append(f'{counts[k]:,}{what} in column {shorten(names[k])}, row {row}')
         if 3 * counts[k] > len(is_missing):
             mostly_missing.append(names[k])
 
@@ -401,8 +411,8 @@ class Condition:
         if not (np.abs(encoded) <= np.finfo(np.float32).max).all():
             largest = np.abs(numbers_of_rows).max()
             raise UserError(
-                f'{source}: column {self.name} holds values that are too large for float32: '
-                f'{largest:g}'
+                f'{source}: column {shorten(self.name)} holds values that are too large for '
+                f'float32: {largest:g}'
             )
         return encoded[:, None]
 
@@ -419,7 +429,8 @@ class Condition:
         if found is None:
             example, row, _, _ = describe_text(values)
             raise UserError(
-                f'{source}: column {self.name} needs numbers, and has {example!r} in row {row}'
+                f'{source}: column {shorten(self.name)} needs numbers, and has {example!r} in row '
+                f'{row}'
             )
         return found
 
@@ -434,8 +445,8 @@ class Condition:
                 row = int(np.argmax(codes == i))
                 near = difflib.get_close_matches(text, self.categories, n=3, cutoff=0)
                 raise UserError(
-                    f'{source}: {self.name} {truncate(text)!r} in row {row} is not among the '
-                    f'{self.width} that the model knows: the nearest are {list_names(near)}'
+                    f'{source}: {shorten(self.name)} {shorten(text)!r} in row {row} is not among '
+                    f'the {self.width} that the model knows: the nearest are {list_names(near)}'
                 )
             indices.append(index_of[text])
         return np.array(indices, np.float64)[codes]
@@ -499,19 +510,28 @@ def make_condition(column: pd.Series, train: np.ndarray, source: str | Path) -> 
     cells = distinct_cells(column)[1] if found is None else np.unique(found).tolist()
     n_distinct, n_rows = len(cells), len(column)
     if n_distinct < 2:
-        raise UserError(f'{source}: column {truncate(name)} is constant: no use as --condition')
+        raise UserError(f'{source}: column {shorten(name)} is constant: no use as --condition')
 
-    is_number = n_distinct > MAX_NUMERIC_CATEGORIES or n_rows < ROWS_PER_CATEGORY * n_distinct
-    if found is not None and is_number:
+    is_few = n_distinct <= MAX_NUMERIC_CATEGORIES and n_rows >= ROWS_PER_CATEGORY * n_distinct
+    if found is not None and not is_few and not is_boolean(column):
         return make_number(name, found[train], source)
 
     if n_distinct > MAX_CATEGORIES or n_distinct > max(0.9 * n_rows, 2):
         raise UserError(
-            f'{source}: --condition={truncate(name)}: {n_distinct:,} different texts in '
+            f'{source}: --condition={shorten(name)}: {n_distinct:,} different texts in '
             f'{n_rows:,} rows are too many; merge the rare ones, or drop the column'
         )
     categories = sorted({category_text(cell) for cell in cells}, key=category_order)
     return Condition(name, categories=tuple(categories))
+
+
+def is_boolean(column: pd.Series) -> bool:
+    """Return whether a column that ``as_numbers`` can read holds True and False, or their names."""
+    dtype = column.dtype
+    if pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype):
+        return pd.api.types.is_bool_dtype(dtype)
+    _, cells = distinct_cells(column)
+    return all(isinstance(cell, bool) or str(cell).strip().lower() in BOOLEANS for cell in cells)
 
 
 def make_number(name: str, values: np.ndarray, source: str | Path) -> Condition:
@@ -523,7 +543,7 @@ def make_number(name: str, values: np.ndarray, source: str | Path) -> Condition:
         mean, std = float(values.mean()), float(values.std())
     if not (np.isfinite(std) and std > 0):
         raise UserError(
-            f'{source}: column {truncate(name)} is constant in the training split, or too large '
+            f'{source}: column {shorten(name)} is constant in the training split, or too large '
             'for float32: no use as --condition'
         )
     return Condition(name, mean, std)
@@ -551,7 +571,7 @@ def require_conditions(frame: pd.DataFrame, names: Sequence[str], source: str | 
     texts = []
     for name in missing[:MAX_NAMED]:
         near = difflib.get_close_matches(name, columns, n=1)
-        texts.append(f'{truncate(name)} (perhaps {truncate(near[0])})' if near else truncate(name))
+        texts.append(f'{shorten(name)} (perhaps {shorten(near[0])})' if near else shorten(name))
     raise UserError(f'{source}: the model is conditioned on {", ".join(texts)}: give its values')
 
 
@@ -605,7 +625,7 @@ def split_assignment(piece: str, names: Sequence[str]) -> tuple[str, str]:
         name, equals, value = (part.strip() for part in piece.partition('='))
         if not equals or not name:
             raise UserError(
-                f'--given takes NAME=VALUE,... or the path of a table, not {truncate(piece)!r}'
+                f'--given takes NAME=VALUE,... or the path of a table, not {shorten(piece)!r}'
             )
         name = names[index_of_name(name, names, 'condition')]
     if not value:

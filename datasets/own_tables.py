@@ -36,6 +36,8 @@ MAX_COMPRESSION = 1_000  # how many times larger a table can be than its file
 MAX_TEXT_COMPRESSION = 100  # the same of a text, whose cells take more memory than its bytes
 MAX_TEXT_LINE_BYTES = 2**22  # of a text that is compressed
 
+MIN_PYARROW = 15  # earlier ones may run code that a file brings along
+
 UNNAMED_FIRST = 'Unnamed: 0'  # what pandas calls a first column that has no name
 PICKLED = 'pickled_columns'  # the attribute of a DataFrame that lists its columns without values
 
@@ -470,6 +472,13 @@ def read_parquet(path: Path) -> pd.DataFrame:
             f'{path}: reading .parquet needs pyarrow: python -m pip install pyarrow, or save the '
             'table as .csv'
         ) from error
+
+    version = int(pyarrow.__version__.partition('.')[0])
+    if version < MIN_PYARROW:
+        raise UserError(
+            f'{path}: reading .parquet needs pyarrow {MIN_PYARROW} or later: '
+            'python -m pip install --upgrade pyarrow'
+        )
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

@@ -282,14 +282,14 @@ def load_table(
         return load_user_table(
             Path(name), seed, test_file, dequantize, columns=columns, drop=drop, condition=condition
         )
-    if columns or drop or condition:
+    known = [*SAMPLERS, *ENERGIES, *TABLES]
+    if name in known and (columns or drop or condition):
         raise UserError(f'--columns, --drop and --condition are for tables of your own, not {name}')
     if name in SAMPLERS or name in ENERGIES:
         return load_toy_problem(name)
     if name in TABLES:
         return load_published_table(name, Path(data_dir))
 
-    known = [*SAMPLERS, *ENERGIES, *TABLES]
     near = difflib.get_close_matches(name, known, n=1)
     guess = f', perhaps {near[0]}' if near else ''
     raise UserError(
@@ -333,7 +333,7 @@ def load_run_table(
         saved['config'].seed if saved else config.seed,
         config.test_file,
         config.dequantize,
-        **column_options(config),
+        *column_options(config),
     )
     if saved and saved_units:
         name = describe_tables(config, saved['config'])
@@ -351,10 +351,9 @@ def saved_table_units(saved: dict[str, Any]) -> TableData:
     return replace(data, fingerprint=saved['fingerprint'])
 
 
-def column_options(config: TableOptions) -> dict[str, list[str] | None]:
-    """Return the options of a run that select columns, which are the same as of ``load_table``."""
-    names = 'columns', 'drop', 'condition'
-    return {name: getattr(config, name, None) for name in names}
+def column_options(config: TableOptions) -> list[list[str] | None]:
+    """Return the options of a run that select columns, in the order of ``load_table``."""
+    return [getattr(config, name, None) for name in ('columns', 'drop', 'condition')]
 
 
 def has_moved(config: TableOptions, saved: TableOptions) -> bool:
@@ -909,6 +908,7 @@ def rows_of_frame(
     those of the other table and then its conditions. Discrete columns are spread once, even where
     they already were. Raises ``UserError`` where columns or cells are missing, or hold text.
     """
+    require_column_names(frame, source)
     conditions = tuple(condition.name for condition in like.conditions)
     selection = Selection(like.columns, conditions)
     table = match_columns(frame, selection, source)
@@ -947,7 +947,7 @@ def match_columns(frame: pd.DataFrame, selection: Selection, source: str | Path)
     if set(wanted) <= set(names):
         return frame
 
-    if names[-1] == 'log_likelihood':
+    if names and names[-1] == 'log_likelihood':
         names = names[:-1]
         frame = frame.iloc[:, :-1]
     if len(names) == len(wanted) and (is_unnamed(names) or is_unnamed(wanted)):
