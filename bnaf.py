@@ -87,7 +87,14 @@ from common.runs import (
 )
 from datasets.columns import Condition, encode_conditions, parse_given
 from datasets.inputs import condition_frame, input_frame
-from datasets.own_tables import is_own_table, require_new_table, save_table
+from datasets.own_tables import (
+    frame_of_columns,
+    is_own_table,
+    is_unnamed,
+    require_new_table,
+    require_numbers,
+    save_table,
+)
 from datasets.plots import draw_curves, draw_density, draw_fan, draw_pairs, save_figure
 from datasets.tabular import (
     TABLES,
@@ -1731,12 +1738,10 @@ def evaluate(
     if request.explain:
         print_causes(scores)
     if request.scores:
-        save_table(request.scores, scores)
+        save_table(request.scores, frame_of_columns(scores))
 
 
-def summarise(
-    losses: Tensor, data: TableData, input_file: str, config: Config
-) -> dict[str, Any]:
+def summarise(losses: Tensor, data: TableData, input_file: str, config: Config) -> dict[str, Any]:
     """Print the mean objective of rows; return it, and what it is of, as plain values."""
     mean, n_rows = losses.mean().item(), len(losses)
     error = 2 * losses.std(correction=0).item() / math.sqrt(n_rows)
@@ -1926,7 +1931,8 @@ def generate(model: BNAF, data: TableData, path: Path, config: Config, request: 
     if data.conditions or request.given:
         given, context = given_conditions(request.given, data, n)
         n = len(given)
-        require_writable(output, given)
+        if not str(output).endswith('.csv'):
+            require_numbers(given, Path(output))
 
     x, log_p = sample_rows(model, data, n, request.z_std, config.seed, context)
     if any(map(len, data.levels)):
@@ -2020,7 +2026,8 @@ def draw_samples(
     drawn, _ = sample_rows(model, data, len(real), 1.0, seed, context)
     drawn = data.quantize(drawn)
     columns = [data.columns[k] for k in chosen]
-    return draw_pairs(real[:, chosen], drawn[:, chosen], columns, f'{title}; data grey, samples orange')
+    title += '; data grey, samples orange'
+    return draw_pairs(real[:, chosen], drawn[:, chosen], columns, title)
 
 
 def draw_conditional(model: BNAF, data: TableData, text: str, seed: int, title: str) -> Any:
@@ -2103,7 +2110,9 @@ def draw_density_of_column(
 ) -> Any:
     """Draw the density of the only column for each context (n, C), over a histogram of the data."""
     if len(labels) > MOST_CURVES:
-        raise UserError(f'{len(labels)} densities are too many for a picture: at most {MOST_CURVES}')
+        raise UserError(
+            f'{len(labels)} densities are too many for a picture: at most {MOST_CURVES}'
+        )
     values = data.to_own_units(data.head(5000))[:, 0]
     low, high = np.quantile(values, [0.002, 0.998])
     margin = 0.15 * (high - low)
@@ -2230,8 +2239,7 @@ class BNAFDensity(DensityMixin, BaseEstimator):
     """The density of the rows of a table, p(x), or p(x | c), as an estimator of scikit-learn.
 
     ``fit`` writes no file; a tenth of the rows, at least one, decides when its training ends.
-    Columns may be given by name, by index, or as a range such as ``'2-5'``. In arrays of scikit-learn
-    they have no names.
+    Columns are given by name, by index, or as a range such as ``'2-5'``.
 
     Arguments:
         condition: the columns c that the density of the others is conditional on. They may be
@@ -2361,9 +2369,9 @@ class BNAFDensity(DensityMixin, BaseEstimator):
     def explain(self, X: Any) -> np.ndarray:
         """Return which cells make rows unlikely, (N, D): the gain of each cell, in nats.
 
-        It is how far the log-likelihood of the row would rise if this cell alone were at the best of
-        the quantiles that its column has in the training rows. D counts the columns of the density,
-        ``data_.columns``, without conditions.
+        It is how far the log-likelihood of the row would rise if this cell alone were at the best
+        of the quantiles that its column has in the training rows. The D columns are those of the
+        density, ``data_.columns``, without conditions.
         """
         rows = self.standardised_rows(X)
         losses = self.losses(rows).numpy()
@@ -2373,15 +2381,13 @@ class BNAFDensity(DensityMixin, BaseEstimator):
             gains.append(losses - best_losses(objective, self.data_, rows, k, process))
         return np.stack(gains, 1)
 
-    def sample(
-        self, n_samples: int = 1, given: Any = None, random_state: Any = None
-    ) -> Any:
+    def sample(self, n_samples: int = 1, given: Any = None, random_state: Any = None) -> Any:
         """Draw rows, as a DataFrame if the model was fitted to one and as an array otherwise.
 
         Arguments:
             n_samples: how many; with conditions, for each row of them.
-            given: the conditions, as a dict ``{'age': 40, 'sex': 'f'}`` or a DataFrame. They are part
-                of the rows that are returned.
+            given: the conditions, as a dict ``{'age': 40, 'sex': 'f'}`` or a DataFrame. They are
+                part of the rows that are returned.
             random_state: None, a seed, or a ``numpy.random.RandomState``.
         """
         check_is_fitted(self)
@@ -2428,7 +2434,7 @@ class BNAFDensity(DensityMixin, BaseEstimator):
             estimator.use_checkpoint(saved)
         return estimator
 
-    # ------------------------------------------------------------------------ what these are made of
+    # What these methods are made of
 
     def build_config(self, n_rows: int) -> Config:
         """Return the options of a training on so many rows."""

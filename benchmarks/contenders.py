@@ -88,10 +88,10 @@ def make_config(script: str, shape: dict, variant: str) -> glow.Config | bnaf.Co
 
 
 def input_dims(script: str, shape: dict) -> list[int]:
-    """Return the dimensions of one image or of one row."""
+    """Return the dimensions of one image, or of one row and of what it is given: nothing."""
     if script == 'glow':
         return [3, shape['image_size'], shape['image_size']]
-    return [shape['data_dim']]
+    return [shape['data_dim'], 0]
 
 
 def build_bare_model(script: str, shape: dict, name: str) -> nn.Module:
@@ -112,10 +112,10 @@ def build_bare_model(script: str, shape: dict, name: str) -> nn.Module:
 def random_values(script: str, shape: dict, n: int) -> np.ndarray:
     """Draw ``n`` images (uint8) or rows (float32) of noise, the same at every call."""
     rng = np.random.default_rng(0)
-    size = (n, *input_dims(script, shape))
+    dims = input_dims(script, shape)
     if script == 'glow':
-        return rng.integers(0, 256, size, dtype=np.uint8)
-    return rng.normal(size=size).astype(np.float32)
+        return rng.integers(0, 256, (n, *dims), dtype=np.uint8)
+    return rng.normal(size=(n, dims[0])).astype(np.float32)
 
 
 def as_image_data(images: np.ndarray) -> ImageData:

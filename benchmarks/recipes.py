@@ -23,7 +23,8 @@ import bnaf
 from common.errors import UserError
 from common.options import resolve_config
 from datasets.fetch import SOURCES, find_data_files
-from datasets.tabular import is_own_table, load_table
+from datasets.own_tables import is_own_table
+from datasets.tabular import load_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

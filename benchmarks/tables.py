@@ -42,7 +42,8 @@ from pages import insert, significant, table
 from timing import START, machine_name, progress
 
 import bnaf
-from datasets.tabular import dequantize_columns, load_table, read_rows, write_table
+from datasets.own_tables import frame_of_columns, write_table
+from datasets.tabular import dequantize_columns, load_table, read_rows
 
 HERE = Path(__file__).resolve().parent
 TABLES = {
@@ -173,7 +174,8 @@ def write_tables(folder: Path) -> dict[str, tuple[int, int]]:
             for k, part in enumerate(data.target_names):
                 parts[str(part)] = rows[data.target == k]
         for part, values in parts.items():
-            write_table(folder / f'{part}.csv', '.csv', values, columns)
+            table = frame_of_columns(dict(zip(columns, values.T)))
+            write_table(folder / f'{part}.csv', '.csv', table)
             shapes[part] = values.shape
     return shapes
 

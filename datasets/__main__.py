@@ -20,10 +20,12 @@ from matplotlib.figure import Figure
 
 from common.errors import UserError, UserErrorParser
 
+from .columns import list_names, number_columns
 from .fetch import SOURCES, data_set_status, fetch_data_set
 from .images import IMAGE_DATASETS, ImageData, load_images
+from .own_tables import SUFFIXES, is_own_table, read_frame
 from .plots import draw_images, draw_panels, draw_table
-from .tabular import SUFFIXES, TableData, load_table, read_numbers
+from .tabular import TableData, load_table
 from .toy import ENERGIES
 
 N_SHOWN_SAMPLES = 10_000  # of a two-dimensional density
@@ -220,7 +222,7 @@ def show(name: str, data_dir: Path, image_size: int | None, output: Path | None)
         raise UserError(f'{output} exists: give another name by --output, or move it away')
     path = output or Path('results') / f'{Path(name).name}.png'
 
-    if Path(name).suffix in SUFFIXES:
+    if is_own_table(name):
         arrays, figure = draw_user_table(name)
     elif name in ENERGIES:
         require_no_image_size(name, image_size)
@@ -238,8 +240,19 @@ def show(name: str, data_dir: Path, image_size: int | None, output: Path | None)
 
 
 def draw_user_table(name: str) -> tuple[dict[str, np.ndarray], Figure]:
-    """Return the rows of a table of the user's own, where values may be missing, and a figure."""
-    values, columns = read_numbers(name)
+    """Return the rows of a table of the user's own, where values may be missing, and a figure.
+
+    Columns that are not numeric are left out, and their names printed.
+    """
+    frame = read_frame(name)
+    columns = list(frame.columns)
+    values, not_numeric = number_columns(frame, columns)
+    if not_numeric:
+        print(f'{name}: not drawn, as it is not numeric: {list_names(not_numeric)}')
+        columns = [column for column in columns if column not in not_numeric]
+        values, _ = number_columns(frame, columns)
+    if not columns:
+        raise UserError(f'{name} has no column of numbers')
     return {'all': values}, draw_table(values, columns, name)
 
 

@@ -11,7 +11,8 @@ from sklearn.utils.validation import validate_data
 from common.errors import UserError, index_of_name
 
 from .columns import Condition
-from .tabular import TableData, numbered_names
+from .own_tables import named_frame
+from .tabular import TableData
 
 
 def input_frame(estimator: BaseEstimator, x: Any, is_new: bool = False) -> pd.DataFrame:
@@ -53,8 +54,7 @@ def as_frame(x: Any, names: Sequence[str] | None = None) -> pd.DataFrame:
     """Return an array or a DataFrame as a table whose columns have names, by default numbers."""
     if isinstance(x, pd.DataFrame) and all(isinstance(name, str) for name in x.columns):
         return x.reset_index(drop=True)
-    values = np.asarray(x)
-    return pd.DataFrame(values, columns=list(names or numbered_names(values.shape[1])))
+    return named_frame(np.asarray(x), names or ())
 
 
 def condition_frame(given: Any, conditions: Sequence[Condition]) -> pd.DataFrame:

@@ -5,41 +5,63 @@ by its authors. They are read from the authors' files (Zenodo, record 1161203) o
 downloads: of the UCI repository or, for BSDS300, the Berkeley images.
 """
 
-import contextlib
-import csv
 import difflib
 import gzip
 import io
 import lzma
 import math
-import re
 import tarfile
 import warnings
 import zipfile
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 
-import h5py
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import UserError, index_of_name, one_line, truncate
-from common.files import digest, file_signature, first_existing, write_atomically
+from common.errors import UserError, index_of_name, one_line
+from common.files import digest, file_signature, first_existing
 
 from .cache import CreateArray, map_npy, memmap_cache
+from .columns import (
+    MAX_CATEGORIES,
+    ColumnOptions,
+    Condition,
+    Selection,
+    encode_conditions,
+    list_names,
+    looks_like_an_index,
+    make_condition,
+    missing_cells,
+    number_columns,
+    require_complete,
+    require_conditions,
+    require_numeric,
+    require_readable,
+    select_columns,
+)
 from .images import DAMAGED_IMAGE_ERRORS
+from .own_tables import (
+    DAMAGED_TABLE_ERRORS,
+    PICKLED,
+    SUFFIXES,
+    BoundedLineFile,
+    is_own_table,
+    is_table,
+    is_unnamed,
+    open_h5,
+    read_frame,
+    require_column_names,
+)
 from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, Energy, Sampler, log_normaliser
 
-SUFFIXES = ('.csv', '.npy', '.h5', '.hdf5')  # of the tables that can be read
-NEW_SUFFIXES = ('.csv', '.npy', '.h5')  # of the tables that can be written
 CACHE_VERSION = 1  # to be raised whenever the same source gives other rows than before
 
 N_VALIDATION, N_TEST = 5_000, 50_000  # rows of the two-dimensional problems
@@ -51,25 +73,18 @@ MAX_LINE_BYTES = 4_096
 MAX_ROWS = 20_000_000
 MAX_PIXELS = 2**20  # the Berkeley images have 481 x 321
 
-# The same for the user's own tables.
-MAX_COLUMNS = 2**16 - 1  # pandas takes minutes for a million
-MAX_COMPRESSION = 1_000  # how many times larger a table can be than its file
+# The levels of the quantiles that a model of a table keeps, and from how many rows they are taken.
+QUANTILE_LEVELS = np.linspace(0.02, 0.98, 21)
+MAX_QUANTILE_ROWS = 100_000
 
 # The cell of a level begins this much below it, in steps: a value may be rounded, as to float32.
 ROUNDING = 1e-4
 
-# What the readers raise for files that are damaged or something else than their names say: the
-# readers of numbers, of gzip (EOFError, zlib.error), of archives (zipfile's RuntimeError means an
-# encrypted or unknown kind of zip file) and Pillow (SyntaxError for a broken PNG).
+# What the readers raise for files that are damaged or something else than their names say: those
+# of own tables, of archives, and Pillow (SyntaxError for a broken PNG). zipfile raises RuntimeError
+# for an encrypted or unknown kind of zip file.
 DAMAGED_FILE_ERRORS = (
-    OSError,
-    ValueError,
-    MemoryError,
-    OverflowError,
-    RuntimeError,
-    csv.Error,
-    EOFError,
-    zlib.error,
+    *DAMAGED_TABLE_ERRORS,
     lzma.LZMAError,
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -86,8 +101,10 @@ DEPENDENT_NOTE = (
     'some columns follow exactly from others, such as copies or sums. '
     'The likelihood of such rows is unbounded: drop these columns'
 )
+INDEX_NOTE = 'all values are different whole numbers. Is it an index? Then add'
 
 Counts = tuple[int, int, int]  # rows of the training, validation and test splits
+Split = tuple[np.ndarray, np.ndarray, np.ndarray]  # indices of the rows of these three
 MapColumn = Callable[[np.ndarray, np.ndarray, float], np.ndarray]  # of a column, levels and step
 
 # Of each published table: the rows of its splits, its columns, and the files it can be read from in
@@ -125,12 +142,13 @@ TABLES: dict[str, tuple[Counts, int, list[str]]] = {
 class TableData:
     """Rows to train on, to validate on and to test on, and what their columns mean.
 
-    All rows are float32 and standardised. In the table's own units they are ``mean + std * row``,
-    which is what ``to_own_units`` returns.
+    All rows are float32: D columns that are modelled, and C numbers that the density is given, to
+    which ``conditions`` are encoded. The columns are standardised. In the table's own units they
+    are ``mean + std * row``, which is what ``to_own_units`` returns.
     """
 
-    # The splits, each of shape (N, D). A two-dimensional problem has no training split, as it draws
-    # new rows instead. All three are None where only the units of a table are known.
+    # The splits, each of shape (N, D + C). A two-dimensional problem has no training split, as it
+    # draws new rows instead. All three are None where only the units of a table are known.
     train: np.ndarray | None
     validation: np.ndarray | None
     test: np.ndarray | None
@@ -168,6 +186,34 @@ class TableData:
     # Identifies the rows, wherever they are stored: the same on all machines. Empty if not known.
     fingerprint: str = ''
 
+    # The columns that the density is given, in the order of the C numbers that stand for them.
+    conditions: tuple[Condition, ...] = ()
+
+    # All columns of the table that the rows come from, used or not, in its order.
+    features: tuple[str, ...] = ()
+
+    # Quantiles of each column in the training rows, standardised, of ``QUANTILE_LEVELS``: (Q, D).
+    # (0, D) if not known.
+    quantiles: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+
+    def __post_init__(self) -> None:
+        """Give quantiles that are not known their shape; by default, all columns are used."""
+        if not len(self.quantiles):
+            object.__setattr__(self, 'quantiles', np.empty((0, len(self.columns))))
+        if not self.features:
+            object.__setattr__(self, 'features', self.columns)
+
+    @property
+    def n_context(self) -> int:
+        """Return how many numbers C the density is given."""
+        return sum(condition.width for condition in self.conditions)
+
+    @property
+    def used_features(self) -> tuple[str, ...]:
+        """Return the columns of the table that are modelled or given, in its order."""
+        used = {*self.columns, *(condition.name for condition in self.conditions)}
+        return tuple(name for name in self.features if name in used)
+
     def column_index(self, text: str) -> int:
         """Return the index of a column that is given by its index or its name.
 
@@ -176,11 +222,13 @@ class TableData:
         return index_of_name(text, self.columns, 'column')
 
     def to_own_units(self, rows: np.ndarray) -> np.ndarray:
-        """Return standardised rows (N, D) in the table's own units."""
-        return rows * self.std + self.mean
+        """Return standardised rows (N, D) or (N, D + C) in the table's own units, (N, D)."""
+        return rows[..., : len(self.columns)] * self.std + self.mean
 
     def quantize(self, rows: np.ndarray) -> np.ndarray:
-        """Return rows (N, D) in the table's own units, with discrete columns on their levels.
+        """Return rows in the table's own units, with discrete columns on their levels: (N, D).
+
+        The rows are (N, D), or (N, D + C) with what the density is given, which is left out.
 
         It undoes ``dequantize_columns``, which spreads a level over a cell: from the level to one
         step above it. Each value becomes the level of the nearest cell, hence a value below all
@@ -190,7 +238,7 @@ class TableData:
 
     def map_discrete(self, rows: np.ndarray, function: MapColumn) -> np.ndarray:
         """Return rows (N, D) with ``function(column, levels, step)`` for each column of levels."""
-        rows = rows.copy()
+        rows = rows[:, : len(self.columns)].copy()
         steps = np.broadcast_to(self.steps, len(self.columns))
         for k, levels in enumerate(self.levels):
             if len(levels):
@@ -198,10 +246,10 @@ class TableData:
         return rows
 
     def head(self, n: int) -> np.ndarray:
-        """Return up to n rows in the table's own units: of the test split, then of the others."""
+        """Return up to n rows (n, D + C): of the test split, then of the others."""
         splits = (self.test, self.validation, self.train)
         heads = [split[:n] for split in splits if split is not None]
-        return self.to_own_units(np.concatenate(heads)[:n])
+        return np.concatenate(heads)[:n]
 
 
 class TableOptions(Protocol):
@@ -213,6 +261,9 @@ class TableOptions(Protocol):
     test_file: str
     dequantize: bool
     max_rows: int
+    columns: list[str] | None
+    drop: list[str] | None
+    condition: list[str] | None
 
 
 def load_table(
@@ -221,6 +272,9 @@ def load_table(
     seed: int = 0,
     test_file: str | Path = '',
     dequantize: bool = False,
+    columns: Sequence[str] | None = None,
+    drop: Sequence[str] | None = None,
+    condition: Sequence[str] | None = None,
 ) -> TableData:
     """Load a two-dimensional problem, a published table, or a table of the user's own.
 
@@ -230,17 +284,23 @@ def load_table(
         seed: splits the user's own table at random.
         test_file: the path of a table to test on; without it, the user's own table is split.
         dequantize: whether to add uniform noise to the discrete columns of the user's own table.
+        columns, drop, condition: which columns of the user's own table are modelled, left out, and
+            given to the density; see ``select_columns``.
 
     Raises ``UserError`` where there is no such table or it cannot be used.
     """
+    if is_own_table(name):
+        return load_user_table(
+            Path(name), seed, test_file, dequantize, columns=columns, drop=drop, condition=condition
+        )
+    known = [*SAMPLERS, *ENERGIES, *TABLES]
+    if name in known and (columns or drop or condition):
+        raise UserError(f'--columns, --drop and --condition are for tables of your own, not {name}')
     if name in SAMPLERS or name in ENERGIES:
         return load_toy_problem(name)
     if name in TABLES:
         return load_published_table(name, Path(data_dir))
-    if is_own_table(name):
-        return load_user_table(Path(name), seed, test_file, dequantize)
 
-    known = [*SAMPLERS, *ENERGIES, *TABLES]
     near = difflib.get_close_matches(name, known, n=1)
     guess = f', perhaps {near[0]}' if near else ''
     raise UserError(
@@ -265,15 +325,27 @@ def load_run_table(
     """
     saved_units = None
     if saved:
-        saved_units = table_from_units(saved['units'], saved['input_dims'][0], saved['path'])
-        saved_units = replace(saved_units, fingerprint=saved['fingerprint'])
+        saved_units = saved_table_units(saved)
+        if not config.dataset:
+            if needs_rows:
+                raise UserError(
+                    f'{saved["path"]} was fitted from Python and knows no table: score rows by '
+                    '--evaluate --input=FILE'
+                )
+            return saved_units
         is_toy_problem = config.dataset in SAMPLERS or config.dataset in ENERGIES
         if not needs_rows and not is_toy_problem and not has_moved(config, saved['config']):
             return saved_units
         require_tables(config)
 
-    seed = saved['config'].seed if saved else config.seed
-    data = load_table(config.dataset, config.data_dir, seed, config.test_file, config.dequantize)
+    data = load_table(
+        config.dataset,
+        config.data_dir,
+        saved['config'].seed if saved else config.seed,
+        config.test_file,
+        config.dequantize,
+        *column_options(config),
+    )
     if saved and saved_units:
         name = describe_tables(config, saved['config'])
         require_same_table(data, saved_units, name)
@@ -282,9 +354,16 @@ def load_run_table(
     return data
 
 
-def is_own_table(name: str) -> bool:
-    """Return whether ``name`` is the path of a table of the user's own, not a known data set."""
-    return Path(name).suffix in SUFFIXES
+def saved_table_units(saved: dict[str, Any]) -> TableData:
+    """Return the table that a checkpoint knows, without its rows."""
+    n_columns, n_context = saved['input_dims']
+    data = table_from_units(saved['units'], n_columns, n_context, saved['path'])
+    return replace(data, fingerprint=saved['fingerprint'])
+
+
+def column_options(config: TableOptions) -> list[list[str] | None]:
+    """Return the options of a run that select columns, in the order of ``load_table``."""
+    return [config.columns, config.drop, config.condition]
 
 
 def has_moved(config: TableOptions, saved: TableOptions) -> bool:
@@ -345,35 +424,98 @@ def draw_gaussian_noise(rng: Generator, n: int) -> np.ndarray:
 
 def table_units(data: TableData) -> dict[str, list]:
     """Return the units of a table as plain values, to be saved in a checkpoint."""
+    conditions = [
+        {
+            'name': condition.name,
+            'mean': condition.mean,
+            'std': condition.std,
+            'categories': list(condition.categories),
+        }
+        for condition in data.conditions
+    ]
     return {
         'columns': list(data.columns),
         'mean': data.mean.tolist(),
         'std': data.std.tolist(),
         'steps': np.broadcast_to(data.steps, len(data.columns)).tolist(),
         'levels': [levels.tolist() for levels in data.levels] or [[] for _ in data.columns],
+        'features': list(data.features),
+        'conditions': conditions,
+        'quantiles': data.quantiles.T.tolist(),
     }
 
 
-def table_from_units(units: dict[str, list], n_columns: int, path: str | Path) -> TableData:
+def table_from_units(
+    units: dict[str, list], n_columns: int, n_context: int, path: str | Path
+) -> TableData:
     """Return a table without rows that has the given units, those of the checkpoint at ``path``.
 
-    Raises ``UserError`` unless they are the units of ``n_columns`` columns.
+    Its values have the types that ``table_units`` gives them. Raises ``UserError`` unless they are
+    the units of ``n_columns`` columns, and of conditions that are ``n_context`` numbers.
     """
-    mean, std = np.array(units['mean']), np.array(units['std'])
-    steps = np.array(units['steps'])
-    levels = tuple(np.array(values) for values in units['levels'])
+    quantiles, entries, features = units['quantiles'], units['conditions'], units['features']
+    names = [*units['columns'], *(entry['name'] for entry in entries)]
+    per_column = [units[name] for name in ('columns', 'mean', 'std', 'steps', 'levels')]
     is_valid = (
-        all(len(values) == n_columns for values in units.values())
-        and ''.join(units['columns']).isprintable()
-        and np.isfinite([mean, std, steps]).all()
-        and (std > 0).all()
-        and all(np.isfinite(values).all() for values in levels)
-        and all((np.diff(values) > 0).all() for values in levels)
+        all(len(values) == n_columns for values in [*per_column, quantiles])
+        and ''.join(features).isprintable()
+        and len(set(features)) == len(features)
+        and len(set(names)) == len(names)
+        and set(names) <= set(features)
+        and np.isfinite([units['mean'], units['std'], units['steps']]).all()
+        and min(units['std']) > 0
+        and all(is_increasing(values) for values in units['levels'])
+        and has_valid_quantiles(quantiles)
+        and all(is_valid_condition(entry) for entry in entries)
+        and sum(len(entry['categories']) or 1 for entry in entries) == n_context
     )
     if not is_valid:
         raise UserError(f'{path} is damaged: its columns and its units do not fit')
-    columns = tuple(units['columns'])
-    return TableData(None, None, None, columns, mean, std, steps=steps, levels=levels)
+    return TableData(
+        train=None,
+        validation=None,
+        test=None,
+        columns=tuple(units['columns']),
+        mean=np.array(units['mean']),
+        std=np.array(units['std']),
+        steps=np.array(units['steps']),
+        levels=tuple(np.array(values) for values in units['levels']),
+        features=tuple(features),
+        quantiles=np.array(quantiles).T,
+        conditions=tuple(condition_from_units(entry) for entry in entries),
+    )
+
+
+def is_increasing(values: list[float]) -> bool:
+    """Return whether values are finite, and each is larger than the one before it."""
+    return bool(np.isfinite(values).all() and (np.diff(values) > 0).all())
+
+
+def has_valid_quantiles(quantiles: list[list[float]]) -> bool:
+    """Return whether all columns have quantiles that do not decrease, or none has quantiles."""
+    lengths = {len(values) for values in quantiles}
+    if lengths == {0}:
+        return True
+    if lengths != {len(QUANTILE_LEVELS)}:
+        return False
+    values = np.array(quantiles)
+    return bool(np.isfinite(values).all() and (np.diff(values, axis=1) >= 0).all())
+
+
+def is_valid_condition(entry: dict[str, Any]) -> bool:
+    """Return whether the plain values of a condition make sense."""
+    categories = entry['categories']
+    return bool(
+        np.isfinite([entry['mean'], entry['std']]).all()
+        and entry['std'] > 0
+        and ''.join(categories).isprintable()
+        and len(set(categories)) == len(categories) <= MAX_CATEGORIES
+    )
+
+
+def condition_from_units(entry: dict[str, Any]) -> Condition:
+    """Return the condition that has these plain values."""
+    return Condition(entry['name'], entry['mean'], entry['std'], tuple(entry['categories']))
 
 
 def require_same_table(data: TableData, expected: TableData, name: str) -> None:
@@ -387,6 +529,8 @@ def require_same_table(data: TableData, expected: TableData, name: str) -> None:
         and data.columns == expected.columns
         and np.allclose(data.mean, expected.mean)
         and np.allclose(data.std, expected.std)
+        and len(data.conditions) == len(expected.conditions)
+        and all(map(is_same_condition, data.conditions, expected.conditions))
     )
     if not is_same:
         raise UserError(
@@ -395,75 +539,232 @@ def require_same_table(data: TableData, expected: TableData, name: str) -> None:
         )
 
 
+def is_same_condition(condition: Condition, expected: Condition) -> bool:
+    """Return whether two conditions are the same column, in the same units."""
+    return (
+        (condition.name, condition.categories) == (expected.name, expected.categories)
+        and math.isclose(condition.mean, expected.mean, rel_tol=1e-5, abs_tol=1e-8)
+        and math.isclose(condition.std, expected.std, rel_tol=1e-5)
+    )
+
+
 # ------------------------------------------------------------------------------ the user's tables
 
 
-def load_user_table(path: Path, seed: int, test_file: str | Path, dequantize: bool) -> TableData:
+def load_user_table(
+    path: Path, seed: int, test_file: str | Path, dequantize: bool, **selection: Any
+) -> TableData:
     """Load a table of the user's own, standardised by its training split.
 
     It is split 80/10/10% at random, or 90/10% into training and validation where there is a
-    ``test_file`` to test on.
+    ``test_file`` to test on. The ``selection`` is that of ``table_from_frame``.
     """
-    values, columns = read_table(path)
-    check_user_table(values, columns, path)
-    test_values = read_columns(test_file, columns) if test_file else values[:0]
-    fingerprint = table_fingerprint(values, test_values, columns)
+    frame = read_frame(path)
+    test_frame = read_frame(test_file) if test_file else None
+    return table_from_frame(
+        frame,
+        path,
+        seed,
+        test_frame,
+        dequantize=dequantize,
+        test_source=test_file,
+        **selection,
+    )
 
-    discrete = find_discrete_columns(values)
-    levels, steps = find_levels(values, discrete if dequantize else [])
-    if steps.any():
-        values = dequantize_columns(values, steps)
 
-    train, validation, test = split_at_random(len(values), seed, with_test=not test_file)
-    if len(train) < len(columns):
+def table_from_frame(
+    frame: pd.DataFrame,
+    source: str | Path,
+    seed: int = 0,
+    test_frame: pd.DataFrame | None = None,
+    with_test: bool = True,
+    dequantize: bool = False,
+    columns: Sequence[str] | None = None,
+    drop: Sequence[str] | None = None,
+    condition: Sequence[str] | None = None,
+    test_source: str | Path = 'the test table',
+) -> TableData:
+    """Return a table of the user's own, standardised by its training split.
+
+    Arguments:
+        frame: the table. Columns that are not used may hold anything.
+        source: where it comes from, for messages.
+        seed: splits it at random.
+        test_frame: the rows to test on. Without it, a tenth of the rows is for testing.
+        with_test: if not, there is no test split (it has no rows), and a table may be small.
+        dequantize: whether to add uniform noise to discrete columns.
+        columns, drop, condition: which columns are modelled, left out, and given to the density;
+            see ``select_columns``.
+        test_source: where the ``test_frame`` comes from.
+
+    Raises ``UserError`` where the table cannot be used.
+    """
+    require_column_names(frame, source)
+    options = ColumnOptions(list(frame.columns), drop, condition)
+    selection = select_columns(options.names, columns, drop, condition)
+    values = read_values(frame, selection, source, options)
+    require_usable(values, selection.columns, options, source, with_test)
+    split = split_at_random(len(values), seed, with_test and test_frame is None)
+    if with_test and len(split[0]) < len(selection.columns):
         raise UserError(
-            f'{path} has {len(values)} rows of {len(columns)} columns: '
+            f'{source} has {len(values)} rows of {len(selection.columns)} columns: '
             'too few to train, validate and test on'
         )
+    conditions = tuple(make_condition(frame[k], split[0], source) for k in selection.conditions)
+    context = encode_conditions(frame, conditions, source)
+    data = standardise_table(values, context, split, selection.columns, options, source, dequantize)
+    data = replace(data, conditions=conditions, features=tuple(frame.columns))
 
-    mean, std = training_units(values[train], columns, path)
+    parts = [(values, frame, source), (values[:0], frame[:0], source)]
+    if test_frame is not None:
+        test_frame = match_columns(test_frame, selection, test_source)
+        test_values = read_values(test_frame, selection, test_source)
+        parts[1] = test_values, test_frame, test_source
+        test = rows_of_frame(test_frame, data, test_source)
+        data = replace(data, test=test, test_index=np.arange(len(test)))
+    return replace(data, fingerprint=table_fingerprint(parts, data.columns, conditions))
+
+
+def read_values(
+    frame: pd.DataFrame,
+    selection: Selection,
+    source: str | Path,
+    options: ColumnOptions | None = None,
+) -> np.ndarray:
+    """Return the columns of a table that are modelled, as numbers (N, D).
+
+    Raises ``UserError`` where one of them is not numeric, or where cells of them or of the
+    conditions are missing. ``options`` are given where columns can still be dropped.
+    """
+    require_readable(frame, selection, source, options)
+    values, not_numeric = number_columns(frame, selection.columns)
+    require_numeric(frame, not_numeric, source, options)
+
+    missing = [missing_cells(frame[name]) for name in selection.conditions]
+    is_missing = np.column_stack([~np.isfinite(values), *missing])
+    require_complete([*selection.columns, *selection.conditions], is_missing, source, options)
+    return values
+
+
+def require_usable(
+    values: np.ndarray,
+    columns: tuple[str, ...],
+    options: ColumnOptions,
+    source: str | Path,
+    with_test: bool,
+) -> None:
+    """Raise ``UserError`` where a table (N, D) has too few rows or constant columns."""
+    few = max(len(columns), 10) if with_test else 2
+    if len(values) < few:
+        raise UserError(
+            f'{source} has {len(values)} rows and {len(columns)} columns: '
+            'a density needs many more rows than columns'
+        )
+    require_varying((values != values[:1]).any(axis=0), columns, options, source)
+
+
+def require_varying(
+    is_varying: np.ndarray,
+    columns: tuple[str, ...],
+    options: ColumnOptions,
+    source: str | Path,
+    where: str = '',
+) -> None:
+    """Raise ``UserError`` with all columns that are constant."""
+    constant = [columns[k] for k in np.flatnonzero(~is_varying)]
+    if constant:
+        raise UserError(
+            f'{source}: constant{where}: {list_names(constant)}: add {options.to_drop(constant)}'
+        )
+
+
+def standardise_table(
+    values: np.ndarray,
+    context: np.ndarray,
+    split: Split,
+    columns: tuple[str, ...],
+    options: ColumnOptions,
+    source: str | Path,
+    dequantize: bool,
+) -> TableData:
+    """Return values (N, D) and the numbers (N, C) that are given with them as standardised splits.
+
+    Discrete columns get noise where they are to be dequantized, else a note.
+    """
+    discrete = find_discrete_columns(values)
+    levels, steps = find_levels(values, discrete if dequantize else [])
+    spread = dequantize_columns(values, steps) if steps.any() else values
+
+    train = split[0]
+    known = spread[train] if len(values) >= 10 else spread  # so few hardly have two to train on
+    mean, std = training_units(known, columns, options, source)
     train_rows, validation_rows, test_rows = (
-        standardise_rows(values[np.sort(index)], mean, std, path)
-        for index in (train, validation, test)
+        join_context(standardise_rows(spread[index], mean, std, source), context[index])
+        for index in map(np.sort, split)
     )
+
     still_discrete = [] if dequantize else [columns[k] for k in discrete]
-    data = TableData(
+    return TableData(
         train_rows,
         validation_rows,
         test_rows,
         columns,
         mean,
         std,
-        test_index=np.sort(test),
-        notes=likelihood_notes(values[train], still_discrete),
+        test_index=np.sort(split[2]),
+        notes=(
+            *index_notes(values, columns, options),
+            *likelihood_notes(spread[train], still_discrete),
+        ),
         steps=steps,
         levels=levels,
-        fingerprint=fingerprint,
+        quantiles=column_quantiles(train_rows[:, : len(columns)]),
     )
-    if test_file:
-        test_rows = rows_of_values(test_values, data, test_file)
-        data = replace(data, test=test_rows, test_index=np.arange(len(test_rows)))
-    return data
 
 
-def table_fingerprint(values: np.ndarray, test_values: np.ndarray, columns: tuple[str, ...]) -> str:
-    """Return a digest of the user's own rows (N, D) as they were read, and of those to test on."""
-    counts = [len(values), len(test_values)]
-    little_endian = [part.astype('<f8', copy=False) for part in (values, test_values)]
-    return digest([columns, counts], little_endian)
+def join_context(rows: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """Return rows (N, D) followed by what is given with them, (N, C), in the type of the rows."""
+    if not context.shape[1]:
+        return rows
+    return np.concatenate([rows, context.astype(rows.dtype)], axis=1)
 
 
-def check_user_table(values: np.ndarray, columns: tuple[str, ...], path: Path) -> None:
-    """Raise ``UserError`` where a table (N, D) has too few rows or a constant column."""
-    if len(values) < len(columns) or len(values) < 10:
-        raise UserError(
-            f'{path} has {len(values)} rows and {len(columns)} columns: '
-            'a density needs many more rows than columns'
-        )
-    is_constant = (values == values[:1]).all(axis=0)
-    if is_constant.any():
-        names = ', '.join(columns[k] for k in np.flatnonzero(is_constant))
-        raise UserError(f'{path}: column {names} is constant: leave it out')
+def column_quantiles(rows: np.ndarray) -> np.ndarray:
+    """Return the quantiles (Q, D) of rows (N, D), or of evenly spaced ones where they are many."""
+    stride = -(-len(rows) // MAX_QUANTILE_ROWS)
+    some = np.asarray(rows[::stride], np.float64)
+    return np.quantile(some, QUANTILE_LEVELS, axis=0)
+
+
+def table_fingerprint(
+    parts: Sequence[tuple[np.ndarray, pd.DataFrame, str | Path]],
+    columns: tuple[str, ...],
+    conditions: Sequence[Condition],
+) -> str:
+    """Return a digest of the user's own rows as they were read, and of those to test on.
+
+    Arguments:
+        parts: for both, the values (N, D), the table that has the conditions, and its source.
+        columns: the names of the D columns.
+        conditions: what the density is given.
+    """
+    values: list[Any] = [columns, [len(rows) for rows, _, _ in parts]]
+    arrays = [rows for rows, _, _ in parts]
+    if conditions:
+        values.append([(condition.name, condition.categories) for condition in conditions])
+    for _, frame, source in parts:
+        arrays += [condition.read(frame[condition.name], source) for condition in conditions]
+    return digest(values, [array.astype('<f8', copy=False) for array in arrays])
+
+
+def index_notes(
+    values: np.ndarray, columns: tuple[str, ...], options: ColumnOptions
+) -> tuple[str, ...]:
+    """Return a note about those columns of a table (N, D) that look like an index, if any."""
+    found = [name for name, column in zip(columns, values.T) if looks_like_an_index(column)]
+    if not found or len(found) == len(columns):
+        return ()
+    return (f'{list_names(found)}: {INDEX_NOTE} {options.to_drop(found)}',)
 
 
 def find_discrete_columns(values: np.ndarray) -> list[int]:
@@ -522,21 +823,21 @@ def likelihood_notes(values: np.ndarray, discrete: Sequence[str]) -> tuple[str, 
 
 def has_dependent_columns(values: np.ndarray) -> bool:
     """Return whether some columns are a linear function of others."""
-    if values.shape[1] == 1:
+    n_rows, n_columns = values.shape
+    if n_columns == 1 or n_rows < n_columns or (values == values[0]).all(axis=0).any():
         return False
     correlation = np.corrcoef(values, rowvar=False)
     return np.linalg.eigvalsh(correlation)[0] < 1e-10
 
 
-def split_at_random(
-    n_rows: int, seed: int, with_test: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_at_random(n_rows: int, seed: int, with_test: bool) -> Split:
     """Return the indices, in random order, of training, validation and test rows.
 
-    A tenth of the rows is for validation and, ``with_test``, another tenth for testing.
+    A tenth of the rows, at least one, is for validation and, ``with_test``, another tenth for
+    testing.
     """
     order = np.random.default_rng(seed).permutation(n_rows)
-    tenth = n_rows // 10
+    tenth = max(1, n_rows // 10)
     rest, last = np.split(order, [n_rows - tenth])
     if not with_test:
         return rest, last, order[:0]
@@ -545,7 +846,7 @@ def split_at_random(
 
 
 def training_units(
-    values: np.ndarray, columns: tuple[str, ...], path: Path
+    values: np.ndarray, columns: tuple[str, ...], options: ColumnOptions, source: str | Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation, each (D,), of the training rows (N, D).
 
@@ -553,25 +854,29 @@ def training_units(
     """
     with np.errstate(over='ignore'):  # standardise_rows refuses values that are too large
         mean, std = values.mean(axis=0), values.std(axis=0)
-    if (std == 0).any():
-        name = columns[int(np.argmin(std))]
-        raise UserError(f'{path}: column {name} is constant in the training split: leave it out')
+    require_varying(std > 0, columns, options, source, ' in the training split')
     return mean, std
 
 
 def standardise_rows(
-    values: np.ndarray, mean: np.ndarray, std: np.ndarray, path: str | Path
+    values: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    path: str | Path,
+    dtype: npt.DTypeLike = np.float32,
 ) -> np.ndarray:
-    """Return the standardised rows (N, D) as float32.
+    """Return the standardised rows (N, D), as float32 unless another type is wanted.
 
     Raises ``UserError`` where a value or a standard deviation is too large for it.
     """
     with np.errstate(over='ignore', invalid='ignore'):
-        rows = ((values - mean) / std).astype(np.float32)
+        rows = ((values - mean) / std).astype(dtype)
     is_finite = np.isfinite(rows).all() and np.isfinite(std).all()
     if not is_finite:
         largest = np.abs(values).max()
-        raise UserError(f'{path} holds values that are too large for float32: {largest:g}')
+        raise UserError(
+            f'{path} holds values that are too large for {np.dtype(dtype)}: {largest:g}'
+        )
     return rows
 
 
@@ -599,312 +904,78 @@ def remove_noise(column: np.ndarray, levels: np.ndarray, step: float) -> np.ndar
 
 
 def read_rows(path: str | Path, like: TableData) -> np.ndarray:
-    """Read a table of the user's own as rows (N, D) in the units of another.
+    """Read a table of the user's own as rows (N, D + C) in the units of another.
 
-    Named columns may be in any order. A further column ``log_likelihood`` at the end, as generated
-    rows have it, is left out. Raises ``UserError`` where the columns differ.
+    See ``rows_of_frame``.
     """
-    return rows_of_values(read_columns(path, like.columns), like, path)
+    return rows_of_frame(read_frame(path), like, path)
 
 
-def read_columns(path: str | Path, columns: tuple[str, ...]) -> np.ndarray:
-    """Read the values (N, D) of a table of the user's own that has these columns."""
-    values, names = read_table(path)
-    if names[-1] == 'log_likelihood' and len(names) == len(columns) + 1:
-        values, names = values[:, :-1], names[:-1]
-    return reorder_columns(values, names, columns, path)
-
-
-def rows_of_values(values: np.ndarray, like: TableData, path: str | Path) -> np.ndarray:
-    """Return values (N, D), those of the file at ``path``, as rows in the units of a table.
-
-    Discrete columns are spread once, even where they already were.
-    """
-    on_levels = like.map_discrete(values, remove_noise)
-    values = dequantize_columns(on_levels, like.steps)
-    return standardise_rows(values, like.mean, like.std, path)
-
-
-def reorder_columns(
-    values: np.ndarray,
-    names: tuple[str, ...],
-    wanted: tuple[str, ...],
-    path: str | Path,
+def rows_of_frame(
+    frame: pd.DataFrame, like: TableData, source: str | Path, dtype: npt.DTypeLike = np.float32
 ) -> np.ndarray:
-    """Return the columns of a table (N, D) in the order of ``wanted``.
+    """Return a table of the user's own as rows (N, D + C) in the units of another.
 
-    Where either has no names, columns are taken to be in order already. Raises ``UserError`` where
-    there are more, fewer or other columns than wanted.
+    Columns are found by name, and there may be more of them. In a table without names, they are
+    those of the other table and then its conditions. Discrete columns are spread once, even where
+    they already were. Raises ``UserError`` where columns or cells are missing, or hold text.
     """
+    require_column_names(frame, source)
+    conditions = tuple(condition.name for condition in like.conditions)
+    selection = Selection(like.columns, conditions)
+    table = match_columns(frame, selection, source)
+    values = read_values(table, selection, source)
+    context = encode_conditions(table, like.conditions, source)
+
+    on_levels = like.map_discrete(values, remove_noise)
+    spread = dequantize_columns(on_levels, like.steps)
+    rows = standardise_rows(spread, like.mean, like.std, source, dtype)
+    return join_context(rows, context)
+
+
+def frame_of_rows(
+    rows: np.ndarray, like: TableData, given: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Return rows (N, D) in the own units of a table with the names of its columns.
+
+    The conditions among the columns of ``given``, which has N rows, come first.
+    """
+    table = pd.DataFrame(rows, columns=pd.Index(like.columns, dtype=object))
+    if given is None:
+        return table
+    names = [condition.name for condition in like.conditions]
+    conditions = given[[name for name in names if name in given]]
+    return pd.concat([conditions.reset_index(drop=True), table], axis=1)
+
+
+def match_columns(frame: pd.DataFrame, selection: Selection, source: str | Path) -> pd.DataFrame:
+    """Return a table that has the selected columns by name, and may have more.
+
+    Where either has no names, columns are taken to be in order. A last column ``log_likelihood``,
+    as generated rows have it, is then left out. Raises ``UserError`` where columns are missing.
+    """
+    wanted = [*selection.columns, *selection.conditions]
+    names = list(frame.columns)
+    if set(wanted) <= set(names):
+        return frame
+
+    if names and names[-1] == 'log_likelihood':
+        names = names[:-1]
+        frame = frame.iloc[:, :-1]
+    if len(names) == len(wanted) and (is_unnamed(names) or is_unnamed(wanted)):
+        renamed = frame.set_axis(wanted, axis=1)
+        pickled = frame.attrs.get(PICKLED, ())
+        renamed.attrs[PICKLED] = [wanted[k] for k, name in enumerate(names) if name in pickled]
+        return renamed
+
+    if set(selection.columns) <= set(names) and not is_unnamed(names):
+        require_conditions(frame, selection.conditions, source)
+    expected = f'the model was trained on {len(wanted)}: {list_names(wanted)}'
     if len(names) != len(wanted):
-        raise UserError(
-            f'{path} has {len(names)} columns, and the model was trained on {len(wanted)}: '
-            f'{", ".join(wanted)}'
-        )
-    if names == wanted or is_unnamed(names) or is_unnamed(wanted):
-        return values
-    if set(names) != set(wanted):
-        raise UserError(
-            f'{path} has columns {", ".join(names)}, and the model was trained on '
-            f'{", ".join(wanted)}'
-        )
-    return values[:, [names.index(name) for name in wanted]]
-
-
-def is_unnamed(columns: tuple[str, ...]) -> bool:
-    """Return whether the names of columns are the numbers that a file without names gets."""
-    return all(re.fullmatch(r'column \d+', name) for name in columns)
-
-
-# -------------------------------------------------------------------------- readers of own tables
-
-
-def read_table(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read a table of the user's own: its values (N, D), float64, and the names of its columns.
-
-    Raises ``UserError`` if it cannot be read or has missing or infinite values.
-    """
-    values, columns = read_numbers(path)
-    is_bad = ~np.isfinite(values)
-    if is_bad.any():
-        row, column = np.argwhere(is_bad)[0]
-        raise UserError(
-            f'{path}: {int(is_bad.sum())} missing or infinite values, the first in column '
-            f'{columns[column]}, row {row}: drop those rows or fill them in'
-        )
-    return values, columns
-
-
-def read_numbers(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read values (N, D), which may be missing, and the names of the columns.
-
-    The file is a .csv with or without a header, a .npy, or a .h5 with one two-dimensional data set.
-    Raises ``UserError`` if it cannot be read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f'{path}: no such table')
-    readers = {'.csv': read_csv, '.npy': read_npy, '.h5': read_h5, '.hdf5': read_h5}
-    if path.suffix not in readers:
-        raise UserError(f'{path} should end in {", ".join(readers)}')
-
-    try:
-        with warnings.catch_warnings():
-            # pandas warns of columns of several types, which read_csv refuses.
-            warnings.simplefilter('ignore')
-            values, columns = readers[path.suffix](path)
-    except DAMAGED_FILE_ERRORS as error:
-        raise UserError(f'{path} cannot be read as a table: {one_line(error)}') from error
-
-    for name, n in Counter(columns).items():
-        if not name.isprintable() or n > 1:
-            raise UserError(
-                f'{path}: the column name {truncate(name)!r} is no printable text, or comes twice'
-            )
-    return values, columns
-
-
-def read_csv(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read a .csv file; see ``read_numbers``."""
-    first_row = read_first_row(path)
-    has_header = is_header(first_row)
-    if has_header and not first_row[0].strip():
-        raise UserError(
-            f"{path}: the first column has no name. Is it pandas' index? "
-            'Leave it out (index=False), or name it'
-        )
-
-    header = 0 if has_header else None
-    table = pd.read_csv(
-        path,
-        header=header,
-        skipinitialspace=True,
-        encoding='utf-8-sig',
-        float_precision='round_trip',  # exact in all versions of pandas
-    )
-    # pandas takes superfluous first cells for names of the rows.
-    if not isinstance(table.index, pd.RangeIndex):
-        raise UserError(f'{path}: its rows have more cells than its header')
-    if table.empty:
-        raise UserError(f'{path} has no rows')
-
-    columns = tuple(str(name) if has_header else f'column {name}' for name in table.columns)
-    for name, label in zip(columns, table):
-        require_numeric(table[label], name, path)
-    return table.to_numpy(np.float64), columns
-
-
-def read_first_row(path: Path) -> list[str]:
-    """Return the cells of the first row of a .csv file that is not empty.
-
-    Raises ``UserError`` where they are too many, or separated by something other than commas.
-    """
-    with open(path, newline='', encoding='utf-8-sig') as file:
-        cells = next((row for row in csv.reader(file) if row), [''])
-
-    separator = next((character for character in ';\t' if character in cells[0]), '')
-    if len(cells) == 1 and separator:
-        raise UserError(
-            f'{path} has {separator!r} between its cells: '
-            'save it with commas there, and points in its numbers'
-        )
-    if len(cells) > MAX_COLUMNS:
-        raise UserError(f'{path} has {len(cells)} columns, {MAX_COLUMNS} are the most')
-    return cells
-
-
-def is_header(cells: list[str]) -> bool:
-    """Return whether the cells of a first row are names of columns.
-
-    They are where one of them is no number, or where they are 0, 1, 2 ...: this is how pandas
-    writes columns without names.
-    """
-    numbers = [str(k) for k in range(len(cells))]
-    is_numbered = [cell.strip() for cell in cells] == numbers
-    return is_numbered or not all(is_number_or_empty(cell) for cell in cells)
-
-
-def is_number_or_empty(cell: str) -> bool:
-    """Return whether a cell of a .csv file holds a number, or nothing."""
-    try:
-        float(cell)
-    except ValueError:
-        return not cell.strip()
-    return True
-
-
-def require_numeric(column: pd.Series, name: str, path: Path) -> None:
-    """Raise ``UserError`` with the first value that is no number, if a column has such values."""
-    if pd.api.types.is_numeric_dtype(column) and column.dtype != bool:
-        return
-    numbers = pd.to_numeric(column, errors='coerce')
-    is_text = (numbers.isna() & column.notna()).to_numpy()
-    row = int(np.argmax(is_text))
+        raise UserError(f'{source} has {len(names)} columns, and {expected}')
     raise UserError(
-        f'{path}: column {name} is not numeric: {str(column.iloc[row])[:40]!r} in row {row}; '
-        'leave it out or encode it as numbers'
+        f'{source} has columns {list_names(names)}, and {expected.replace(f"{len(wanted)}: ", "")}'
     )
-
-
-def read_npy(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read a .npy file; see ``read_numbers``. Its columns are numbered."""
-    values = to_float_table(map_npy(path), path)
-    return values, numbered_columns(values)
-
-
-def read_h5(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read a .h5 file; see ``read_numbers``.
-
-    The names of the columns are the attribute ``columns`` of the data set, if there is one.
-    """
-    with open_h5(path) as file:
-        table = find_h5_table(file, path)
-        values = to_float_table(table[:], path)
-        attribute = np.atleast_1d(table.attrs.get('columns', ()))
-    names = tuple(str(name) for name in attribute)
-    return values, names if len(names) == values.shape[1] else numbered_columns(values)
-
-
-@contextlib.contextmanager
-def open_h5(path: Path) -> Iterator[h5py.File]:
-    """Open an HDF5 file for reading.
-
-    h5py raises ``KeyError`` for damaged objects and ``TypeError`` for types of numbers that numpy
-    lacks. Both become ``ValueError``.
-    """
-    try:
-        with h5py.File(path) as file:
-            yield file
-    except (KeyError, TypeError) as error:
-        raise ValueError(one_line(error)) from error
-
-
-def find_h5_table(file: h5py.File, path: Path) -> h5py.Dataset:
-    """Return the only two-dimensional data set at the top of an HDF5 file.
-
-    Raises ``UserError`` where there is none or more than one, where its values are in other files,
-    and where it says to be much larger than the file.
-    """
-    tables = []
-    for name in file:
-        # A soft or external link can lead to another file.
-        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-            continue
-        item = file[name]
-        if isinstance(item, h5py.Dataset) and item.ndim == 2:
-            tables.append(item)
-    if len(tables) != 1:
-        raise UserError(f'{path} has {len(tables)} two-dimensional data sets at its top, not one')
-    table = tables[0]
-    if table.external or table.is_virtual:
-        raise UserError(f'{path} takes its table from other files')
-
-    # HDF5 need not store what it declares. It reads whole chunks, which can exceed the table.
-    n_read = max(table.size, math.prod(table.chunks or ()))
-    if n_read * table.dtype.itemsize > MAX_COMPRESSION * path.stat().st_size:
-        raise UserError(
-            f'{path} claims to hold a table of shape {table.shape}, but has not the size for it'
-        )
-    return table
-
-
-def to_float_table(values: np.ndarray, path: Path) -> np.ndarray:
-    """Return an array as float64; raise ``UserError`` unless it is a table of real numbers."""
-    if not is_table(values):
-        raise UserError(
-            f'{path} holds {values.dtype} of shape {values.shape}, not a table of numbers'
-        )
-    return np.asarray(values, np.float64)
-
-
-def is_table(values: np.ndarray) -> bool:
-    """Return whether an array is two-dimensional, of real numbers, and not empty."""
-    return values.ndim == 2 and values.dtype.kind in 'fiu' and values.size > 0
-
-
-def numbered_columns(values: np.ndarray) -> tuple[str, ...]:
-    """Return names for the columns of a table (N, D) that has none."""
-    return tuple(f'column {k}' for k in range(values.shape[1]))
-
-
-# -------------------------------------------------------------------------- writers of own tables
-
-
-def require_new_table(path: Path) -> None:
-    """Raise ``UserError`` unless ``save_table`` can write a new file there."""
-    if path.suffix not in NEW_SUFFIXES:
-        raise UserError(f'{path} should end in .csv, .npy or .h5')
-    if path.exists():
-        raise UserError(f'{path} is there already: move it away or give another name')
-    if not path.parent.is_dir():
-        raise UserError(f'{path}: there is no folder {path.parent}')
-
-
-def save_table(path: str | Path, values: np.ndarray, columns: Sequence[str]) -> None:
-    """Save values (N, D) and the names of their columns as a .csv, .npy or .h5, and say so."""
-    path = Path(path)
-    write_atomically(path, lambda temporary: write_table(temporary, path.suffix, values, columns))
-    print(f'wrote {path}')
-
-
-def write_table(path: Path, suffix: str, values: np.ndarray, columns: Sequence[str]) -> None:
-    """Write values (N, D) in the format of ``suffix``; a .npy holds no names of columns."""
-    if suffix == '.csv':
-        table = pd.DataFrame(values, columns=list(columns))
-        if 'row' in columns:
-            table = table.astype({'row': int})
-        table.to_csv(path, index=False)
-        return
-
-    # numpy and h5py do not say that a disk is full, so they write to memory.
-    content = io.BytesIO()
-    if suffix == '.npy':
-        np.save(content, values)
-    else:
-        with h5py.File(content, 'w') as file:
-            rows = file.create_dataset('rows', data=values)
-            rows.attrs['columns'] = list(columns)
-    path.write_bytes(content.getbuffer())
 
 
 # ------------------------------------------------------------------------------- published tables
@@ -948,6 +1019,7 @@ def load_published_table(name: str, data_dir: Path) -> TableData:
         mean=np.zeros(n_columns),
         std=np.ones(n_columns),
         test_index=np.arange(len(test)),
+        quantiles=column_quantiles(train),
         fingerprint=digest([name, CACHE_VERSION, counts, path.name, path.stat().st_size]),
     )
 
@@ -1009,32 +1081,6 @@ def map_published_npy(path: Path, n_columns: int) -> np.ndarray:
 # ------------------------------------------------------------------------ readers of raw downloads
 
 
-class BoundedLineFile(io.RawIOBase):
-    """The bytes of a text, whose lines have to be short.
-
-    Reading raises ``ValueError`` at a line that no table has. A parser that reads whole lines thus
-    takes little memory, whatever the file.
-    """
-
-    def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
-        self.file = file
-        self.unfinished_line = b''
-
-    def readable(self) -> bool:
-        """Return True: ``io.BufferedReader`` asks."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with the next bytes, and return how many there were."""
-        content = self.file.read(len(buffer))
-        lines = (self.unfinished_line + content).split(b'\n')
-        if max(map(len, lines)) > MAX_LINE_BYTES:
-            raise ValueError(f'it has a line of more than {MAX_LINE_BYTES:,} bytes')
-        self.unfinished_line = lines[-1]
-        buffer[: len(content)] = content
-        return len(content)
-
-
 def read_chunks(path: Path, **options: Any) -> Iterator[pd.DataFrame]:
     """Read a text, gzipped or not, in chunks of ``CHUNK_ROWS`` rows; show a progress bar.
 
@@ -1050,7 +1096,7 @@ def read_chunks(path: Path, **options: Any) -> Iterator[pd.DataFrame]:
     )
     with open(path, 'rb') as file, progress:
         content = gzip.open(file) if path.suffix == '.gz' else file
-        text = io.BufferedReader(BoundedLineFile(content), 2**18)
+        text = io.BufferedReader(BoundedLineFile(content, MAX_LINE_BYTES), 2**18)
         n_rows = 0
         for chunk in pd.read_csv(text, chunksize=CHUNK_ROWS, **options):
             n_rows += len(chunk)

@@ -534,7 +534,7 @@ def test_the_number_of_parameters_is_that_of_the_weights_that_change_the_output(
 
 def test_the_number_of_parameters_of_the_official_model_in_the_plane():
     toy = bnaf.Config(**bnaf.TOY)
-    assert bnaf.build_model(toy, (2,)).n_parameters == 15_904
+    assert bnaf.build_model(toy, (2, 0)).n_parameters == 15_904
 
 
 @pytest.mark.parametrize('checkpoint_grads', [False, True])

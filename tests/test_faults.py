@@ -39,7 +39,7 @@ from common.logs import ScalarWriter, TrainingLog, progress_bar
 from common.options import resolve_config
 from common.runs import catch_stop_signals, local_device, lock_run_folder, select_checkpoint
 from datasets import load_images, tabular
-from datasets.tabular import save_table
+from datasets.own_tables import frame_of_columns, save_table
 
 needs_posix = pytest.mark.skipif(os.name != 'posix', reason='signals, links and pipes of POSIX')
 
@@ -675,7 +675,8 @@ def test_tables_on_a_full_disk(suffix, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(UserError, match=f'rows.{suffix} cannot be written'):
-            save_table(tmp_path / f'rows.{suffix}', np.zeros((1000, 2)), ['a', 'b'])
+            table = frame_of_columns({'a': np.zeros(1000), 'b': np.zeros(1000)})
+            save_table(tmp_path / f'rows.{suffix}', table)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())

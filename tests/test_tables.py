@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import UserError
-from datasets import tabular, toy
+from datasets import own_tables, tabular, toy
+from datasets.columns import number_columns
 
 try:
     import resource
@@ -383,7 +384,7 @@ def write_own(tmp_path, values, name='table.csv', columns=None):
         np.save(path, values)
     else:
         columns = columns or [f'c{k}' for k in range(np.shape(values)[1])]
-        tabular.write_table(path, '.h5', values, columns)
+        own_tables.write_table(path, '.h5', pd.DataFrame(values, columns=columns))
     return path
 
 
@@ -531,14 +532,14 @@ def test_levels_are_kept_by_a_checkpoint(tmp_path):
     mixed_table().to_csv(tmp_path / 'mixed.csv', index=False)
     data = tabular.load_table(str(tmp_path / 'mixed.csv'), dequantize=True)
     units = tabular.table_units(data)
-    restored = tabular.table_from_units(units, 8, 'x.pt')
+    restored = tabular.table_from_units(units, 8, 0, 'x.pt')
     assert [levels.tolist() for levels in restored.levels] == units['levels']
     assert (restored.steps == data.steps).all() and len(data.levels[0]) == 0
 
     for bad in ([1.0, 0.0], [0.0, 0.0], [0.0, np.nan], [0.0, np.inf]):
         damaged = {**units, 'levels': [bad, *units['levels'][1:]]}
         with pytest.raises(UserError, match='x.pt is damaged'):
-            tabular.table_from_units(damaged, 8, 'x.pt')
+            tabular.table_from_units(damaged, 8, 0, 'x.pt')
 
 
 def test_a_fingerprint_identifies_the_rows_wherever_they_are(tmp_path):
@@ -613,8 +614,8 @@ def noise_with(value, row=3, column=1):
     [
         (noise_with(np.nan), '1 missing or infinite values, the first in column b, row 3'),
         (noise_with(np.inf), '1 missing or infinite values, the first in column b, row 3'),
-        (noise_with('red'), "column b is not numeric: 'red' in row 3"),
-        (noise(30) * [1, 1, 0], 'column c is constant'),
+        (noise_with('red'), "not numeric: b ('red' in row 3): add --drop=b"),
+        (noise(30) * [1, 1, 0], 'constant: c: add --drop=c'),
         (noise(5), '5 rows and 3 columns'),
         (noise(2), 'many more rows than columns'),
     ],
@@ -630,7 +631,7 @@ def test_bad_own_tables(values, part, tmp_path):
     'text, part',
     [
         ('a;b\n1,5;2\n', "has ';' between its cells: save it with commas"),
-        ('a\tb\n1\t2\n', 'between its cells'),
+        ('a\tb\n1\t2\n', 'between its cells: give it a name that ends in .tsv'),
         ('1;2\n3;4\n', 'between its cells'),
         ('a,b\n', 'has no rows'),
         ('a,b\n\n', 'has no rows'),
@@ -656,13 +657,9 @@ def test_headers_of_csv(tmp_path):
     path = tmp_path / 'x.csv'
     for case, (text, names) in HEADERS.items():
         path.write_text(text)
-        values, columns = tabular.read_table(path)
-        assert columns == names, case
-        assert values.tolist() == [[1, 2], [3, 4]], case
-
-    path.write_text(',a\n0,1\n1,2\n')
-    with pytest.raises(UserError, match='index=False'):
-        tabular.read_table(path)
+        frame = own_tables.read_frame(path)
+        assert tuple(frame.columns) == names, case
+        assert frame.to_numpy(float).tolist() == [[1, 2], [3, 4]], case
 
 
 def test_bad_files(tmp_path):
@@ -704,10 +701,11 @@ def test_any_bytes_are_a_table_or_a_clean_error(tmp_path_factory, content):
         path = tmp_path_factory.getbasetemp() / f'fuzz{suffix}'
         path.write_bytes(content)
         try:
-            values, columns = tabular.read_table(path)
+            frame = own_tables.read_frame(path)
         except UserError:
             continue
-        assert np.isfinite(values).all() and values.shape[1] == len(columns)
+        values, not_numeric = number_columns(frame, list(frame.columns))
+        assert values.shape == frame.shape and set(not_numeric) <= set(frame.columns)
 
 
 # ------------------------------------------------------------------------- two-dimensional problems
