@@ -49,9 +49,17 @@ def as_format_1(saved):
     n_per_step = saved['config']['batch_size'] * saved['world_size']
     best_step = saved.pop('n_seen_at_best') // n_per_step
     n_annealing = saved['n_annealing'] / n_per_step
-    for name in ('fingerprint', 'n_seen', 'first_world_size'):
+    for name in ('fingerprint', 'n_seen', 'first_world_size', 'validation_quantiles'):
         saved.pop(name, None)
-    return {**saved, 'format': 1, 'best_step': best_step, 'n_annealing': n_annealing}
+    names = ('columns', 'mean', 'std', 'steps')
+    return {
+        **saved,
+        'format': 1,
+        'best_step': best_step,
+        'n_annealing': n_annealing,
+        'input_dims': saved['input_dims'][:1],
+        'units': {name: saved['units'][name] for name in names},
+    }
 
 
 def read_results(checkpoint):
@@ -306,7 +314,8 @@ def test_scores_of_another_table_find_its_anomaly(trained_bnaf, tmp_path):
     files = [f'--input={tmp_path}/new.csv', f'--scores={tmp_path}/s.npy']
     bnaf.main(['--evaluate', f'--restore_file={trained_bnaf}', *files])
     scores = np.load(tmp_path / 's.npy')
-    assert scores.shape == (400, 2) and scores[:, 1].argmin() == 7
+    assert scores.shape == (400, 3) and scores[:, 1].argmin() == 7
+    assert scores[7, 2] == 0 and 40 < scores[:, 2].mean() < 60  # the percentile
 
 
 @pytest.mark.parametrize('suffix', ['.csv', '.npy', '.h5'])
@@ -429,7 +438,7 @@ def test_pictures_show_samples_and_data_alike(trained_on_discrete, monkeypatch):
 @pytest.mark.slow
 def test_training_on_from_format_1_learns_the_levels(trained_on_discrete, tmp_path):
     saved = torch.load(trained_on_discrete)
-    known = saved['units'].pop('levels'), saved.pop('fingerprint')
+    known = saved['units'], saved['fingerprint']
     torch.save(as_format_1(saved), tmp_path / 'checkpoint.pt')
     restore = f'--restore_file={tmp_path}/checkpoint.pt'
     bnaf.main(['--generate', restore, '--n_samples=20', f'--output={tmp_path}/new.csv'])
@@ -437,7 +446,7 @@ def test_training_on_from_format_1_learns_the_levels(trained_on_discrete, tmp_pa
 
     bnaf.main(['--train', restore, '--n_epochs=105'])
     resumed = bnaf.load_checkpoint(tmp_path / 'checkpoint.pt')
-    assert (resumed['units']['levels'], resumed['fingerprint']) == known
+    assert (resumed['units'], resumed['fingerprint']) == known
 
 
 def test_columns_are_matched_by_name(trained_bnaf, tmp_path, capsys):
@@ -579,7 +588,6 @@ def test_other_rows_do_not_pass_for_moved_ones(moved_run, capsys):
 def test_a_checkpoint_without_a_fingerprint_compares_the_units(moved_run, capsys):
     checkpoint, files = moved_run
     saved = torch.load(checkpoint)
-    del saved['units']['levels'], saved['fingerprint']
     torch.save(as_format_1(saved), checkpoint)
     words = [f'--restore_file={checkpoint}', *(f'--{k}={file}' for k, file in files.items())]
     bnaf.main(['--evaluate', *words])
