@@ -2048,7 +2048,7 @@ def draw_conditional(model: BNAF, data: TableData, text: str, seed: int, title: 
         return draw_along(model, data, given, free[0], title)
 
     context = encode_conditions(given, data.conditions, '--given')
-    labels = [', '.join(f'{name}={row[name]}' for name in names) for _, row in given.iterrows()]
+    labels = labels_of(given, names)
     if n_columns == 1:
         return draw_density_of_column(model, data, labels, context, title)
     if len(labels) > 1:
@@ -2061,35 +2061,57 @@ def draw_conditional(model: BNAF, data: TableData, text: str, seed: int, title: 
 
 
 def draw_along(model: BNAF, data: TableData, given: Any, free: Condition, title: str) -> Any:
-    """Draw the density of one column along a condition, given one row of the others."""
-    if given is not None and len(given) > 1:
-        raise UserError(f'--given has several rows and leaves out {free.name}: give it, or one row')
-    rows = data.head(5000)
-    start = len(data.columns)
-    blocks, shown = [], np.ones(len(rows), dtype=bool)
-    for condition in data.conditions:
-        own = rows[:, start : start + condition.width]
-        if condition is free:
-            values = np.eye(condition.width)
-            if not condition.categories:
-                values = np.linspace(own.min(), own.max(), N_ALONG)[:, None]
-            blocks.append(values)
-            along = own[:, 0]
-        else:
-            blocks.append(condition.encode(given[condition.name], '--given'))
-            if condition.categories:
-                shown &= (own == blocks[-1].astype(own.dtype)).all(axis=1)
-        start += condition.width
-    n = max(map(len, blocks))
-    context = np.hstack([np.broadcast_to(block, (n, block.shape[1])) for block in blocks])
+    """Draw the density of one column along a condition, given one row of the others.
 
+    The data that are drawn beside quantiles are of the same categories.
+    """
+    rows, others = data.head(5000), {}
+    if given is not None:
+        others = {c.name: c.encode(given[c.name], '--given') for c in data.conditions if c != free}
+        title = f'{title}, given {", ".join(labels_of(given, list(others)))}'
+        if len(given) > 1:
+            raise UserError(f'--given has several rows, and they lack {free.name}')
+
+    contexts = contexts_of_rows(data, rows)
+    is_alike = np.ones(len(rows), dtype=bool)
+    for condition in data.conditions:
+        if condition != free and condition.categories:
+            is_alike &= (contexts[condition.name] == others[condition.name]).all(axis=1)
+    along = contexts[free.name]
+    if not is_alike.any():
+        is_alike[:] = True
+    values = np.linspace(along[is_alike].min(), along[is_alike].max(), N_ALONG)[:, None]
+    if free.categories:
+        values = np.eye(free.width)
+
+    blocks = []
+    for condition in data.conditions:
+        block = values if condition == free else others[condition.name]
+        blocks.append(np.broadcast_to(block, (len(values), condition.width)))
+    context = np.hstack(blocks)
     if free.categories:
         labels = [f'{free.name}={category}' for category in free.categories]
         return draw_density_of_column(model, data, labels, context, title)
-    points = free.mean + free.std * along[shown], data.to_own_units(rows[shown])[:, 0]
+
+    x = free.mean + free.std * along[is_alike, 0]
+    points = x, data.to_own_units(rows[is_alike])[:, 0]
     quantiles = quantiles_along(model, data, context)
-    values = free.mean + free.std * values[:, 0]
-    return draw_fan(values, quantiles, FAN, points, (free.name, data.columns[0]), title)
+    x_of_quantiles = free.mean + free.std * values[:, 0]
+    return draw_fan(x_of_quantiles, quantiles, FAN, points, (free.name, data.columns[0]), title)
+
+
+def contexts_of_rows(data: TableData, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the encoded values (N, width) of each condition in rows (N, D + C)."""
+    contexts, start = {}, len(data.columns)
+    for condition in data.conditions:
+        contexts[condition.name] = rows[:, start : start + condition.width]
+        start += condition.width
+    return contexts
+
+
+def labels_of(given: Any, names: list[str]) -> list[str]:
+    """Return each row of conditions as text."""
+    return [', '.join(f'{name}={row[name]}' for name in names) for _, row in given.iterrows()]
 
 
 @torch.no_grad()

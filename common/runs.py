@@ -18,7 +18,7 @@ import torch
 from .errors import UserError
 from .files import file_lock, make_new_folder
 from .interfaces import LoadCheckpoint, Process, Training
-from .options import Options, RunRequest
+from .options import Options, RunRequest, as_typed
 
 LAST, BEST = 'checkpoint.pt', 'best.pt'
 # The folder of a run is called SCRIPT_DATASET_TIME, with -2, -3 ... where there is one already
@@ -236,7 +236,7 @@ def open_run_folder(
             require_newest(saved, load)
             if process.store:
                 process.store.set(script, str(folder))
-            settings = [f'{key}={value}' for key, value in asdict(config).items()]
+            settings = [f'{key}={as_typed(value)}' for key, value in asdict(config).items()]
             print(f'{folder}: {" ".join(settings)}')
         yield folder
 

@@ -541,7 +541,9 @@ def require_new_table(path: Path, overwrite: bool = False) -> None:
     if path.is_dir():
         raise UserError(f'{path} is a folder: give another name')
     if path.exists() and not overwrite:
-        raise UserError(f'{path} is there already: move it away or give another name')
+        raise UserError(
+            f'{path} is there already: give another name, or add --overwrite to replace it'
+        )
     if not path.parent.is_dir():
         raise UserError(f'{path}: there is no folder {path.parent}')
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import rcParams
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -105,8 +105,13 @@ def draw_panels(panels: Mapping[str, np.ndarray], columns: Sequence[str], extent
             vmin=0,
             vmax=np.quantile(values, 0.998),
         )
-        axes.set(title=truncate(title), xlabel=x_name, ylabel=y_name)
+        axes.set(title=wrap(title), xlabel=x_name, ylabel=y_name)
     return figure
+
+
+def wrap(title: str) -> str:
+    """Return a title in at most two lines of 40 characters."""
+    return '\n'.join(textwrap.wrap(title, 40, max_lines=2, placeholder=' …'))
 
 
 def bounding_box(points: np.ndarray) -> Extent:
@@ -155,7 +160,7 @@ def draw_curves(
     axes.hist(values, bins, density=True, color='0.85', label='data, all conditions')
     for label, density in curves.items():
         axes.plot(x, density, label=truncate(label))
-    axes.set(xlabel=truncate(column), ylabel='density', title=title, xlim=(x[0], x[-1]))
+    axes.set(xlabel=truncate(column), ylabel='density', title=wrap(title), xlim=(x[0], x[-1]))
     axes.legend(frameon=False)
     return figure
 
@@ -180,21 +185,18 @@ def draw_fan(
     """
     figure = Figure((7, 4.6), layout='constrained')
     axes = figure.subplots()
-    axes.scatter(*points, 8, '0.5', alpha=0.6, linewidths=0, label='data')
     k = len(levels)
     for i in range(k // 2):
         share = levels[k - 1 - i] - levels[i]
+        darkness = (i + 1) / (k // 2 + 1)
+        low, high = quantiles[:, i], quantiles[:, k - 1 - i]
+        colour = colormaps['Oranges'](0.7 * darkness)
         axes.fill_between(
-            x,
-            quantiles[:, i],
-            quantiles[:, k - 1 - i],
-            color='tab:orange',
-            alpha=0.22,
-            linewidth=0,
-            label=f'{share:.0%} of the density',
+            x, low, high, color=colour, linewidth=0, label=f'{share:.0%} of the density'
         )
     axes.plot(x, quantiles[:, k // 2], color='tab:red', label='median')
-    axes.set(xlabel=truncate(names[0]), ylabel=truncate(names[1]), title=title)
+    axes.scatter(*points, 8, '0.3', alpha=0.5, linewidths=0, label='data')
+    axes.set(xlabel=truncate(names[0]), ylabel=truncate(names[1]), title=wrap(title))
     axes.legend(frameon=False)
     return figure
 
