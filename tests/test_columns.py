@@ -674,7 +674,7 @@ def test_given_values_of_other_columns(tmp_path):
     assert 'leave out --given' in refusal(parse_given, 'age=4', [])
 
 
-# ------------------------------------------------------------------------------- rows and conditions
+# ----------------------------------------------------------------------------- rows and conditions
 
 
 def test_rows_are_followed_by_their_conditions(visitors):
@@ -784,7 +784,7 @@ def test_tables_from_python_may_be_small():
     assert data.train.shape == (34, 6) and data.validation.shape == (3, 6)
 
 
-# ------------------------------------------------------------------------ fingerprints and checkpoints
+# --------------------------------------------------------------------- fingerprints and checkpoints
 
 
 def test_fingerprints_cover_what_is_selected(visitors, tmp_path):
