@@ -104,14 +104,21 @@ def split_range(text: str, names: Sequence[str]) -> tuple[str, str] | None:
     """Return the two ends of a range such as ``0-5``, or None if neither end is a column.
 
     Names may have hyphens of their own: the hyphen that parts two columns is the one that counts.
+    Raises ``UserError`` where there are several.
     """
-    best, most_known = None, 0
+    by_n_known: dict[int, list[tuple[str, str]]] = {1: [], 2: []}
     for hyphen in re.finditer('-', text):
         ends = text[: hyphen.start()].strip(), text[hyphen.end() :].strip()
         n_known = sum(end in names or end.isdecimal() for end in ends)
-        if all(ends) and n_known > most_known:
-            best, most_known = ends, n_known
-    return best
+        if all(ends) and n_known:
+            by_n_known[n_known].append(ends)
+
+    ranges = by_n_known[2]
+    if len(ranges) > 1:
+        texts = ' or '.join(f'{first} to {last}' for first, last in ranges)
+        raise UserError(f'the columns {text} may be {texts}: give their indices')
+    likely = [*ranges, *by_n_known[1]]
+    return likely[0] if likely else None
 
 
 # --------------------------------------------------------------------------------- what cells hold
@@ -156,9 +163,9 @@ def distinct_cells(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
 
 def parse_cells(cells: Sequence[Any]) -> list[float] | None:
     """Return cells as numbers, or None where one of them is none."""
-    words = [BOOLEANS.get(cell.strip().lower()) for cell in cells if isinstance(cell, str)]
-    if words and len(words) == len(cells) and None not in words:
-        return [float(word) for word in words if word is not None]
+    words = [str(cell).strip().lower() for cell in cells]
+    if all(word in BOOLEANS for word in words):
+        return [BOOLEANS[word] for word in words]
 
     parsed = []
     for cell in cells:
@@ -589,7 +596,7 @@ def parse_given(text: str, names: Sequence[str]) -> pd.DataFrame:
     """
     if not names:
         raise UserError('the model is not conditioned on any column: leave out --given')
-    if Path(text).is_file() or (is_own_table(text) and '=' not in text):
+    if is_own_table(text) and ('=' not in text or Path(text).is_file()):
         return read_given_table(text, names)
 
     values: dict[str, list[Any]] = {}

@@ -598,7 +598,8 @@ def table_from_frame(
             f'{source} has {len(values)} rows of {len(selection.columns)} columns: '
             'too few to train, validate and test on'
         )
-    conditions = tuple(make_condition(frame[k], split[0], source) for k in selection.conditions)
+    known = known_rows(split)
+    conditions = tuple(make_condition(frame[k], known, source) for k in selection.conditions)
     context = encode_conditions(frame, conditions, source)
     data = standardise_table(values, context, split, selection.columns, options, source, dequantize)
     data = replace(data, conditions=conditions)
@@ -683,9 +684,7 @@ def standardise_table(
     levels, steps = find_levels(values, discrete if dequantize else [])
     spread = dequantize_columns(values, steps) if steps.any() else values
 
-    train = split[0]
-    known = spread[train] if len(values) >= 10 else spread  # so few hardly have two to train on
-    mean, std = training_units(known, columns, options, source)
+    mean, std = training_units(spread[known_rows(split)], columns, options, source)
     train_rows, validation_rows, test_rows = (
         join_context(standardise_rows(spread[index], mean, std, source), context[index])
         for index in map(np.sort, split)
@@ -702,7 +701,7 @@ def standardise_table(
         test_index=np.sort(split[2]),
         notes=(
             *index_notes(values, columns, options),
-            *likelihood_notes(spread[train], still_discrete),
+            *likelihood_notes(spread[split[0]], still_discrete),
         ),
         steps=steps,
         levels=levels,
@@ -831,6 +830,15 @@ def split_at_random(n_rows: int, seed: int, with_test: bool) -> Split:
         return rest, last, order[:0]
     train, validation = np.split(rest, [n_rows - 2 * tenth])
     return train, validation, last
+
+
+def known_rows(split: Split) -> np.ndarray:
+    """Return the indices of the rows that standardise a table: those of the training split.
+
+    Tables of less than ten rows, which hardly have two to train on, are standardised by all.
+    """
+    n_rows = sum(map(len, split))
+    return split[0] if n_rows >= 10 else np.arange(n_rows)
 
 
 def training_units(

@@ -105,6 +105,8 @@ def test_names_with_hyphens():
         '0-1': ['a', 'b'],
     }.items():
         assert list(select_columns(names, [text]).columns) == expected, text
+    line = refusal(select_columns, ['a', 'b', 'a-b', 'b-c', 'c'], ['a-b-c'])
+    assert line == 'the columns a-b-c may be a to b-c or a-b to c: give their indices'
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,7 @@ def test_true_and_false_are_1_and_0(tmp_path):
         assert len(data.train) == 48 and set(data.quantize(data.head(60))[:, 0].round(6)) == {0, 1}
     for column in (flags, flags.astype(object), pd.array(flags, 'boolean')):
         assert as_numbers(pd.Series(column)).tolist() == expected
+    assert as_numbers(pd.Series([True, 'false'])).tolist() == [1, 0]
     assert as_numbers(pd.Series(['true', 'maybe'])) is None
     assert np.isnan(as_numbers(pd.Series([True, None], dtype=object))[1])
 
@@ -638,6 +641,7 @@ def test_given_values(tmp_path):
         'a=b': ['3=4'],
     }
     assert parse_given('sex=True', names).to_dict('list') == {'sex': ['True']}
+    assert parse_given('sex=no.csv', names).to_dict('list') == {'sex': ['no.csv']}
     assert parse_given('2=Rome', names).to_dict('list') == {'home city': ['Rome']}
 
     path = tmp_path / 'given.csv'
@@ -659,6 +663,7 @@ def test_given_values(tmp_path):
         ('age=4,age=5', '--given has two values of age'),
         ('no.csv', 'no.csv: no such table'),
         ('', 'takes NAME=VALUE'),
+        ('x' * 5_000, 'takes NAME=VALUE'),
     ],
 )
 def test_bad_given_values(text, part):
@@ -773,6 +778,8 @@ def test_tables_from_python_may_be_small():
     data = table_from_frame(frame, 'the table', with_test=False)
     assert data.train.shape == data.validation.shape == (1, 2) and data.test.shape == (0, 2)
     assert np.isfinite(data.train).all() and len(data.test_index) == 0
+    data = table_from_frame(frame, 'the table', with_test=False, condition=['x'])
+    assert data.conditions[0].mean == 1.5
     assert '10' not in refusal(table_from_frame, frame, 'the table')
     assert '1 rows' in refusal(table_from_frame, frame[:1], 'the table', with_test=False)
     assert 'constant: y' in refusal(table_from_frame, frame.assign(y=1), 't', with_test=False)
