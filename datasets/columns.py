@@ -571,15 +571,20 @@ def encode_conditions(
 
 def require_conditions(frame: pd.DataFrame, names: Sequence[str], source: str | Path) -> None:
     """Raise ``UserError`` where a table does not have all columns that a model is given."""
-    columns = list(frame.columns)
-    missing = [name for name in names if name not in columns]
-    if not missing:
-        return
+    missing = describe_missing(names, list(frame.columns))
+    if missing:
+        raise UserError(f'{source}: the model is conditioned on {missing}: give its values')
+
+
+def describe_missing(names: Sequence[str], columns: Sequence[str]) -> str:
+    """Return the names that are not among columns, with the nearest that are; empty if all are."""
     texts = []
-    for name in missing[:MAX_NAMED]:
+    for name in names:
+        if name in columns:
+            continue
         near = difflib.get_close_matches(name, columns, n=1)
         texts.append(f'{shorten(name)} (perhaps {shorten(near[0])})' if near else shorten(name))
-    raise UserError(f'{source}: the model is conditioned on {", ".join(texts)}: give its values')
+    return ', '.join(texts[:MAX_NAMED])
 
 
 # -------------------------------------------------------------------------------- values of --given

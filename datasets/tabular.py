@@ -34,6 +34,7 @@ from .columns import (
     ColumnOptions,
     Condition,
     Selection,
+    describe_missing,
     encode_conditions,
     list_names,
     looks_like_an_index,
@@ -966,11 +967,17 @@ def match_columns(frame: pd.DataFrame, selection: Selection, source: str | Path)
 
     if set(selection.columns) <= set(names) and not is_unnamed(names):
         require_conditions(frame, selection.conditions, source)
-    expected = f'the model was trained on {len(wanted)}: {list_names(wanted)}'
+    if len(names) > len(wanted) and not is_unnamed(names) and not is_unnamed(wanted):
+        missing = describe_missing(wanted, names)
+        raise UserError(f'{source} lacks columns that the model was trained on: {missing}')
+    expected = list_names(wanted)
     if len(names) != len(wanted):
-        raise UserError(f'{source} has {len(names)} columns, and {expected}')
+        raise UserError(
+            f'{source} has {len(names)} columns, and the model was trained on {len(wanted)}: '
+            f'{expected}'
+        )
     raise UserError(
-        f'{source} has columns {list_names(names)}, and {expected.replace(f"{len(wanted)}: ", "")}'
+        f'{source} has columns {list_names(names)}, and the model was trained on {expected}'
     )
 
 

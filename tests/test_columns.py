@@ -726,6 +726,8 @@ def test_rows_of_other_tables(visitors, tmp_path):
     assert 'the model is conditioned on city: give its values' in line
     line = refusal(rows_of_frame, shuffled.drop(columns='weight'), data, 'x')
     assert 'has 4 columns, and the model was trained on 5: height, weight, age, sex, city' in line
+    line = refusal(rows_of_frame, frame.rename(columns={'weight': 'weights'}), data, 'x')
+    assert line == 'x lacks columns that the model was trained on: weight (perhaps weights)'
     refusal(rows_of_frame, frame[['height', 'height', 'weight']], data, 'x')
     line = refusal(rows_of_frame, frame.assign(city='Paris'), data, 'x')
     assert "city 'Paris' in row 0 is not among the 3" in line
