@@ -5,12 +5,12 @@ a text, which is given to the model as one number per category.
 """
 
 import difflib
-import numbers
 import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +142,10 @@ def as_numbers(column: pd.Series) -> np.ndarray | None:
         return column.to_numpy(np.float64, na_value=np.nan)
 
     codes, cells = distinct_cells(column)
-    numbers_of_cells = parse_cells(cells)
-    if numbers_of_cells is None:
+    numbers = parse_cells(cells)
+    if numbers is None:
         return None
-    return np.array([*numbers_of_cells, np.nan])[codes]  # the code of a missing cell is -1
+    return np.array([*numbers, np.nan])[codes]  # the code of a missing cell is -1
 
 
 def distinct_cells(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
@@ -163,9 +163,8 @@ def distinct_cells(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
 
 def parse_cells(cells: Sequence[Any]) -> list[float] | None:
     """Return cells as numbers, or None where one of them is none."""
-    words = [str(cell).strip().lower() for cell in cells]
-    if all(word in BOOLEANS for word in words):
-        return [BOOLEANS[word] for word in words]
+    if all(map(is_true_or_false, cells)):
+        return [BOOLEANS[str(cell).strip().lower()] for cell in cells]
 
     parsed = []
     for cell in cells:
@@ -176,16 +175,22 @@ def parse_cells(cells: Sequence[Any]) -> list[float] | None:
     return parsed
 
 
+def is_true_or_false(cell: Any) -> bool:
+    """Return whether a cell holds True or False, or one of their names."""
+    return isinstance(cell, str | bool | np.bool_) and str(cell).strip().lower() in BOOLEANS
+
+
 def parse_cell(cell: Any) -> float | None:
     """Return the number in a cell, or None where it is something else."""
-    if isinstance(cell, bool | np.bool_ | numbers.Real | Decimal):
-        return float(cell)
-    if not isinstance(cell, str) or '_' in cell:  # Python reads 1_000 as a number
+    is_text = isinstance(cell, str) and '_' not in cell  # Python reads 1_000 as a number
+    if not is_text and not isinstance(cell, bool | np.bool_ | Real | Decimal):
         return None
     try:
         return float(cell)
     except ValueError:
         return None
+    except OverflowError:  # a whole number that is too large
+        return np.inf
 
 
 def number_columns(frame: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -409,14 +414,14 @@ class Condition:
 
         Raises ``UserError`` where values are missing, no numbers, or no known categories.
         """
-        numbers_of_rows = self.read(values, source)
+        numbers = self.read(values, source)
         if self.categories:
-            return np.eye(self.width)[numbers_of_rows.astype(int)]
+            return np.eye(self.width)[numbers.astype(int)]
 
         with np.errstate(over='ignore'):
-            encoded = (numbers_of_rows - self.mean) / self.std
+            encoded = (numbers - self.mean) / self.std
         if not (np.abs(encoded) <= np.finfo(np.float32).max).all():
-            largest = np.abs(numbers_of_rows).max()
+            largest = np.abs(numbers).max()
             raise UserError(
                 f'{source}: column {shorten(self.name)} holds values that are too large for '
                 f'float32: {largest:g}'
@@ -538,7 +543,7 @@ def is_boolean(column: pd.Series) -> bool:
     if pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype):
         return pd.api.types.is_bool_dtype(dtype)
     _, cells = distinct_cells(column)
-    return all(isinstance(cell, bool) or str(cell).strip().lower() in BOOLEANS for cell in cells)
+    return all(map(is_true_or_false, cells))
 
 
 def make_number(name: str, values: np.ndarray, source: str | Path) -> Condition:

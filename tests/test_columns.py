@@ -220,6 +220,7 @@ def test_numbers_in_other_types():
         pd.Series([1, 2.5, None], dtype='category'),
     ):
         np.testing.assert_array_equal(as_numbers(column), [1, 2.5, np.nan])
+    assert as_numbers(pd.Series([1, 10**400], dtype=object)).tolist() == [1, np.inf]
     for column in (
         pd.Series([1j, 2]),
         pd.Series(pd.date_range('2024-01-01', periods=3)),
