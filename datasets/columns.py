@@ -5,12 +5,12 @@ a text, which is given to the model as one number per category.
 """
 
 import difflib
-import numbers
 import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,21 @@ def split_range(text: str, names: Sequence[str]) -> tuple[str, str] | None:
     """Return the two ends of a range such as ``0-5``, or None if neither end is a column.
 
     Names may have hyphens of their own: the hyphen that parts two columns is the one that counts.
+    Raises ``UserError`` where there are several.
     """
-    best, most_known = None, 0
+    by_n_known: dict[int, list[tuple[str, str]]] = {1: [], 2: []}
     for hyphen in re.finditer('-', text):
         ends = text[: hyphen.start()].strip(), text[hyphen.end() :].strip()
         n_known = sum(end in names or end.isdecimal() for end in ends)
-        if all(ends) and n_known > most_known:
-            best, most_known = ends, n_known
-    return best
+        if all(ends) and n_known:
+            by_n_known[n_known].append(ends)
+
+    ranges = by_n_known[2]
+    if len(ranges) > 1:
+        texts = ' or '.join(f'{first} to {last}' for first, last in ranges)
+        raise UserError(f'the columns {text} may be {texts}: give their indices')
+    likely = [*ranges, *by_n_known[1]]
+    return likely[0] if likely else None
 
 
 # --------------------------------------------------------------------------------- what cells hold
@@ -135,10 +142,10 @@ def as_numbers(column: pd.Series) -> np.ndarray | None:
         return column.to_numpy(np.float64, na_value=np.nan)
 
     codes, cells = distinct_cells(column)
-    numbers_of_cells = parse_cells(cells)
-    if numbers_of_cells is None:
+    numbers = parse_cells(cells)
+    if numbers is None:
         return None
-    return np.array([*numbers_of_cells, np.nan])[codes]  # the code of a missing cell is -1
+    return np.array([*numbers, np.nan])[codes]  # the code of a missing cell is -1
 
 
 def distinct_cells(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
@@ -156,9 +163,8 @@ def distinct_cells(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
 
 def parse_cells(cells: Sequence[Any]) -> list[float] | None:
     """Return cells as numbers, or None where one of them is none."""
-    words = [BOOLEANS.get(cell.strip().lower()) for cell in cells if isinstance(cell, str)]
-    if words and len(words) == len(cells) and None not in words:
-        return [float(word) for word in words if word is not None]
+    if all(map(is_true_or_false, cells)):
+        return [BOOLEANS[str(cell).strip().lower()] for cell in cells]
 
     parsed = []
     for cell in cells:
@@ -169,16 +175,22 @@ def parse_cells(cells: Sequence[Any]) -> list[float] | None:
     return parsed
 
 
+def is_true_or_false(cell: Any) -> bool:
+    """Return whether a cell holds True or False, or one of their names."""
+    return isinstance(cell, str | bool | np.bool_) and str(cell).strip().lower() in BOOLEANS
+
+
 def parse_cell(cell: Any) -> float | None:
     """Return the number in a cell, or None where it is something else."""
-    if isinstance(cell, bool | np.bool_ | numbers.Real | Decimal):
-        return float(cell)
-    if not isinstance(cell, str) or '_' in cell:  # Python reads 1_000 as a number
+    is_text = isinstance(cell, str) and '_' not in cell  # Python reads 1_000 as a number
+    if not is_text and not isinstance(cell, bool | np.bool_ | Real | Decimal):
         return None
     try:
         return float(cell)
     except ValueError:
         return None
+    except OverflowError:  # a whole number that is too large
+        return np.inf
 
 
 def number_columns(frame: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -402,14 +414,14 @@ class Condition:
 
         Raises ``UserError`` where values are missing, no numbers, or no known categories.
         """
-        numbers_of_rows = self.read(values, source)
+        numbers = self.read(values, source)
         if self.categories:
-            return np.eye(self.width)[numbers_of_rows.astype(int)]
+            return np.eye(self.width)[numbers.astype(int)]
 
         with np.errstate(over='ignore'):
-            encoded = (numbers_of_rows - self.mean) / self.std
+            encoded = (numbers - self.mean) / self.std
         if not (np.abs(encoded) <= np.finfo(np.float32).max).all():
-            largest = np.abs(numbers_of_rows).max()
+            largest = np.abs(numbers).max()
             raise UserError(
                 f'{source}: column {shorten(self.name)} holds values that are too large for '
                 f'float32: {largest:g}'
@@ -531,7 +543,7 @@ def is_boolean(column: pd.Series) -> bool:
     if pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype):
         return pd.api.types.is_bool_dtype(dtype)
     _, cells = distinct_cells(column)
-    return all(isinstance(cell, bool) or str(cell).strip().lower() in BOOLEANS for cell in cells)
+    return all(map(is_true_or_false, cells))
 
 
 def make_number(name: str, values: np.ndarray, source: str | Path) -> Condition:
@@ -564,15 +576,20 @@ def encode_conditions(
 
 def require_conditions(frame: pd.DataFrame, names: Sequence[str], source: str | Path) -> None:
     """Raise ``UserError`` where a table does not have all columns that a model is given."""
-    columns = list(frame.columns)
-    missing = [name for name in names if name not in columns]
-    if not missing:
-        return
+    missing = describe_missing(names, list(frame.columns))
+    if missing:
+        raise UserError(f'{source}: the model is conditioned on {missing}: give its values')
+
+
+def describe_missing(names: Sequence[str], columns: Sequence[str]) -> str:
+    """Return the names that are not among columns, with the nearest that are; empty if all are."""
     texts = []
-    for name in missing[:MAX_NAMED]:
+    for name in names:
+        if name in columns:
+            continue
         near = difflib.get_close_matches(name, columns, n=1)
         texts.append(f'{shorten(name)} (perhaps {shorten(near[0])})' if near else shorten(name))
-    raise UserError(f'{source}: the model is conditioned on {", ".join(texts)}: give its values')
+    return ', '.join(texts[:MAX_NAMED])
 
 
 # -------------------------------------------------------------------------------- values of --given
@@ -589,7 +606,7 @@ def parse_given(text: str, names: Sequence[str]) -> pd.DataFrame:
     """
     if not names:
         raise UserError('the model is not conditioned on any column: leave out --given')
-    if Path(text).is_file() or (is_own_table(text) and '=' not in text):
+    if is_own_table(text) and ('=' not in text or Path(text).is_file()):
         return read_given_table(text, names)
 
     values: dict[str, list[Any]] = {}

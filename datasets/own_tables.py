@@ -484,6 +484,7 @@ def read_parquet(path: Path) -> pd.DataFrame:
         with pyarrow.parquet.ParquetFile(path) as file:
             require_parquet_size(file.metadata, path)
             table = file.read()
+            table.validate(full=True)  # text may be no UTF-8
             # pandas stores an index without a name as a column; metadata of pandas is not trusted
             names = [name for name in table.column_names if not is_index_name(name)]
             columns = {name: arrow_column(table[name]) for name in names}

@@ -34,6 +34,7 @@ from .columns import (
     ColumnOptions,
     Condition,
     Selection,
+    describe_missing,
     encode_conditions,
     list_names,
     looks_like_an_index,
@@ -610,7 +611,8 @@ def table_from_frame(
             f'{source} has {len(values)} rows of {len(selection.columns)} columns: '
             'too few to train, validate and test on'
         )
-    conditions = tuple(make_condition(frame[k], split[0], source) for k in selection.conditions)
+    known = known_rows(split)
+    conditions = tuple(make_condition(frame[k], known, source) for k in selection.conditions)
     context = encode_conditions(frame, conditions, source)
     data = standardise_table(values, context, split, selection.columns, options, source, dequantize)
     data = replace(data, conditions=conditions, features=tuple(frame.columns))
@@ -695,9 +697,7 @@ def standardise_table(
     levels, steps = find_levels(values, discrete if dequantize else [])
     spread = dequantize_columns(values, steps) if steps.any() else values
 
-    train = split[0]
-    known = spread[train] if len(values) >= 10 else spread  # so few hardly have two to train on
-    mean, std = training_units(known, columns, options, source)
+    mean, std = training_units(spread[known_rows(split)], columns, options, source)
     train_rows, validation_rows, test_rows = (
         join_context(standardise_rows(spread[index], mean, std, source), context[index])
         for index in map(np.sort, split)
@@ -714,7 +714,7 @@ def standardise_table(
         test_index=np.sort(split[2]),
         notes=(
             *index_notes(values, columns, options),
-            *likelihood_notes(spread[train], still_discrete),
+            *likelihood_notes(spread[split[0]], still_discrete),
         ),
         steps=steps,
         levels=levels,
@@ -845,6 +845,15 @@ def split_at_random(n_rows: int, seed: int, with_test: bool) -> Split:
     return train, validation, last
 
 
+def known_rows(split: Split) -> np.ndarray:
+    """Return the indices of the rows that standardise a table: those of the training split.
+
+    Tables of less than ten rows, which hardly have two to train on, are standardised by all.
+    """
+    n_rows = sum(map(len, split))
+    return split[0] if n_rows >= 10 else np.arange(n_rows)
+
+
 def training_units(
     values: np.ndarray, columns: tuple[str, ...], options: ColumnOptions, source: str | Path
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -970,11 +979,17 @@ def match_columns(frame: pd.DataFrame, selection: Selection, source: str | Path)
 
     if set(selection.columns) <= set(names) and not is_unnamed(names):
         require_conditions(frame, selection.conditions, source)
-    expected = f'the model was trained on {len(wanted)}: {list_names(wanted)}'
+    if len(names) > len(wanted) and not is_unnamed(names) and not is_unnamed(wanted):
+        missing = describe_missing(wanted, names)
+        raise UserError(f'{source} lacks columns that the model was trained on: {missing}')
+    expected = list_names(wanted)
     if len(names) != len(wanted):
-        raise UserError(f'{source} has {len(names)} columns, and {expected}')
+        raise UserError(
+            f'{source} has {len(names)} columns, and the model was trained on {len(wanted)}: '
+            f'{expected}'
+        )
     raise UserError(
-        f'{source} has columns {list_names(names)}, and {expected.replace(f"{len(wanted)}: ", "")}'
+        f'{source} has columns {list_names(names)}, and the model was trained on {expected}'
     )
 
 

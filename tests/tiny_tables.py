@@ -203,3 +203,54 @@ def write_bsds300_images(folder):
                 file = io.BytesIO()
                 Image.fromarray(pixels).save(file, 'png')
                 archive.writestr(f'images/{part}/{i}.jpg', file.getvalue())
+
+
+# ------------------------------------------------------------------------------- the user's tables
+
+
+def visitors(n=400):
+    """Return a table of all kinds of columns."""
+    rng = np.random.default_rng(0)
+    age = rng.uniform(18, 90, n).round(1)
+    sex = rng.choice(['female', 'male'], n)
+    height = 165 + 12 * (sex == 'male') - 0.05 * age + 6 * rng.normal(size=n)
+    columns = {
+        'id': rng.permutation(n) + 1000,
+        'date': [f'2024-{1 + k // 28 % 12:02}-{1 + k % 28:02}' for k in range(n)],
+        'age': age,
+        'sex': sex,
+        'city': rng.choice(['Rome', 'Oslo', 'Bonn'], n),
+        'member': rng.random(n) < 0.4,
+        'height': height,
+        'weight': height - 100 + 8 * rng.normal(size=n),
+    }
+    return pd.DataFrame(columns)
+
+
+def write_pandas_h5(path, blocks, kind='frame', key='df'):
+    """Write an HDF5 file as ``DataFrame.to_hdf`` does in its format 'fixed'.
+
+    Each block is a list of names and the values of these columns (N, k). Values of type object
+    stand for text: they are written as a pickle, which prints when it is read.
+    """
+    names = [name for block_names, _ in blocks for name in block_names]
+    with h5py.File(path, 'w') as file:
+        group = file.create_group(key)
+        group.attrs['pandas_type'] = np.bytes_(kind)
+        group.attrs['nblocks'] = len(blocks)
+        group['axis0'] = np.array([name.encode() for name in names])
+        group['axis1'] = np.arange(len(blocks[0][1]))
+        for k, (block_names, values) in enumerate(blocks):
+            group[f'block{k}_items'] = np.array([name.encode() for name in block_names])
+            if values.dtype != object:
+                group[f'block{k}_values'] = values
+                continue
+            text = group.create_dataset(f'block{k}_values', 1, h5py.vlen_dtype(np.uint8))
+            text[0] = np.frombuffer(pickle.dumps(Printing()), np.uint8)
+
+
+class Printing:
+    """Prints when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ('it ran',)
