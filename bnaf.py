@@ -2366,7 +2366,7 @@ class BNAFDensity(DensityMixin, BaseEstimator):
                 condition=config.condition,
             )
             for note in data.notes:
-                warnings.warn(note, stacklevel=2)
+                warnings.warn(as_parameters(note), stacklevel=2)
 
             process = Process(0, 1, local_device(self.device, 0, 1, None))
             with BUILDING, torch.random.fork_rng(devices=[]):
@@ -2536,14 +2536,16 @@ def train_in_memory(run: Training, is_shown: bool) -> bytes:
 
 @contextlib.contextmanager
 def value_errors() -> Iterator[None]:
-    """Raise ``UserError`` as ``ValueError``, which users of scikit-learn expect.
-
-    What its text calls an option, ``--drop``, is a parameter here: ``drop``.
-    """
+    """Raise ``UserError`` as ``ValueError``, which users of scikit-learn expect."""
     try:
         yield
     except UserError as error:
-        raise ValueError(str(error).replace('--', '')) from error
+        raise ValueError(as_parameters(str(error))) from error
+
+
+def as_parameters(text: str) -> str:
+    """Return a text in which options, ``--drop``, are named as parameters, ``drop``."""
+    return text.replace('--', '')
 
 
 if __name__ == '__main__':

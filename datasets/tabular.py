@@ -768,10 +768,13 @@ def index_notes(
 
 
 def find_discrete_columns(values: np.ndarray) -> list[int]:
-    """Return which columns have few distinct values: at most 10, or 5% of the number of rows."""
+    """Return which columns have few distinct values: at most 10, or 5% of the number of rows.
+
+    Columns of a few rows whose values are all different are not among them.
+    """
     few = max(10, len(values) // 20)
     n_distinct = [len(np.unique(column)) for column in values.T]
-    return [k for k, n in enumerate(n_distinct) if n <= few]
+    return [k for k, n in enumerate(n_distinct) if n <= few and n < len(values)]
 
 
 def find_levels(

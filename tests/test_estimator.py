@@ -1,0 +1,392 @@
+"""BNAFDensity: an estimator that scikit-learn takes for one of its own."""
+
+import dataclasses
+import inspect
+import json
+import pickle
+import signal
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import people_table, refusal_line
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import estimator_checks_generator
+
+import bnaf
+from bnaf import BNAFDensity
+
+SMALL = dict(n_flows=1, hidden_dim=4, n_epochs=12, batch_size=50)
+
+
+def rows(n=300, d=3, seed=0):
+    """Draw n rows (n, d) of a Gaussian whose columns are correlated."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, d)) @ (np.eye(d) + 0.5 * np.tri(d)) + 10
+
+
+def mixed_table(n=400, seed=0):
+    """Return a table with a text, a boolean, an index, and two columns that follow from them."""
+    rng = np.random.default_rng(seed)
+    city = rng.choice(['Oslo', 'Rome'], n)
+    is_old = rng.random(n) < 0.5
+    x = 5.0 * (city == 'Rome') + 2.0 * is_old + rng.normal(size=n)
+    y = 0.5 * x + rng.normal(size=n)
+    index = np.arange(n) + 10_000
+    return pd.DataFrame({'index': index, 'city': city, 'x': x, 'old': is_old, 'y': y})
+
+
+@pytest.fixture(scope='module')
+def fitted():
+    """An estimator of three columns without names, and what it was fitted to."""
+    x = rows()
+    return BNAFDensity(**SMALL).fit(x), x
+
+
+@pytest.fixture(scope='module')
+def conditional():
+    """An estimator of x and y given city and old, and the table it was fitted to."""
+    table = mixed_table()
+    options = dict(n_flows=2, hidden_dim=4, n_epochs=60, batch_size=50, ema_decay=0.9)
+    return BNAFDensity(condition=['city', 'old'], drop=['index'], **options).fit(table), table
+
+
+# -------------------------------------------------------------------- what scikit-learn asks for
+
+
+@pytest.mark.slow
+def test_all_checks_of_scikit_learn(monkeypatch):
+    """With its defaults, none left out and none expected to fail."""
+    monkeypatch.setenv('SCIPY_ARRAY_API', '1')  # else scikit-learn leaves one out
+    checks = list(estimator_checks_generator(BNAFDensity(), legacy=True))
+    assert len(checks) > 35
+    names = []
+    for estimator, check in checks:
+        check(estimator)
+        names.append(check.func.__name__ if hasattr(check, 'func') else check.__name__)
+    for name in ('check_fit_idempotent', 'check_methods_subset_invariance', 'check_fit2d_1feature'):
+        assert name in names
+
+
+def test_its_parameters_are_the_options_of_the_command():
+    parameters = inspect.signature(BNAFDensity).parameters
+    options = {field.name: field for field in dataclasses.fields(bnaf.Config)}
+    of_files = {'dataset', 'data_dir', 'test_file', 'max_rows'}
+    of_energies = {'annealing'}
+    of_estimators = {'device', 'verbose'}
+    assert parameters.keys() - of_estimators == options.keys() - of_files - of_energies
+    for name in parameters.keys() - of_estimators:
+        default = None if name in bnaf.OF_FEW_ROWS else options[name].default
+        assert parameters[name].default == default, name
+        assert f'        {name}: ' in BNAFDensity.__doc__ or name in ('columns', 'drop')
+
+
+@pytest.mark.parametrize('n_rows, hidden_dim', [(999, 4), (1000, 10)])
+def test_defaults_depend_on_the_number_of_rows(n_rows, hidden_dim):
+    assert BNAFDensity().build_config(n_rows).hidden_dim == hidden_dim
+    assert BNAFDensity(hidden_dim=7).build_config(n_rows).hidden_dim == 7
+
+
+def test_scores_are_log_densities_in_the_units_of_the_data(fitted):
+    model, x = fitted
+    scores = model.score_samples(x)
+    assert scores.shape == (300,) and scores.dtype == np.float64
+    assert model.score(x) == pytest.approx(scores.sum())
+
+    _, logdet = np.linalg.slogdet(np.cov(x.T))
+    entropy = 1.5 * np.log(2 * np.pi * np.e) + logdet / 2
+    assert -scores.mean() == pytest.approx(entropy, abs=0.4)
+    scaled = BNAFDensity(**SMALL).fit(1000 * x)
+    np.testing.assert_allclose(scaled.score_samples(1000 * x), scores - 3 * np.log(1000), atol=1e-3)
+
+
+def test_a_density_of_one_column_integrates_to_one():
+    model = BNAFDensity(**SMALL).fit(rows(d=1))
+    grid = np.linspace(-20, 40, 20_001)[:, None]
+    total = np.exp(model.score_samples(grid)).sum() * (grid[1, 0] - grid[0, 0])
+    assert total == pytest.approx(1, abs=0.01)
+
+
+def test_pipeline_grid_search_and_cross_validation(fitted):
+    _, x = fitted
+    small = {**SMALL, 'n_epochs': 2}
+    pipeline = make_pipeline(StandardScaler(), BNAFDensity(**small)).fit(x)
+    assert pipeline.score_samples(x).shape == (300,)
+    search = GridSearchCV(BNAFDensity(**small), {'hidden_dim': [2, 4]}, cv=2, n_jobs=2).fit(x)
+    assert search.best_params_['hidden_dim'] in (2, 4)
+    assert np.isfinite(cross_val_score(clone(search.best_estimator_), x, cv=2)).all()
+
+
+def test_threads_fit_the_same_as_one_after_the_other():
+    parts = [rows(seed=k) for k in range(4)]
+    small = {**SMALL, 'n_epochs': 3}
+    expected = [BNAFDensity(**small).fit(x).score(x) for x in parts]
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda x: BNAFDensity(**small).fit(x), parts))
+    assert [model.score(x) for model, x in zip(models, parts)] == expected
+
+
+def test_fitting_leaves_the_random_numbers_of_others_alone(fitted):
+    _, x = fitted
+    torch.manual_seed(3)
+    np.random.seed(3)
+    before = torch.rand(1), np.random.rand()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    BNAFDensity(**{**SMALL, 'n_epochs': 1}).fit(x)
+    assert (torch.rand(1), np.random.rand()) == before
+
+
+def test_pickles_score_and_sample_the_same(fitted):
+    model, x = fitted
+    copy = pickle.loads(pickle.dumps(model))
+    assert (copy.score_samples(x) == model.score_samples(x)).all()
+    assert (copy.sample(5, random_state=1) == model.sample(5, random_state=1)).all()
+
+
+def test_fit_writes_nothing_and_sets_no_signal_handler(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, 'signal', None)
+    BNAFDensity(**SMALL).fit(rows())
+    assert not list(tmp_path.iterdir())
+    output = capsys.readouterr()
+    assert output.out == output.err == ''
+    BNAFDensity(verbose=True, **SMALL).fit(rows())
+    assert 'step' in capsys.readouterr().err
+
+
+def test_the_best_validation_score_counts_not_the_last(monkeypatch):
+    validate, losses = bnaf.Training.validate, iter([3.0, 1.0, 2.0, 2.0])
+
+    def validate_as_told(run, folder):
+        validate(run, folder)
+        run.validation_loss = next(losses)
+        steps.append((run.step, next(run.average.module.parameters()).clone()))
+
+    steps = []
+    monkeypatch.setattr(bnaf.Training, 'validate', validate_as_told)
+    model = BNAFDensity(**{**SMALL, 'n_epochs': 4}).fit(rows())
+    assert len(steps) == 4
+    (_, best), (_, last) = steps[1], steps[3]
+    own = next(model.model_.parameters())
+    assert torch.equal(own, best.double()) and not torch.equal(own, last.double())
+
+
+# --------------------------------------------------------------------------- columns and conditions
+
+
+def test_frames_keep_their_names():
+    table = people_table(200)
+    model = BNAFDensity(**SMALL).fit(table)
+    assert list(model.feature_names_in_) == list(table.columns)
+    samples = model.sample(7, random_state=0)
+    assert isinstance(samples, pd.DataFrame) and list(samples) == list(table)
+    assert np.isfinite(model.score_samples(samples)).all()
+    with pytest.raises(ValueError, match='feature names should match'):
+        model.score_samples(table[['weight', 'height', 'age']])
+    assert isinstance(BNAFDensity(**SMALL).fit(table.to_numpy()).sample(7), np.ndarray)
+
+
+def test_a_model_that_leaves_columns_out_needs_only_the_others():
+    table = mixed_table()
+    model = BNAFDensity(columns=['x', 'y'], **SMALL).fit(table)
+    assert model.n_features_in_ == 5
+    scores = model.score_samples(table)
+    np.testing.assert_array_equal(model.score_samples(table[['y', 'x']]), scores)
+    np.testing.assert_array_equal(model.score_samples(table[['x', 'y']].to_numpy()), scores)
+    assert list(model.sample(3)) == ['x', 'y']
+
+    by_index = BNAFDensity(columns=['2', 4], **SMALL).fit(table)
+    np.testing.assert_array_equal(by_index.score_samples(table), scores)
+    array = table[['index', 'x', 'y']].to_numpy(float)
+    by_array = BNAFDensity(drop=[0], **SMALL).fit(array)
+    np.testing.assert_array_equal(by_array.score_samples(array), scores)
+    np.testing.assert_array_equal(by_array.score_samples(array[:, 1:]), scores)
+
+
+def test_conditional_scores(conditional):
+    """They are those of the columns given the conditions, which follow their categories."""
+    model, table = conditional
+    assert model.data_.columns == ('x', 'y')
+    scores = model.score_samples(table)
+    # the table is x ~ N(5 [Rome] + 2 [old], 1), y ~ N(x / 2, 1)
+    assert scores.mean() == pytest.approx(-np.log(2 * np.pi * np.e), abs=0.3)
+    elsewhere = table.assign(city=np.where(table['city'] == 'Rome', 'Oslo', 'Rome'))
+    assert model.score_samples(elsewhere).mean() < scores.mean() - 3
+    renamed = table.assign(old=table['old'].map({True: 'true', False: '0'}))
+    np.testing.assert_array_equal(model.score_samples(renamed), scores)
+
+
+def test_conditional_samples(conditional):
+    model, table = conditional
+    samples = model.sample(2000, given={'city': 'Rome', 'old': True}, random_state=0)
+    assert list(samples) == ['city', 'x', 'old', 'y']  # in the order of the table
+    assert samples['x'].mean() == pytest.approx(7, abs=0.4)
+    assert (samples['city'] == 'Rome').all()
+    assert np.isfinite(model.score_samples(samples)).all()
+
+    given = pd.DataFrame({'old': [0, 1], 'city': ['Oslo', 'Rome'], 'more': [1, 2]})
+    both = model.sample(500, given=given, random_state=0)
+    assert len(both) == 1000
+    means = both['x'].groupby(both['city']).mean()
+    assert means['Rome'] - means['Oslo'] == pytest.approx(7, abs=0.6)
+    lists = model.sample(2, given={'city': ['Oslo', 'Rome', 'Rome'], 'old': [0, 1, 0]})
+    assert list(lists['city']) == ['Oslo', 'Oslo', 'Rome', 'Rome', 'Rome', 'Rome']
+
+
+def test_conditions_of_arrays():
+    x = rows()
+    model = BNAFDensity(condition=[1], **SMALL).fit(x)
+    for given in ({1: 10.0}, np.array([[10.0]]), {'column 1': 10.0}):
+        samples = model.sample(4, given=given, random_state=0)
+        assert samples.shape == (4, 3) and (samples[:, 1] == 10).all()
+    assert model.score_samples(samples).shape == (4,)
+
+
+def test_samples_repeat_by_random_state(fitted):
+    model, _ = fitted
+    assert (model.sample(5, random_state=3) == model.sample(5, random_state=3)).all()
+    assert (model.sample(5, random_state=3) != model.sample(5, random_state=4)).all()
+    state = np.random.RandomState(0)
+    assert (model.sample(5, random_state=state) != model.sample(5, random_state=state)).all()
+    assert (model.sample(5) != model.sample(5)).all()
+    assert model.sample(2000, random_state=0).mean(0) == pytest.approx([10, 10, 10], abs=0.4)
+
+
+@pytest.mark.parametrize(
+    'given, part',
+    [
+        (None, 'sample needs given, with city, old'),
+        ({'city': 'Rome'}, 'given lacks old'),
+        ({'city': 'Rome', 'odl': 1}, "unknown condition 'odl': the nearest are old"),
+        ({'city': 'Roma', 'old': 1}, "city 'Roma' in row 0 is not among the 2"),
+        ({'city': ['Rome', 'Oslo'], 'old': [1]}, 'must be of the same length'),
+        ({'city': None, 'old': 1}, 'missing'),
+        (pd.DataFrame({'city': ['Rome']}), 'given lacks old'),
+    ],
+)
+def test_bad_conditions_of_samples(given, part, conditional):
+    with pytest.raises(ValueError) as error:
+        conditional[0].sample(3, given=given)
+    assert part in str(error.value) and '\n' not in str(error.value)
+
+
+def test_given_for_a_model_without_conditions(fitted):
+    with pytest.raises(ValueError, match='this one has none'):
+        fitted[0].sample(3, given={'a': 1})
+
+
+@pytest.mark.parametrize(
+    'options, change, part',
+    [
+        ({}, {}, "not numeric: city ('Rome', 2 different): add condition=city"),
+        ({'condition': ['town']}, {}, "unknown column 'town': the nearest are"),
+        ({'condition': ['city'], 'drop': ['city']}, {}, 'condition and drop both name city'),
+        ({'columns': ['x']}, {'x': 1.0}, 'constant: x: add drop=x'),
+        ({'columns': ['x', 'y']}, {'x': np.nan}, 'missing or infinite values'),
+        ({'columns': ['x'], 'lr': 1e6}, {}, 'fit again with a lower lr'),
+        ({'columns': ['x'], 'n_flows': 0}, {}, 'n_flows=0 is outside'),
+        ({'columns': ['x'], 'residual': 'much'}, {}, 'must be one of none, normal, gated'),
+    ],
+)
+def test_bad_fits(options, change, part):
+    with pytest.raises(ValueError) as error:
+        BNAFDensity(**{**SMALL, **options}).fit(mixed_table().assign(**change))
+    assert part in str(error.value) and '--' not in str(error.value), error.value
+
+
+def test_tables_of_one_row_and_of_two():
+    with pytest.raises(ValueError, match='1 sample'):
+        BNAFDensity(**SMALL).fit(rows(1))
+    assert np.isfinite(BNAFDensity(**SMALL).fit(rows(2, 1)).score_samples(rows(2, 1))).all()
+
+
+def test_discrete_columns_warn_and_can_be_spread():
+    x = np.round(rows())
+    with pytest.warns(UserWarning, match='few distinct values.* drop them or add dequantize'):
+        BNAFDensity(**SMALL).fit(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model = BNAFDensity(dequantize=True, **SMALL).fit(x)
+    assert set(model.sample(100).ravel()) <= set(x.ravel())
+
+
+def test_explain_finds_spoilt_cells():
+    """Of rows with one cell spoilt that are found, nine in ten name it first."""
+    rng = np.random.default_rng(0)
+    model = BNAFDensity(n_flows=2, hidden_dim=4, n_epochs=60, batch_size=50, ema_decay=0.9)
+    model.fit(rows(1000, 5))
+    new = rows(1000, 5, seed=1)
+    spoilt = rng.choice(1000, 50, replace=False)
+    cells = rng.integers(5, size=50)
+    new[spoilt, cells] += rng.choice([-1, 1], 50) * 4 * new.std(0)[cells]
+
+    threshold = np.quantile(model.score_samples(rows(1000, 5, seed=2)), 0.05)
+    found = model.score_samples(new)[spoilt] < threshold
+    gains = model.explain(new[spoilt])
+    assert gains.shape == (50, 5) and found.mean() > 0.9
+    assert (gains.argmax(1) == cells)[found].mean() >= 0.9
+
+
+# ------------------------------------------------------------------------ checkpoints of the command
+
+
+def test_the_command_reads_what_the_estimator_saves(conditional, tmp_path, capsys):
+    model, table = conditional
+    table.to_csv(tmp_path / 'new.csv', index=False)
+    path = tmp_path / 'model.pt'
+    model.save(path)
+    words = [f'--restore_file={path}', f'--scores={tmp_path}/s.csv']
+    bnaf.main(['--evaluate', f'--input={tmp_path}/new.csv', *words])
+    scores = pd.read_csv(tmp_path / 's.csv')['log_likelihood']
+    np.testing.assert_allclose(scores, model.score_samples(table), atol=1e-4)
+
+    words = [f'--restore_file={path}', f'--output={tmp_path}/o.csv', '--n_samples=9']
+    bnaf.main(['--generate', '--given=city=Rome,old=1', *words])
+    assert list(pd.read_csv(tmp_path / 'o.csv'))[:2] == ['city', 'old']
+    for mode in ('evaluate', 'visualize', 'check', 'train'):
+        line = refusal_line(bnaf, capsys, f'--{mode}', f'--restore_file={path}')
+        assert 'model.pt was fitted from Python and knows no table' in line and '--input' in line
+
+
+def test_the_estimator_loads_what_it_saves_and_what_the_command_saves(
+    conditional, trained_bnaf, tmp_path
+):
+    model, table = conditional
+    model.save(tmp_path / 'model.pt')
+    copy = BNAFDensity.load(tmp_path / 'model.pt')
+    assert copy.get_params() == {**model.get_params(), **copy_of_resolved(model)}
+    assert (copy.score_samples(table) == model.score_samples(table)).all()
+    given = {'city': 'Oslo', 'old': 0}
+    pd.testing.assert_frame_equal(
+        copy.sample(3, given, random_state=0), model.sample(3, given, random_state=0)
+    )
+
+    of_command = BNAFDensity.load(trained_bnaf)
+    people = people_table()
+    saved = json.loads(trained_bnaf.with_name('results.json').read_text())
+    assert of_command.score_samples(people).mean() == pytest.approx(
+        saved['log_likelihood_nats'], abs=0.3
+    )
+    assert list(of_command.feature_names_in_) == list(people.columns)
+    clone(of_command)
+
+
+def copy_of_resolved(model):
+    """Return the parameters that ``fit`` had to choose, as a checkpoint has them."""
+    config = model.build_config(400)
+    return {name: getattr(config, name) for name in bnaf.OF_FEW_ROWS}
+
+
+def test_files_that_are_no_models(tmp_path):
+    with pytest.raises(ValueError, match='no such checkpoint'):
+        BNAFDensity.load(tmp_path / 'none.pt')
+    (tmp_path / 'bad.pt').write_bytes(b'nothing')
+    with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
+        BNAFDensity.load(tmp_path / 'bad.pt')
