@@ -334,7 +334,7 @@ def test_explain_finds_spoilt_cells():
     assert (gains.argmax(1) == cells)[found].mean() >= 0.9
 
 
-# ------------------------------------------------------------------------ checkpoints of the command
+# ----------------------------------------------------------------------- checkpoints of the command
 
 
 def test_the_command_reads_what_the_estimator_saves(conditional, tmp_path, capsys):
