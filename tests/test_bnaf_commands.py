@@ -649,9 +649,11 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
             words = [word.replace('results/RUN/', f'{newest.parent}/') for word in words]
         elif '--train' in words:
             words += ['--n_flows=1', '--hidden_dim=4', '--n_epochs=2']
+        small = ['--n_epochs=5', '--n_flows=1', '--hidden_dim=4']
         if '--input' in command or '--scores' in command:
-            small = ['--n_epochs=5', '--n_flows=1', '--hidden_dim=4']
             bnaf.main(['--train', '--dataset=my.csv', *small])
+        if '--given' in command:
+            bnaf.main(['--train', '--dataset=my.csv', '--condition=age', *small])
         bnaf.main(words)
         newest = select_checkpoint('bnaf', bnaf.Request(), 'evaluate')
 

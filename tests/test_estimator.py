@@ -4,9 +4,11 @@ import dataclasses
 import inspect
 import json
 import pickle
+import re
 import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -332,6 +334,21 @@ def test_explain_finds_spoilt_cells():
     gains = model.explain(new[spoilt])
     assert gains.shape == (50, 5) and found.mean() > 0.9
     assert (gains.argmax(1) == cells)[found].mean() >= 0.9
+
+
+def test_the_readmes_python(tmp_path, monkeypatch):
+    readme = Path(bnaf.__file__).with_name('README.md').read_text()
+    code, _ = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    table = people_table(200)
+    table.to_csv('my.csv', index=False)
+    names = {}
+    exec(code.replace('fit(', 'set_params(n_epochs=20).fit('), names)
+
+    assert names['log_p'].shape == (200,) and np.isfinite(names['log_p']).all()
+    assert list(names['rows']) == list(table) and len(names['rows']) == 1000
+    assert (names['rows_of_40']['age'] == 40).all()
+    assert names['rows_of_40']['height'].mean() == pytest.approx(table['height'].mean(), abs=3)
 
 
 # ----------------------------------------------------------------------- checkpoints of the command

@@ -827,7 +827,7 @@ def test_the_readmes_python(trained_glow, tmp_path, monkeypatch):
     """As written, but for the checkpoint: the row of images begins and ends with the test images
     that it is to begin and end with, in their bins."""
     readme = SCRIPT.with_name('README.md').read_text()
-    (code,) = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
+    _, code = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)  # the first is of bnaf.py
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code.replace('results/RUN/best.pt', str(trained_glow)), names)
