@@ -106,11 +106,11 @@ def measure(n_seeds: int) -> dict[str, list[dict]]:
     return results
 
 
-def format_table(results: dict[str, list[dict]]) -> str:
+def format_table(about: dict) -> str:
     """Return a line per method; in the second column is BNAF's lead, split by split."""
-    ours, *_ = (values_of(runs, 'nats') for runs in results.values())
+    ours, *_ = (values_of(runs, 'nats') for runs in about['results'].values())
     lines = []
-    for k, (name, runs) in enumerate(results.items()):
+    for k, (name, runs) in enumerate(about['results'].items()):
         nats = values_of(runs, 'nats')
         lead = mean_and_error(ours - nats, 3) if k else ''
         seconds = significant(values_of(runs, 'seconds').mean())
@@ -135,21 +135,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.n_seeds < 2:
         parser.error('--n_seeds has to be 2 at least, for standard errors')
 
-    results = measure(args.n_seeds)
     about = {
         'command': f'python benchmarks/conditional.py --n_seeds={args.n_seeds}',
         'machine': machine_name(),
         'torch': torch.__version__,
         'scikit-learn': sklearn.__version__,
+        'results': measure(args.n_seeds),
         'minutes': (time.perf_counter() - START) / 60,
-        'results': results,
     }
     file = (args.out or HERE) / 'conditional.json'
     page = (args.out or HERE.parent) / 'RESULTS.md'
     file.write_text(json.dumps(about, indent=1) + '\n')
     if page.exists():
-        insert(page, 'conditional.py', format_table(results))
-    print(format_table(results), end='')
+        insert(page, 'conditional.py', format_table(about))
+    print(format_table(about), end='')
 
 
 if __name__ == '__main__':

@@ -12,11 +12,14 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import conditional
 import curves
 import faults
 import numpy as np
+import pandas as pd
 import processes
 import pytest
 import results
@@ -550,9 +553,10 @@ def test_pages_are_written_between_their_marks(tmp_path):
         (processes, processes.format_table, 'benchmarks/README.md'),
         (results, results.format_table, 'RESULTS.md'),
         (tables, tables.format_table, 'RESULTS.md'),
+        (conditional, conditional.format_table, 'RESULTS.md'),
         (faults, faults.markdown, 'tests/README.md'),
     ],
-    ids=['speed', 'processes', 'results', 'tables', 'faults'],
+    ids=['speed', 'processes', 'results', 'tables', 'conditional', 'faults'],
 )
 def test_pages_show_what_was_measured(script, format_block, page):
     path = Path(script.__file__)
@@ -880,3 +884,34 @@ def test_curves_of_one_step(value, tmp_path):
     (tmp_path / 'events.out.tfevents.1.x').write_bytes(scalar('loss/train', value))
     curves.main([str(tmp_path), f'--out={tmp_path}/curves.png'])
     assert (tmp_path / 'curves.png').exists()
+
+
+# ---------------------------------------------------------------------------- conditional densities
+
+
+def test_regressions_score_the_known_density(monkeypatch):
+    """Of a line with Gaussian noise, and of a target in other units by their logarithm."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 2))
+    mean = 3 * x[:, 0] - x[:, 1]
+    rows = pd.DataFrame({'a': x[:, 0], 'b': 10 * x[:, 1], 'target': mean + rng.normal(size=400)})
+    known, test = rows[:300], rows[300:]
+    expected = -0.5 * ((rows['target'] - mean)[300:] ** 2 + np.log(2 * np.pi))
+    monkeypatch.setattr(conditional, 'BNAFDensity', partial(bnaf.BNAFDensity, n_epochs=150))
+    for score in conditional.METHODS.values():
+        scores = score(known, test, seed=0)
+        assert scores.shape == (100,)
+        assert scores.mean() == pytest.approx(expected.mean(), abs=0.15)
+        larger = [part.assign(target=7 * part['target']) for part in (known, test)]
+        scaled = score(*larger, seed=0)
+        assert scaled.mean() == pytest.approx(scores.mean() - np.log(7), abs=0.02)
+
+
+def test_the_table_of_conditional_densities_says_how_far_bnaf_leads():
+    runs = {
+        'BNAF': [{'nats': -1.0, 'seconds': 3.0}, {'nats': -3.0, 'seconds': 5.0}],
+        'other': [{'nats': -2.0, 'seconds': 1.0}, {'nats': -5.0, 'seconds': 1.0}],
+    }
+    *_, ours, other = conditional.format_table({'results': runs}).splitlines()
+    assert ours == '| BNAF | -2.000 ± 1.000 |  | 4.00 |'
+    assert other == '| other | -3.500 ± 1.500 | 1.500 ± 0.500 | 1.00 |'

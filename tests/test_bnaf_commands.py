@@ -663,6 +663,8 @@ def write_readme_data(folder):
     people_table().to_csv(folder / 'my.csv', index=False)
     people_table(30).to_csv(folder / 'new.csv', index=False)
     write_rows(folder / 'breast_cancer.csv', 200, d=5)
+    diabetes = people_table(200).rename(columns={'height': 'bmi', 'weight': 'target'})
+    diabetes.to_csv(folder / 'diabetes.csv', index=False)
     for name in ('val.npy', 'test.npy'):
         write_rows(folder / name, 200)
     tiny_tables.write_power(folder / 'data')
