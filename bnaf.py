@@ -1842,7 +1842,10 @@ def best_losses(
 def print_causes(scores: dict[str, np.ndarray]) -> None:
     """Print the least likely rows, at most ``N_PRINTED``, and the cells that make them so."""
     order = np.argsort(scores['log_likelihood'], kind='stable')
-    for i in order[scores['percentile'][order] < LOW][:N_PRINTED]:
+    lowest = order[scores['percentile'][order] < LOW]
+    if not len(lowest):
+        print(f'no row is below percentile {LOW:g} of the validation rows')
+    for i in lowest[:N_PRINTED]:
         causes = []
         for rank in range(1, N_CAUSES + 1):
             name = scores.get(f'column_{rank}', {i: ''})[i]

@@ -518,6 +518,7 @@ BAD_OPTIONS = [
     ('lr', 1),
     ('ema_decay', torch.tensor(0.5)),
     ('checkpoint_grads', 'yes'),
+    ('data_dir', ['a']),
     ('more', 1),
     (3, 4),
 ]
@@ -773,7 +774,18 @@ BAD_UNITS = [
     {'mean': [1, 2]},
     {'more': []},
     {'mean': deep_list()},
+    {'features': ['x1']},
+    {'features': ['x1', 'x2', 'x2']},
+    {'features': ['x1', 'x2', '\33[31m']},
+    {'conditions': [{'name': 'c', 'mean': 0.0, 'std': 1.0, 'categories': []}]},
+    {'conditions': [{'name': 'c'}]},
+    {'conditions': deep_list()},
+    {'quantiles': [[0.0] * 21]},
+    {'quantiles': [[0.0] * 20] * 2},
+    {'quantiles': [[math.nan] * 21] * 2},
+    {'quantiles': [[1.0] + [0.0] * 20] * 2},
 ]
+BAD_COLUMN_OPTIONS = ['a', ['\33[31m'], [3], [['a']], {'a': 1}, deep_list()]
 
 
 @pytest.mark.parametrize('mode', ['--train', '--evaluate'])
@@ -789,6 +801,43 @@ def test_scheduler_and_units_are_checked(mode, checkpoints, tmp_path, capsys):
         refused('bnaf', capsys, mode, f'--restore_file={file}', '--n_epochs=3')
         assert file.read_bytes() == content, i
         assert {path.name for path in tmp_path.iterdir()} <= {'checkpoint.pt', '.lock'}, i
+
+
+@pytest.mark.parametrize('name', ['columns', 'drop', 'condition'])
+def test_options_that_are_lists_are_checked(name, checkpoints, tmp_path):
+    saved, file = torch.load(checkpoints['bnaf']), tmp_path / 'bad.pt'
+    for value in BAD_COLUMN_OPTIONS:
+        torch.save({**saved, 'config': {**saved['config'], name: value}}, file)
+        assert 'bad.pt' in refusal(bnaf.load_checkpoint, file)
+    torch.save({**saved, 'config': {**saved['config'], name: ['x1']}}, file)
+    assert getattr(bnaf.load_checkpoint(file)['config'], name) == ['x1']
+
+
+def test_conditions_of_another_width_than_the_models(checkpoints, tmp_path, capsys):
+    """Damage of the units of a conditional model is refused by every mode."""
+    rng = np.random.default_rng(0)
+    pd.DataFrame({'a': rng.normal(size=50), 'c': rng.choice(['p', 'q'], 50)}).to_csv(
+        tmp_path / 'my.csv', index=False
+    )
+    words = [f'--dataset={tmp_path}/my.csv', '--condition=c', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', *words, '--n_flows=1', '--hidden_dim=2', '--n_epochs=1'])
+    saved = torch.load(only(tmp_path.glob('bnaf_*/best.pt')))
+    (condition,) = saved['units']['conditions']
+    for change in (
+        {'categories': ['p']},
+        {'categories': ['p', 'q', 'r']},
+        {'categories': ['p', 'p']},
+        {'categories': ['p', '\33[31m']},
+        {'name': 'd'},
+        {'name': 'a'},
+        {'std': 0.0},
+        {'mean': math.inf},
+    ):
+        units = {**saved['units'], 'conditions': [{**condition, **change}]}
+        torch.save({**saved, 'units': units}, tmp_path / 'bad.pt')
+        for mode in ('--evaluate', '--generate'):
+            line = refused('bnaf', capsys, mode, f'--restore_file={tmp_path}/bad.pt', *words[:1])
+            assert 'damaged' in line, change
 
 
 def test_weights_without_an_inverse(checkpoints, tmp_path, capsys):
@@ -1283,7 +1332,7 @@ def test_where_no_file_can_go(option, odd_columns, tmp_path, capsys):
     mode = {'scores': '--evaluate', 'output': '--generate'}[option]
     (tmp_path / 'folder.csv').mkdir()
     for file, part in (
-        (tmp_path / 'folder.csv', 'is there already'),
+        (tmp_path / 'folder.csv', 'is a folder'),
         (tmp_path / 'none' / 'x.csv', 'there is no folder'),
         (odd_columns / 'x.csv', 'there is no folder'),
     ):
