@@ -539,9 +539,7 @@ def require_new_table(path: Path, overwrite: bool = False) -> None:
     """Raise ``UserError`` unless ``save_table`` can write a file there, a new one by default."""
     if path.suffix not in NEW_SUFFIXES:
         raise UserError(f'{path} should end in .csv, .npy or .h5')
-    if path.is_dir():
-        raise UserError(f'{path} is a folder: give another name')
-    if path.exists() and not overwrite:
+    if path.exists() and not (overwrite and path.is_file()):
         raise UserError(f'{path} is there already: move it away or give another name')
     if not path.parent.is_dir():
         raise UserError(f'{path}: there is no folder {path.parent}')
