@@ -640,7 +640,7 @@ def test_columns_of_conditions_that_are_missing():
 
 
 def test_given_values(tmp_path):
-    names = ['age', 'sex', 'home city', 'a=b']
+    names = ['age', 'sex', 'home city', 'a=b', 'a']
     frame = parse_given(' age = 40.5, sex=1,home city=New York,a=b=3=4', names)
     assert frame.to_dict('list') == {
         'age': [40.5],
