@@ -162,6 +162,13 @@ def test_what_is_suggested_can_be_typed():
     assert data.columns == ('id', 'age', 'member', 'height', 'weight')
 
 
+def test_columns_without_names_are_suggested_by_their_index(tmp_path):
+    np.save(tmp_path / 'x.npy', np.random.default_rng(0).normal(size=(60, 3)) * [1, 0, 1])
+    line = refusal(load_table, str(tmp_path / 'x.npy'))
+    assert line.endswith('x.npy: constant: column 1: add --drop=1')
+    assert load_table(str(tmp_path / 'x.npy'), drop=['1']).columns == ('column 0', 'column 2')
+
+
 def test_a_text_among_numbers_is_shown_with_its_row(visitors):
     frame = tiny_tables.visitors().astype({'age': object})
     frame.loc[7, 'age'] = 'forty'
@@ -529,7 +536,7 @@ def test_tables_with_text_are_written_as_csv_alone(tmp_path, capsys):
     assert 'is there already' in refusal(require_new_table, tmp_path / 'x.csv')
     require_new_table(tmp_path / 'x.csv', overwrite=True)
     (tmp_path / 'folder.csv').mkdir()
-    assert 'is a folder' in refusal(require_new_table, tmp_path / 'folder.csv', True)
+    assert 'is there already' in refusal(require_new_table, tmp_path / 'folder.csv', True)
 
 
 # -------------------------------------------------------------------------------------- conditions
@@ -633,7 +640,7 @@ def test_columns_of_conditions_that_are_missing():
 
 
 def test_given_values(tmp_path):
-    names = ['age', 'sex', 'home city', 'a=b']
+    names = ['age', 'sex', 'home city', 'a=b', 'a']
     frame = parse_given(' age = 40.5, sex=1,home city=New York,a=b=3=4', names)
     assert frame.to_dict('list') == {
         'age': [40.5],
