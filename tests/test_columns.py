@@ -211,7 +211,10 @@ def test_true_and_false_are_1_and_0(tmp_path):
         path = tmp_path / 'flags.csv'
         pd.DataFrame({'flag': text, 'x': numbers}).to_csv(path, index=False)
         data = table_from_frame(read_frame(path), path)
-        assert len(data.train) == 48 and set(data.quantize(data.head(60))[:, 0].round(6)) == {0, 1}
+        assert len(data.train) == 48 and set(data.to_own_units(data.head(60))[:, 0].round(6)) == {
+            0,
+            1,
+        }
     for column in (flags, flags.astype(object), pd.array(flags, 'boolean')):
         assert as_numbers(pd.Series(column)).tolist() == expected
     assert as_numbers(pd.Series([True, 'false'])).tolist() == [1, 0]
@@ -536,7 +539,7 @@ def test_tables_with_text_are_written_as_csv_alone(tmp_path, capsys):
     assert 'is there already' in refusal(require_new_table, tmp_path / 'x.csv')
     require_new_table(tmp_path / 'x.csv', overwrite=True)
     (tmp_path / 'folder.csv').mkdir()
-    assert 'is there already' in refusal(require_new_table, tmp_path / 'folder.csv', True)
+    assert 'is a folder' in refusal(require_new_table, tmp_path / 'folder.csv', True)
 
 
 # -------------------------------------------------------------------------------------- conditions
@@ -698,7 +701,7 @@ def test_rows_are_followed_by_their_conditions(visitors):
     np.testing.assert_allclose(data.to_own_units(data.test), own[['height', 'weight']], rtol=1e-5)
     np.testing.assert_allclose(data.to_own_units(data.test[:, :2]), own[['height', 'weight']], 1e-5)
     np.testing.assert_array_equal(data.quantize(data.test), data.test[:, :2])
-    assert data.head(7).shape == (7, 2)
+    assert data.head(7).shape == (7, 8) and data.to_own_units(data.head(7)).shape == (7, 2)
 
     context = data.test[:, 2:]
     train = np.setdiff1d(np.arange(400), data.test_index)
@@ -774,7 +777,7 @@ def test_a_test_file_has_the_conditions_too(visitors, tmp_path):
 
 def test_rows_as_a_table(visitors):
     data = load_visitors(visitors)
-    rows = data.head(5)
+    rows = data.to_own_units(data.head(5))
     frame = frame_of_rows(rows, data)
     assert list(frame.columns) == ['height', 'weight']
     given = tiny_tables.visitors().loc[10:14, ['city', 'id', 'age']]
@@ -863,8 +866,10 @@ def test_units_are_kept(visitors):
     rows = read_rows(visitors, restored)
     np.testing.assert_array_equal(rows[data.test_index], data.test)
 
-    old = {key: units[key] for key in ('columns', 'mean', 'std', 'steps', 'levels')}
-    restored = table_from_units(old, 2, 0, 'x.pt')
+    assert restored.features == data.features
+    assert restored.used_features == ('age', 'sex', 'city', 'height', 'weight')
+
+    restored = table_from_units({**units, 'conditions': [], 'quantiles': [[], []]}, 2, 0, 'x.pt')
     assert restored.conditions == () and restored.quantiles.shape == (0, 2)
     assert table_units(restored)['quantiles'] == [[], []]
 
@@ -878,6 +883,12 @@ def damaged_units(units):
     yield {**units, 'columns': ['a', 'a']}
     yield {**units, 'columns': ['a', 'age']}
     yield {**units, 'columns': ['a', '\33[31m']}
+    for features in (
+        units['features'][:-1],
+        [*units['features'], '\33[31m'],
+        units['features'] * 2,
+    ):
+        yield {**units, 'features': features}
 
     quantiles = units['quantiles'][0]
     for bad in (quantiles[::-1], quantiles[:5], [], [*quantiles[:-1], np.inf]):
@@ -903,7 +914,7 @@ def test_damaged_units(visitors):
     units = table_units(load_visitors(visitors, condition=['age', 'sex']))
     table_from_units(units, 2, 3, 'x.pt')
     cases = list(damaged_units(units))
-    assert len(cases) == 28
+    assert len(cases) == 31
     for case in cases:
         assert 'x.pt is damaged' in refusal(table_from_units, case, 2, 3, 'x.pt'), case
 
