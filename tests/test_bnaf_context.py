@@ -162,7 +162,7 @@ def test_a_context_for_which_nothing_is_found_ends_with_one_line():
     def from_noise(z, context):
         return torch.where(context == 7, math.nan, z), z.sum(1)
 
-    with pytest.raises(UserError, match='draws only 1999 gave finite rows'):
+    with pytest.raises(UserError, match='of 3,000 draws only 1999 gave finite rows'):
         bnaf.sample_with_log_prob(from_noise, 2000, 1, torch.zeros(()), context=context)
 
 
