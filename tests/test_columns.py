@@ -848,6 +848,8 @@ def test_fingerprints_cover_what_is_selected(visitors, tmp_path):
     others = [
         fingerprint(frame.assign(age=age)),
         fingerprint(frame.assign(sex=sex)),
+        fingerprint(frame.assign(sex=frame['sex'].replace('male', 'man'))),
+        fingerprint(frame.rename(columns={'sex': 'gender'}), condition=['age', 'gender']),
         fingerprint(condition=['age']),
         fingerprint(condition=['sex', 'age']),
         fingerprint(condition=None),
@@ -856,7 +858,7 @@ def test_fingerprints_cover_what_is_selected(visitors, tmp_path):
         fingerprint(test_frame=frame.assign(age=age).tail(120)),
         fingerprint(test_frame=frame.tail(120)),
     ]
-    assert len({first, *others}) == 10
+    assert len({first, *others}) == 12
     plain = frame[['height', 'weight']]
     assert fingerprint(condition=None) == table_from_frame(plain, 'x').fingerprint
 
