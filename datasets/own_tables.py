@@ -515,15 +515,11 @@ def require_parquet_size(metadata: Any, path: Path) -> None:
 
 
 def arrow_column(column: Any) -> pd.Series:
-    """Return a column of pyarrow for pandas. Lists and the like become text."""
+    """Return a column of pyarrow for pandas, with decimal numbers as float64."""
     import pyarrow
 
-    kind = column.type
-    if pyarrow.types.is_decimal(kind):
+    if pyarrow.types.is_decimal(column.type):
         return column.cast(pyarrow.float64()).to_pandas()
-    if pyarrow.types.is_nested(kind) or pyarrow.types.is_binary(kind):
-        cells = column.to_pylist()
-        return pd.Series([None if cell is None else str(cell) for cell in cells], dtype=object)
     return column.to_pandas()
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from decimal import Decimal
 
 import h5py
 import numpy as np
@@ -441,6 +442,22 @@ frame.to_hdf(sys.argv[2], key='df', mode='w', **{options})
     assert done.returncode == 0
 
 
+def test_h5_with_links_to_other_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = pandas_blocks()[0]
+    tiny_tables.write_pandas_h5('other.h5', blocks)
+    with h5py.File('linked.h5', 'w') as file:
+        file['df'] = h5py.ExternalLink('other.h5', 'df')
+    assert 'has 0 two-dimensional data sets' in refusal(read_frame, 'linked.h5')
+
+    tiny_tables.write_pandas_h5('linked.h5', blocks)
+    name = 'df/block1_values'
+    with h5py.File('linked.h5', 'a') as file:
+        del file[name]
+        file[name] = h5py.ExternalLink('other.h5', name)
+    assert 'cannot be read as a table' in refusal(read_frame, 'linked.h5')
+
+
 def test_h5_that_pandas_wrote(tmp_path):
     csv, path = tmp_path / 'x.csv', tmp_path / 'x.h5'
     frame = tiny_tables.visitors()
@@ -461,7 +478,8 @@ def test_parquet(tmp_path, visitors):
     pytest.importorskip('pyarrow')
     frame = tiny_tables.visitors()
     frame['tags'] = [['a'], ['b', 'c']] * 200
-    frame.index = frame.index * 2
+    frame['price'] = [Decimal('1.50'), Decimal('2.25')] * 200
+    frame.index = np.random.default_rng(0).permutation(400)
     frame.to_parquet(tmp_path / 'x.parquet')
     read = read_frame(tmp_path / 'x.parquet')
     assert list(read.columns) == list(frame.columns)
@@ -469,6 +487,7 @@ def test_parquet(tmp_path, visitors):
     data = load_visitors(str(tmp_path / 'x.parquet'))
     np.testing.assert_array_equal(data.train, expected.train)
     assert 'tags ("[\'a\']", 2 different)' in refusal(table_from_frame, read, 'x')
+    assert read['price'].dtype == np.float64 and read['price'][1] == 2.25
 
     constant = pd.DataFrame({'x': np.zeros(10**7)})
     constant.to_parquet(tmp_path / 'bomb.parquet')
@@ -829,6 +848,8 @@ def test_fingerprints_cover_what_is_selected(visitors, tmp_path):
     others = [
         fingerprint(frame.assign(age=age)),
         fingerprint(frame.assign(sex=sex)),
+        fingerprint(frame.assign(sex=frame['sex'].replace('male', 'man'))),
+        fingerprint(frame.rename(columns={'sex': 'gender'}), condition=['age', 'gender']),
         fingerprint(condition=['age']),
         fingerprint(condition=['sex', 'age']),
         fingerprint(condition=None),
@@ -837,7 +858,7 @@ def test_fingerprints_cover_what_is_selected(visitors, tmp_path):
         fingerprint(test_frame=frame.assign(age=age).tail(120)),
         fingerprint(test_frame=frame.tail(120)),
     ]
-    assert len({first, *others}) == 10
+    assert len({first, *others}) == 12
     plain = frame[['height', 'weight']]
     assert fingerprint(condition=None) == table_from_frame(plain, 'x').fingerprint
 
