@@ -1934,8 +1934,14 @@ def generate(model: BNAF, data: TableData, path: Path, config: Config, request: 
     if data.conditions or request.given:
         given, context = given_conditions(request.given, data, n)
         n = len(given)
-        if not str(output).endswith('.csv'):
-            require_numbers(given, Path(output))
+    is_whole = given is None and data.used_features == data.features
+    if Path(output).suffix == '.npy' and not is_whole:
+        raise UserError(
+            f'{output}: a .npy has no names for the columns, which are not those of the whole table: '
+            'give a name that ends in .csv'
+        )
+    if Path(output).suffix == '.h5' and given is not None:
+        require_numbers(given, Path(output))
 
     x, log_p = sample_rows(model, data, n, request.z_std, config.seed, context)
     if any(map(len, data.levels)):

@@ -212,13 +212,30 @@ def test_every_test_row_comes_back(trained, capsys):
     assert 'mixed.csv test: 40 of 40 rows come back within' in capsys.readouterr().out
 
 
-def test_text_is_refused_for_files_of_numbers_before_anything_is_drawn(
-    trained, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    'suffix, part', [('.h5', 'can only hold numbers, and city is text'), ('.npy', 'has no names')]
+)
+def test_files_that_cannot_hold_the_samples_are_refused_before_any_is_drawn(
+    suffix, part, trained, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(bnaf, 'sample_rows', None)
-    words = ['--given=city=Rome,old=1', f'--output={tmp_path}/x.npy']
-    line = refusal_line(bnaf, capsys, '--generate', f'--restore_file={trained}', *words)
-    assert 'can only hold numbers, and city is text' in line
+    words = ['--given=city=Rome,old=1', f'--output={tmp_path}/x{suffix}']
+    assert part in refusal_line(bnaf, capsys, '--generate', f'--restore_file={trained}', *words)
+
+
+def test_samples_of_some_columns_of_a_table_without_names(tmp_path, capsys):
+    """A file of them without names would be read as other columns."""
+    np.save(tmp_path / 'my.npy', np.random.default_rng(0).normal(size=(60, 4)))
+    words = [f'--dataset={tmp_path}/my.npy', f'--output_dir={tmp_path}', '--n_epochs=1']
+    bnaf.main(['--train', *words, *SMALL, '--drop=1'])
+    checkpoint = only(tmp_path.glob('bnaf_*/best.pt'))
+    words = ['--generate', f'--restore_file={checkpoint}']
+    line = refusal_line(bnaf, capsys, *words, f'--output={tmp_path}/x.npy')
+    assert 'has no names for the columns' in line
+    run('generate', checkpoint, f'--output={tmp_path}/x.csv', '--n_samples=5')
+    run('evaluate', checkpoint, f'--input={tmp_path}/x.csv', f'--scores={tmp_path}/s.csv')
+    scores, samples = (pd.read_csv(tmp_path / f'{name}.csv') for name in 'sx')
+    np.testing.assert_allclose(scores['log_likelihood'], samples['log_likelihood'], atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------- pictures
