@@ -1937,7 +1937,7 @@ def generate(model: BNAF, data: TableData, path: Path, config: Config, request: 
     is_whole = given is None and data.used_features == data.features
     if Path(output).suffix == '.npy' and not is_whole:
         raise UserError(
-            f'{output}: a .npy has no names for the columns, which are not those of the whole table: '
+            f'{output}: a .npy has no names for the columns, and these are not all of the table: '
             'give a name that ends in .csv'
         )
     if Path(output).suffix == '.h5' and given is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import people_table, refusal_line
+from helpers import only, people_table, refusal_line
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -405,3 +405,8 @@ def test_files_that_are_no_models(tmp_path):
     (tmp_path / 'bad.pt').write_bytes(b'nothing')
     with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
         BNAFDensity.load(tmp_path / 'bad.pt')
+
+    words = ['--n_epochs=1', '--hidden_dim=2', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', '--dataset=u1', *words])
+    with pytest.raises(ValueError, match='a model of the energy u1, not of rows'):
+        BNAFDensity.load(only(tmp_path.glob('bnaf_u1_*/best.pt')))
