@@ -34,7 +34,10 @@ import copy
 import dataclasses
 import io
 import math
+import numbers
 import os
+import re
+import shlex
 import sys
 import threading
 import time
@@ -51,7 +54,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, DensityMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -102,6 +105,7 @@ from datasets.tabular import (
     frame_of_rows,
     load_run_table,
     read_rows,
+    require_known_table,
     rows_of_frame,
     table_from_frame,
     table_from_units,
@@ -115,9 +119,10 @@ NAME = 'bnaf'
 ITEMS = 'rows'
 RESIDUALS = ('none', 'normal', 'gated')
 EPOCH_BATCHES = 100  # of data that is drawn anew at each step
-FAN = (0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975)  # the quantiles that are drawn along a condition
+FAN_LEVELS = (0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975)  # of quantiles along a condition
 N_ALONG, MOST_CURVES = 200, 8  # conditions along which these are drawn; densities in one picture
-LOW = 5.0  # per cent: of the validation rows, below which --explain explains
+LEAST_QUANTILES = 20  # of validation scores, below which there are no percentiles
+LOW_PERCENTILE = 5.0  # of the validation scores, below which --explain explains
 N_CAUSES = 3  # columns that it names for each row
 MOST_EXPLAINED, N_PRINTED = 1_000, 5  # rows
 SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
@@ -1099,7 +1104,7 @@ def sample_with_log_prob(
         if n_in_vain >= 1000 or (n_drawn >= 1000 and n_found < 0.01 * n_drawn):
             raise UserError(
                 f'of {n_drawn:,} draws only {n_found} gave finite rows: the model is not trained, '
-                'or --inverse_tol is below its precision'
+                'its conditions are far from the data, or --inverse_tol is below its precision'
             )
     return rows, log_probs, n_drawn - n
 
@@ -1724,10 +1729,13 @@ def evaluate(
     rows = read_rows(request.input, data) if request.input else data.test
     objective = Objective(model, data)
     losses = row_losses(objective, rows, process)
+
     indices = np.arange(len(rows)) if request.input else data.test_index
-    scores = score_columns(losses, indices, saved['validation_quantiles'])
+    scores = {'row': indices, 'log_likelihood': -losses.numpy()}
+    if len(saved['validation_quantiles']) >= LEAST_QUANTILES:
+        scores['percentile'] = percentiles(scores['log_likelihood'], saved)
     if request.explain:
-        scores |= explain_rows(objective, data, rows, losses, scores, process)
+        scores |= explain_rows(objective, data, rows, scores, process)
     if process.rank > 0:
         return
 
@@ -1768,50 +1776,42 @@ def quantiles_of_scores(scores: Tensor) -> list[float]:
     return np.quantile(scores.numpy(), levels).tolist()
 
 
-def score_columns(
-    losses: Tensor, indices: np.ndarray, quantiles: list[float]
-) -> dict[str, np.ndarray]:
-    """Return the columns of ``--scores``: each row's number, log-likelihood and percentile.
+def percentiles(scores: np.ndarray, saved: dict[str, Any]) -> np.ndarray:
+    """Return the percentiles of log-likelihoods (N,) among those of the validation rows.
 
-    The percentile is that among the validation rows, of whose scores ``quantiles`` are the
-    quantiles. Checkpoints of before format 4 have none of them.
+    Raises ``UserError`` where the checkpoint ``saved`` has something other than quantiles of these.
     """
-    scores = -losses.numpy()
-    columns = {'row': indices, 'log_likelihood': scores}
-    if quantiles:
-        levels = np.linspace(0, 100, len(quantiles))
-        columns['percentile'] = np.interp(scores, quantiles, levels)
-    return columns
+    quantiles = np.array(saved['validation_quantiles'])
+    if not (np.isfinite(quantiles).all() and (quantiles[1:] >= quantiles[:-1]).all()):
+        raise UserError(f'{saved["path"]} is damaged: its validation_quantiles are no quantiles')
+    return np.interp(scores, quantiles, np.linspace(0, 100, len(quantiles)))
+
+
+def lowest_rows(scores: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the indices of the rows that ``--explain`` explains, the least likely one first.
+
+    They are those below ``LOW_PERCENTILE`` of the validation rows or, where that is not known, as
+    many of the rows themselves.
+    """
+    order = np.argsort(scores['log_likelihood'], kind='stable')
+    if 'percentile' in scores:
+        return order[scores['percentile'][order] < LOW_PERCENTILE]
+    return order[: math.ceil(len(order) * LOW_PERCENTILE / 100)]
 
 
 def explain_rows(
     objective: Objective,
     data: TableData,
     rows: np.ndarray,
-    losses: Tensor,
     scores: dict[str, np.ndarray],
     process: Process,
 ) -> dict[str, np.ndarray]:
     """Return the columns of ``--explain``: which cells make the least likely rows so.
 
-    They are named, with their gains, for the rows below percentile ``LOW``. The gain of a cell is
-    how far the log-likelihood would rise if it alone were at the best of the quantiles that its
-    column has in the training split. Conditions stay as they are.
+    They are named, with their gains, for the rows of ``lowest_rows``.
     """
-    if 'percentile' not in scores or not len(data.quantiles):
-        raise UserError(
-            '--explain needs to know the columns, and this checkpoint is from before it did: '
-            'train it on, or train a new model'
-        )
-    order = np.argsort(scores['log_likelihood'], kind='stable')
-    lowest = order[scores['percentile'][order] < LOW][:MOST_EXPLAINED]
-    gains = np.stack(
-        [
-            losses[lowest].numpy() - best_losses(objective, data, rows[lowest], k, process)
-            for k in range(len(data.columns))
-        ],
-        axis=1,
-    )
+    lowest = lowest_rows(scores)[:MOST_EXPLAINED]
+    gains = cell_gains(objective, data, rows[lowest], process)
 
     n_rows, names = len(rows), np.array(data.columns, dtype=object)
     columns: dict[str, np.ndarray] = {}
@@ -1828,23 +1828,36 @@ def explain_rows(
     return columns
 
 
-def best_losses(
-    objective: Objective, data: TableData, rows: np.ndarray, k: int, process: Process
+def cell_gains(
+    objective: Objective, data: TableData, rows: np.ndarray, process: Process
 ) -> np.ndarray:
-    """Return the objective of each row (N, D) with its k-th cell at the best quantile, (N,)."""
+    """Return how far log p of each row would rise if one cell had its best value, (N, D).
+
+    The values that are tried are the quantiles that the column has in the training split. The rows
+    are standardised, (N, D + C), and their conditions stay as they are. Raises ``UserError`` where
+    the quantiles are not known.
+    """
     n_levels = len(data.quantiles)
-    changed = np.repeat(rows, n_levels, axis=0)
-    changed[:, k] = np.tile(data.quantiles[:, k], len(rows))
-    losses = row_losses(objective, changed, process)
-    return losses.view(len(rows), n_levels).amin(1).numpy()
+    if n_levels == 0:
+        raise UserError('the model is of an older version: train it on, to have cells explained')
+    losses = row_losses(objective, rows, process).numpy()
+    gains = np.zeros((len(rows), len(data.columns)))
+    n_at_once = max(1, ROWS_AT_ONCE // n_levels)
+    for start in range(0, len(rows), n_at_once):
+        some = slice(start, start + n_at_once)
+        for k in range(len(data.columns)):
+            changed = np.repeat(rows[some], n_levels, axis=0)
+            changed[:, k] = np.tile(data.quantiles[:, k], len(rows[some]))
+            best = row_losses(objective, changed, process).view(-1, n_levels).amin(1)
+            gains[some, k] = losses[some] - best.numpy()
+    return gains
 
 
 def print_causes(scores: dict[str, np.ndarray]) -> None:
     """Print the least likely rows, at most ``N_PRINTED``, and the cells that make them so."""
-    order = np.argsort(scores['log_likelihood'], kind='stable')
-    lowest = order[scores['percentile'][order] < LOW]
+    lowest = lowest_rows(scores)
     if not len(lowest):
-        print(f'no row is below percentile {LOW:g} of the validation rows')
+        print(f'no row is below percentile {LOW_PERCENTILE:g} of the validation rows')
     for i in lowest[:N_PRINTED]:
         causes = []
         for rank in range(1, N_CAUSES + 1):
@@ -1912,7 +1925,7 @@ def given_conditions(text: str, data: TableData, n: int = 1) -> tuple[Any, np.nd
     if not names:
         raise UserError('--given is for models that were trained with --condition')
     if not text:
-        example = ','.join(f'{name}=...' for name in names)
+        example = shlex.quote(','.join(f'{name}=...' for name in names))
         raise UserError(
             f'the model has conditions: add --given={example}, or --given=TABLE with these columns'
         )
@@ -1934,6 +1947,9 @@ def generate(model: BNAF, data: TableData, path: Path, config: Config, request: 
     if data.conditions or request.given:
         given, context = given_conditions(request.given, data, n)
         n = len(given)
+        if n > request.n_samples:
+            n_given = n // request.n_samples
+            print(f'{request.n_samples:,} samples for each of {n_given:,} rows of conditions')
     is_whole = given is None and data.used_features == data.features
     if Path(output).suffix == '.npy' and not is_whole:
         raise UserError(
@@ -2006,7 +2022,7 @@ def visualize(
 
     is_fan = n_columns == 1 and len(data.conditions) == 1
     if request.given or is_fan:
-        figure = draw_conditional(model, data, request.given, config.seed, title)
+        figure = draw_conditional(model, data, request, config.seed, title)
     elif n_columns == 2 and not data.conditions:
         samples, _ = sample_rows(model, data, 50_000, 1.0, config.seed)
         figure = draw_density(data, samples, partial(density, model, data), title)
@@ -2039,20 +2055,22 @@ def draw_samples(
     return draw_pairs(real[:, chosen], drawn[:, chosen], columns, title)
 
 
-def draw_conditional(model: BNAF, data: TableData, text: str, seed: int, title: str) -> Any:
-    """Draw the density given the conditions of ``--given``, which is ``text``.
+def draw_conditional(model: BNAF, data: TableData, request: Request, seed: int, title: str) -> Any:
+    """Draw the density given the conditions of ``--given``.
 
     Of one column it is a curve for each row of conditions. One of these may be left out: a category
     gets a curve for each of its values, and a number the quantiles along it. Two columns get a
     picture of the plane, and more get samples beside the data, for one row of conditions.
     """
     names = [condition.name for condition in data.conditions]
-    given = parse_given(text, names) if text else None
+    given = parse_given(request.given, names) if request.given else None
     free = [c for c in data.conditions if given is None or c.name not in given]
     n_columns = len(data.columns)
     if len(free) > (n_columns == 1):
         lacks = ', '.join(condition.name for condition in free)
         raise UserError(f'--given lacks {lacks}; only of one column may one condition be left out')
+    if request.vis_dims and n_columns < 3:
+        raise UserError('--vis_dims is for pictures of more than two columns')
     if free:
         return draw_along(model, data, given, free[0], title)
 
@@ -2064,7 +2082,9 @@ def draw_conditional(model: BNAF, data: TableData, text: str, seed: int, title: 
         raise UserError('--visualize takes one row of --given where there are several columns')
     title = f'{title}, given {labels[0]}'
     if n_columns > 2:
-        return draw_samples(model, data, data.head(1500), context, None, seed, title)
+        rows = data.head(1500)
+        contexts = context.repeat(len(rows), 0)
+        return draw_samples(model, data, rows, contexts, request.vis_dims, seed, title)
     samples, _ = sample_rows(model, data, 50_000, 1.0, seed, context.repeat(50_000, 0))
     return draw_density(data, samples, partial(density, model, data, context=context), title)
 
@@ -2089,7 +2109,7 @@ def draw_along(model: BNAF, data: TableData, given: Any, free: Condition, title:
     along = contexts[free.name]
     if not is_alike.any():
         is_alike[:] = True
-    values = np.linspace(along[is_alike].min(), along[is_alike].max(), N_ALONG)[:, None]
+    values = np.linspace(*np.quantile(along[is_alike], [0.005, 0.995]), N_ALONG)[:, None]
     if free.categories:
         values = np.eye(free.width)
 
@@ -2106,7 +2126,8 @@ def draw_along(model: BNAF, data: TableData, given: Any, free: Condition, title:
     points = x, data.to_own_units(rows[is_alike])[:, 0]
     quantiles = quantiles_along(model, data, context)
     x_of_quantiles = free.mean + free.std * values[:, 0]
-    return draw_fan(x_of_quantiles, quantiles, FAN, points, (free.name, data.columns[0]), title)
+    names = free.name, data.columns[0]
+    return draw_fan(x_of_quantiles, quantiles, FAN_LEVELS, points, names, title)
 
 
 def contexts_of_rows(data: TableData, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -2125,12 +2146,13 @@ def labels_of(given: Any, names: list[str]) -> list[str]:
 
 @torch.no_grad()
 def quantiles_along(model: BNAF, data: TableData, context: np.ndarray) -> np.ndarray:
-    """Return the quantiles ``FAN`` of the only column for each context (N, C), (N, len(FAN)).
+    """Return the quantiles ``FAN_LEVELS`` of the only column given each context (N, C).
 
-    All flows increase, so they are what the quantiles of the noise are mapped to.
+    They are of shape (N, k). All flows increase, so they are what the quantiles of the noise are
+    mapped to.
     """
     like = next(model.double().parameters())
-    z = torch.special.ndtri(torch.tensor(FAN, dtype=torch.float64)).to(like)
+    z = torch.special.ndtri(torch.tensor(FAN_LEVELS, dtype=torch.float64)).to(like)
     contexts = torch.from_numpy(context).to(like).repeat_interleave(len(z), 0)
     x, _ = model.inverse(z.repeat(len(context))[:, None], contexts)
     return data.to_own_units(x.cpu().numpy()).reshape(len(context), len(z))
@@ -2139,14 +2161,15 @@ def quantiles_along(model: BNAF, data: TableData, context: np.ndarray) -> np.nda
 def draw_density_of_column(
     model: BNAF, data: TableData, labels: list[str], context: np.ndarray, title: str
 ) -> Any:
-    """Draw the density of the only column for each context (n, C), over a histogram of the data."""
+    """Draw the density of the only column for each context (n, C), over a histogram of data."""
     if len(labels) > MOST_CURVES:
         raise UserError(
-            f'{len(labels)} densities are too many for a picture: at most {MOST_CURVES}'
+            f'{len(labels)} densities are too many for a picture: choose at most {MOST_CURVES} '
+            'by --given=TABLE'
         )
     values = data.to_own_units(data.head(5000))[:, 0]
-    low, high = np.quantile(values, [0.002, 0.998])
-    margin = 0.15 * (high - low)
+    low, high = np.quantile(values, [0.01, 0.99])
+    margin = 0.25 * (high - low)
     x = np.linspace(low - margin, high + margin, 500)
     curves = {}
     for label, row in zip(labels, context):
@@ -2216,9 +2239,11 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
     )
     if saved:
         own_tables = {name for name in own_tables if is_own_table(getattr(saved['config'], name))}
+    needs_rows = mode != 'generate' and not request.input
+    if saved and needs_rows:
+        require_known_table(saved)
     may_change = MODE_OPTIONS[mode] - TABLE_PATHS | own_tables
     config = resolve_config(Config, options, DEFAULTS, saved, may_change)
-    needs_rows = mode != 'generate' and not request.input
     data = load_run_table(config, saved, needs_rows=needs_rows)
 
     if mode == 'train':
@@ -2361,7 +2386,7 @@ class BNAFDensity(DensityMixin, BaseEstimator):
 
         Warns where the likelihood has no upper bound, as that of discrete columns.
         """
-        with value_errors():
+        with raise_value_errors():
             frame = input_frame(self, X, is_new=True)
             config = self.build_config(len(frame))
             data = table_from_frame(
@@ -2397,23 +2422,20 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         """Return the sum of the log-likelihoods of all rows, as ``KernelDensity`` does."""
         return float(self.score_samples(X).sum())
 
-    def explain(self, X: Any) -> np.ndarray:
-        """Return which cells make rows unlikely, (N, D): the gain of each cell, in nats.
+    def explain(self, X: Any) -> Any:
+        """Return which cells make rows unlikely: the gain of each cell in nats, (N, D).
 
-        It is how far the log-likelihood of the row would rise if this cell alone were at the best
-        of the quantiles that its column has in the training rows. The D columns are those of the
-        density, ``data_.columns``, without conditions.
+        It is how far the log-likelihood of the row would rise if this cell alone had the best of
+        the quantiles of its column in the training rows. The D columns are those of the density,
+        ``data_.columns``, without conditions. It is a DataFrame if the model was fitted to one.
         """
         rows = self.standardised_rows(X)
-        losses = self.losses(rows).numpy()
-        objective, process = self.objective(), self.process()
-        gains = []
-        for k in range(len(self.data_.columns)):
-            gains.append(losses - best_losses(objective, self.data_, rows, k, process))
-        return np.stack(gains, 1)
+        with raise_value_errors():
+            gains = cell_gains(self.objective(), self.data_, rows, self.process())
+        return self.as_input(frame_of_columns(dict(zip(self.data_.columns, gains.T))))
 
     def sample(self, n_samples: int = 1, given: Any = None, random_state: Any = None) -> Any:
-        """Draw rows, as a DataFrame if the model was fitted to one and as an array otherwise.
+        """Draw rows, as a DataFrame if the model was fitted to one with names, else as an array.
 
         Arguments:
             n_samples: how many; with conditions, for each row of them.
@@ -2422,8 +2444,9 @@ class BNAFDensity(DensityMixin, BaseEstimator):
             random_state: None, a seed, or a ``numpy.random.RandomState``.
         """
         check_is_fitted(self)
+        check_scalar(n_samples, 'n_samples', numbers.Integral, min_val=1)
         seed = check_random_state(random_state).randint(2**31 - 1)
-        with value_errors():
+        with raise_value_errors():
             conditions, contexts, n = None, None, n_samples
             if self.data_.conditions or given is not None:
                 conditions = condition_frame(given, self.data_.conditions)
@@ -2442,19 +2465,21 @@ class BNAFDensity(DensityMixin, BaseEstimator):
             )
             values = self.data_.quantize(self.data_.to_own_units(x.cpu().numpy()))
             frame = frame_of_rows(values, self.data_, conditions)
-        names = [name for name in self.data_.features if name in frame]
-        return frame[names] if hasattr(self, 'feature_names_in_') else frame[names].to_numpy()
+        return self.as_input(frame)
 
     def save(self, path: str | Path) -> None:
         """Save the model as a checkpoint, which ``bnaf.py --restore_file=PATH`` reads too."""
         check_is_fitted(self)
-        with value_errors():
-            write_atomically(Path(path), lambda temporary: temporary.write_bytes(self.checkpoint_))
+        path = Path(path)
+        with raise_value_errors():
+            if path.is_dir() or not path.parent.is_dir():
+                raise UserError(f'{path} is a folder, or in none: give the name of a new file')
+            write_atomically(path, lambda temporary: temporary.write_bytes(self.checkpoint_))
 
     @classmethod
     def load(cls, path: str | Path, device: str = '') -> 'BNAFDensity':
         """Return the fitted estimator of a checkpoint, one that ``bnaf.py`` wrote included."""
-        with value_errors():
+        with raise_value_errors():
             saved = load_checkpoint(Path(path))
             config = saved['config']
             if config.dataset in ENERGIES:
@@ -2468,17 +2493,20 @@ class BNAFDensity(DensityMixin, BaseEstimator):
     # What these methods are made of
 
     def build_config(self, n_rows: int) -> Config:
-        """Return the options of a training on so many rows."""
-        options = {'dataset': ''}
+        """Return the options of a training on so many rows.
+
+        Raises ``UserError`` for a parameter of another type than its option, or out of bounds.
+        """
+        if self.device not in ('', 'cpu', 'cuda'):
+            raise UserError(f"device={self.device!r} is none of '', 'cpu' and 'cuda'")
+        options: dict[str, Any] = {'dataset': ''}
         for field in dataclasses.fields(Config):
-            value = getattr(self, field.name, None)
-            if value is None:
-                value = OF_FEW_ROWS.get(field.name) if n_rows < FEW else None
-            if value is None:
+            if not hasattr(self, field.name):
                 continue
-            if field.type is list:
-                value = [str(item) for item in value]
-            options[field.name] = field.type(value) if field.type in (int, float, bool) else value
+            value = getattr(self, field.name)
+            if field.name in OF_FEW_ROWS and value is None:
+                value = OF_FEW_ROWS[field.name] if n_rows < FEW else field.default
+            options[field.name] = as_option(field, value)
         return Config(**options)
 
     def use_checkpoint(self, saved: dict[str, Any]) -> None:
@@ -2491,10 +2519,14 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         if not is_unnamed(self.data_.features):
             self.feature_names_in_ = np.array(self.data_.features, dtype=object)
 
+    def as_input(self, frame: Any) -> Any:
+        """Return a table as a DataFrame if the model was fitted to one, else as an array."""
+        return frame if hasattr(self, 'feature_names_in_') else frame.to_numpy()
+
     def standardised_rows(self, X: Any) -> np.ndarray:
         """Return rows in the units of the model, with their encoded conditions."""
         check_is_fitted(self)
-        with value_errors():
+        with raise_value_errors():
             frame = input_frame(self, X)
             return rows_of_frame(frame, self.data_, 'X', np.float64)
 
@@ -2543,8 +2575,22 @@ def train_in_memory(run: Training, is_shown: bool) -> bytes:
     return best.getvalue()
 
 
+def as_option(field: dataclasses.Field, value: Any) -> Any:
+    """Return a parameter with the type of its option, if it is of the same kind.
+
+    A list of columns may be any sequence, or a single column.
+    """
+    if field.type is list and value is not None:
+        return [str(item) for item in np.atleast_1d(np.array(value, dtype=object)).tolist()]
+    kinds = {bool: (bool, np.bool_), int: numbers.Integral, float: numbers.Real}
+    is_flag = isinstance(value, (bool, np.bool_))
+    if field.type in kinds and isinstance(value, kinds[field.type]):
+        return field.type(value) if is_flag == (field.type is bool) else value
+    return value
+
+
 @contextlib.contextmanager
-def value_errors() -> Iterator[None]:
+def raise_value_errors() -> Iterator[None]:
     """Raise ``UserError`` as ``ValueError``, which users of scikit-learn expect."""
     try:
         yield
@@ -2553,8 +2599,15 @@ def value_errors() -> Iterator[None]:
 
 
 def as_parameters(text: str) -> str:
-    """Return a text in which options, ``--drop``, are named as parameters, ``drop``."""
-    return text.replace('--', '')
+    """Return a text in which options are parameters: ``--drop=a,b`` becomes ``drop=['a', 'b']``."""
+
+    def as_list(match: re.Match) -> str:
+        words = match[2].strip("'").split(',')
+        return f'{match[1]}={words}'
+
+    value = r"('[^']*'|[^\s',:]+(?:,[^\s',:]+)*)"
+    text = re.sub(rf'--(columns|drop|condition)={value}', as_list, text)
+    return text.replace('] condition=', '], condition=').replace('--', '')
 
 
 if __name__ == '__main__':

@@ -145,15 +145,24 @@ def truncate(name: str, n: int = 40) -> str:
 def index_of_name(text: str, names: Sequence[str], what: str) -> int:
     """Return the index that ``text`` means: ``'8'`` is 8, ``'Black_Hair'`` is its place in names.
 
-    Raises ``UserError`` with the nearest names, or with the range of indices. ``what`` says in
-    that message what is named, such as ``'column'``.
+    A name that is a number, such as ``'2021'``, counts where it is no index. Raises ``UserError``
+    with the nearest names, or with the range of indices. ``what`` says in that message what is
+    named, such as ``'column'``.
     """
+    place = names.index(text) if text in names else None
     if re.fullmatch(r'-?\d+', text):
-        if not 0 <= int(text) < len(names):
+        is_index = 0 <= int(text) < len(names)
+        if is_index and place not in (None, int(text)):
+            raise UserError(
+                f'{what} {text} may be number {text} or number {place}, which has this name: '
+                'rename it'
+            )
+        if is_index:
+            return int(text)
+        if place is None:
             raise UserError(f'{what} {text} is out of range: there are 0 to {len(names) - 1}')
-        return int(text)
 
-    if text not in names:
+    if place is None:
         nearest = difflib.get_close_matches(text, names, cutoff=0) or names
         raise UserError(f'unknown {what} {text!r}: the nearest are {", ".join(nearest)}')
-    return names.index(text)
+    return place

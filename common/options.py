@@ -26,6 +26,7 @@ GROUPS = {
     'output': 'output',
 }
 OPTIONS_OF_EVERY_MODE = ('output_dir', 'restore_file', 'device', 'distributed')
+LONGEST_LIST = 2**16
 Defaults = dict[str, dict[str, Any]]  # of each data set: {option: value}
 
 
@@ -74,7 +75,8 @@ def check_value(f: Field, value: Any) -> None:
     """Raise ``UserError`` unless an option may have this value."""
     if f.type in (str, bool, list):
         texts = value if isinstance(value, list) else [value]
-        is_text = all(isinstance(text, str) and text.isprintable() for text in texts)
+        is_text = len(texts) <= LONGEST_LIST
+        is_text = is_text and all(isinstance(text, str) and text.isprintable() for text in texts)
         is_printable = is_text or f.type is bool
         if type(value) is not f.type or not is_printable:
             raise UserError(f'--{f.name}={value!r} is not printable text or has the wrong type')

@@ -153,6 +153,10 @@ def distinct_cells(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
 
     The index of a missing cell is -1.
     """
+    dtype = column.dtype
+    if isinstance(dtype, np.dtype) and dtype.kind == 'f' and dtype.itemsize < 8:
+        # 0.1 in float32 is 0.1, not the nearest float64
+        column = pd.Series(column.to_numpy().astype(str).astype(np.float64))
     cells = column.astype(object)
     try:
         codes, distinct = pd.factorize(cells)
@@ -322,9 +326,10 @@ def require_numeric(
     to_drop: list[str] = []
     to_condition: list[str] = []
     for name in not_numeric:
-        example, row, n_distinct, has_numbers = describe_text(frame[name])
-        if has_numbers or options is None:
-            texts.append(f'{shorten(name)} ({example!r} in row {row})')
+        example, row, n_distinct, n_texts = describe_text(frame[name])
+        if n_texts or options is None:
+            more = f' and {n_texts - 1:,} more' if n_texts > 1 else ''
+            texts.append(f'{shorten(name)} ({example!r} in row {row}{more})')
             to_drop.append(name)
             continue
         texts.append(f'{shorten(name)} ({example!r}, {n_distinct:,} different)')
@@ -340,16 +345,18 @@ def require_numeric(
     raise UserError(f'{source}: not numeric: {", ".join(texts[:MAX_NAMED])}{more}: {advice}')
 
 
-def describe_text(column: pd.Series) -> tuple[str, int, int, bool]:
+def describe_text(column: pd.Series) -> tuple[str, int, int, int]:
     """Return the first cell of a column that is no number, and its row.
 
-    Besides, return the number of different cells, and whether some of them are numbers.
+    Besides, return the number of different cells and, if some of them are numbers, how many cells
+    are none; else 0.
     """
     codes, cells = distinct_cells(column)
-    is_text = [parse_cell(cell) is None for cell in cells]
-    first = is_text.index(True)
+    is_text = np.array([parse_cell(cell) is None for cell in cells])
+    first = int(np.argmax(is_text))
     row = int(np.argmax(codes == first))
-    return str(cells[first])[:30], row, len(cells), not all(is_text)
+    n_texts = 0 if is_text.all() else int(np.isin(codes, np.flatnonzero(is_text)).sum())
+    return str(cells[first])[:30], row, len(cells), n_texts
 
 
 def require_complete(
@@ -370,18 +377,19 @@ def require_complete(
     if not counts.any():
         return
     texts: list[str] = []
-    mostly_missing: list[str] = []
+    often_missing: list[str] = []
     for k in np.flatnonzero(counts).tolist():
         row = int(np.argmax(is_missing[:, k]))
         what = '' if texts else ' missing or infinite values, the first'
         texts.append(f'{counts[k]:,}{what} in column {shorten(names[k])}, row {row}')
-        if 3 * counts[k] > len(is_missing):
-            mostly_missing.append(names[k])
+        if 10 * counts[k] > len(is_missing):
+            often_missing.append(names[k])
 
     more = f' and {len(texts) - MAX_NAMED} more columns' if len(texts) > MAX_NAMED else ''
-    advice = 'drop those rows or fill them in'
-    if options is not None and mostly_missing:
-        advice += f', or add {options.to_drop(mostly_missing)}'
+    n_rows = is_missing.any(axis=1).sum()
+    advice = f'drop those {n_rows:,} of {len(is_missing):,} rows or fill them in'
+    if options is not None and often_missing:
+        advice += f', or add {options.to_drop(often_missing)}'
     raise UserError(f'{source}: {"; ".join(texts[:MAX_NAMED])}{more}: {advice}')
 
 
@@ -487,17 +495,25 @@ def is_blank_or_infinite(cell: Any) -> bool:
 def category_text(value: Any) -> str:
     """Return the text of a category: the same for 1, 1.0, True, ``'1'`` and ``'true'``.
 
-    Characters that cannot be printed are escaped.
+    Text that is not written as a number would be, such as ``'01'``, stays as it is. Characters that
+    cannot be printed are escaped.
     """
-    if isinstance(value, str):
-        text = value.strip()
-        number = BOOLEANS.get(text.lower(), parse_cell(text))
-    else:
-        text = str(value)
+    if isinstance(value, int | np.integer):
+        return str(int(value))
+    text = str(value).strip()
+    number = BOOLEANS.get(text.lower()) if isinstance(value, str) else None
+    if number is None:
         number = parse_cell(value)
     if number is not None and np.isfinite(number):
-        return f'{number + 0.0:.15g}'  # 0 has no sign
+        is_text = isinstance(value, str) and text.lower() not in BOOLEANS
+        if not is_text or is_plain_number(text, number):
+            return f'{number + 0.0:.15g}'  # 0 has no sign
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_plain_number(text: str, number: float) -> bool:
+    """Return whether a text is how a number is written, up to zeros behind its point."""
+    return re.sub(r'\.0+$', '', text) == f'{number:.15g}'
 
 
 def category_order(text: str) -> tuple[bool, float, str]:
@@ -519,8 +535,10 @@ def make_condition(column: pd.Series, train: np.ndarray, source: str | Path) -> 
     """
     name = str(column.name)
     found = None if isinstance(column.dtype, pd.CategoricalDtype) else as_numbers(column)
-    cells = distinct_cells(column)[1] if found is None else np.unique(found).tolist()
-    n_distinct, n_rows = len(cells), len(column)
+    cells = distinct_cells(column)[1]
+    is_number = found is not None and len(cells) > MAX_NUMERIC_CATEGORIES
+    categories = set() if is_number else {category_text(cell) for cell in cells}
+    n_distinct, n_rows = len(cells) if is_number else len(categories), len(column)
     if n_distinct < 2:
         raise UserError(f'{source}: column {shorten(name)} is constant: no use as --condition')
 
@@ -533,8 +551,7 @@ def make_condition(column: pd.Series, train: np.ndarray, source: str | Path) -> 
             f'{source}: --condition={shorten(name)}: {n_distinct:,} different texts in '
             f'{n_rows:,} rows are too many; merge the rare ones, or drop the column'
         )
-    categories = sorted({category_text(cell) for cell in cells}, key=category_order)
-    return Condition(name, categories=tuple(categories))
+    return Condition(name, categories=tuple(sorted(categories, key=category_order)))
 
 
 def is_boolean(column: pd.Series) -> bool:
@@ -578,7 +595,7 @@ def require_conditions(frame: pd.DataFrame, names: Sequence[str], source: str | 
     """Raise ``UserError`` where a table does not have all columns that a model is given."""
     missing = describe_missing(names, list(frame.columns))
     if missing:
-        raise UserError(f'{source}: the model is conditioned on {missing}: give its values')
+        raise UserError(f'{source}: the model is conditioned on {missing}: give their values')
 
 
 def describe_missing(names: Sequence[str], columns: Sequence[str]) -> str:
@@ -653,6 +670,6 @@ def split_assignment(piece: str, names: Sequence[str]) -> tuple[str, str]:
 def parse_value(text: str) -> Any:
     """Return the number that a text is, else the text."""
     number = parse_cell(text)
-    if number is None or not np.isfinite(number):
+    if number is None or not is_plain_number(text, number):
         return text
     return int(text) if re.fullmatch(r'[+-]?\d{1,15}', text) else number

@@ -1,5 +1,6 @@
 """Rows that come from Python rather than from a file: arrays and DataFrames, as of scikit-learn."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from sklearn.utils.validation import validate_data
 from common.errors import UserError, index_of_name
 
 from .columns import Condition
-from .own_tables import named_frame
+from .own_tables import named_frame, require_column_names
 from .tabular import TableData
 
 
@@ -26,17 +27,24 @@ def input_frame(estimator: BaseEstimator, x: Any, is_new: bool = False) -> pd.Da
         x: an array or a DataFrame (N, D).
         is_new: whether it is to be fitted, so that its features become those of ``x``.
     """
-    if not is_new and has_used_features(x, estimator.data_):
-        return as_frame(x, estimator.data_.used_features)
-
-    selects = any(option is not None for option in (estimator.columns, estimator.drop))
-    if isinstance(x, pd.DataFrame) or selects or estimator.condition is not None:
-        # texts are allowed, and what is not used may be anything
-        validate_data(estimator, x, reset=is_new, skip_check_array=True)
+    if is_new:
+        given = (estimator.columns, estimator.drop, estimator.condition)
+        takes_all = all(option is None for option in given)
     else:
-        least = 2 if is_new else 1
-        types = [np.float64, np.float32]
-        x = validate_data(estimator, x, reset=is_new, dtype=types, ensure_min_samples=least)
+        data = estimator.data_
+        takes_all = data.columns == data.features
+        if has_used_features(x, data):
+            return as_frame(x, data.used_features)
+
+    least = 2 if is_new else 1
+    if isinstance(x, pd.DataFrame):
+        validate_data(estimator, x, reset=is_new, skip_check_array=True)
+        return as_frame(x)
+    if takes_all:
+        checks: dict[str, Any] = {'dtype': [np.float64, np.float32]}
+    else:  # what is not used may be anything, and conditions may be texts
+        checks = {'dtype': None, 'ensure_all_finite': False}
+    x = validate_data(estimator, x, reset=is_new, ensure_min_samples=least, **checks)
     return as_frame(x)
 
 
@@ -50,11 +58,11 @@ def has_used_features(x: Any, data: TableData) -> bool:
     return np.ndim(x) == 2 and np.shape(x)[1] == len(used)
 
 
-def as_frame(x: Any, names: Sequence[str] | None = None) -> pd.DataFrame:
+def as_frame(x: Any, names: Sequence[str] = ()) -> pd.DataFrame:
     """Return an array or a DataFrame as a table whose columns have names, by default numbers."""
     if isinstance(x, pd.DataFrame) and all(isinstance(name, str) for name in x.columns):
         return x.reset_index(drop=True)
-    return named_frame(np.asarray(x), names or ())
+    return named_frame(np.asarray(x), names)
 
 
 def condition_frame(given: Any, conditions: Sequence[Condition]) -> pd.DataFrame:
@@ -72,18 +80,35 @@ def condition_frame(given: Any, conditions: Sequence[Condition]) -> pd.DataFrame
         raise UserError(f'the model has conditions: sample needs given, with {", ".join(names)}')
 
     if isinstance(given, Mapping):
-        keys = [f'column {key}' if isinstance(key, int) else key for key in given]
-        for key in keys:
-            index_of_name(key, names, 'condition')
         is_row = all(np.ndim(value) == 0 for value in given.values())
-        values = [[value] for value in given.values()] if is_row else list(given.values())
-        frame = pd.DataFrame(dict(zip(keys, values)))
+        columns = {}
+        for key, value in given.items():
+            name = condition_name(key, names)
+            columns[name] = [value] if is_row else np.asarray(value)
+        frame = pd.DataFrame(columns)
     elif isinstance(given, pd.DataFrame):
         frame = given
+        require_column_names(frame, 'given')
     else:
-        frame = as_frame(np.atleast_2d(given), names)
+        values = np.asarray(given)
+        if values.ndim < 2:
+            values = values.reshape(-1, len(names)) if values.size % len(names) == 0 else values
+        if values.ndim != 2 or values.shape[1] != len(names):
+            raise UserError(f'given is of shape {np.shape(given)}, not (n, {len(names)})')
+        frame = as_frame(values, names)
 
     missing = [name for name in names if name not in frame]
     if missing:
         raise UserError(f'given lacks {", ".join(missing)}')
     return frame[names].reset_index(drop=True)
+
+
+def condition_name(key: Any, names: Sequence[str]) -> str:
+    """Return the name of a condition that is given by its name, or by its index in the table.
+
+    Raises ``UserError`` with the nearest names where there is none.
+    """
+    if isinstance(key, numbers.Integral):
+        key = f'column {key}'
+    text = str(key)
+    return text if text in names else names[index_of_name(text, names, 'condition')]

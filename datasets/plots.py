@@ -196,7 +196,16 @@ def draw_fan(
         )
     axes.plot(x, quantiles[:, k // 2], color='tab:red', label='median')
     axes.scatter(*points, 8, '0.3', alpha=0.5, linewidths=0, label='data')
-    axes.set(xlabel=truncate(names[0]), ylabel=truncate(names[1]), title=wrap(title))
+    # a few values far out would leave no room for all others
+    low, high = np.quantile(np.append(points[1], quantiles), [0.005, 0.995])
+    margin = 0.1 * (high - low)
+    axes.set(
+        xlabel=truncate(names[0]),
+        ylabel=truncate(names[1]),
+        title=wrap(title),
+        xlim=(x[0], x[-1]),
+        ylim=(low - margin, high + margin),
+    )
     axes.legend(frameon=False)
     return figure
 

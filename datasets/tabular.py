@@ -50,6 +50,7 @@ from .columns import (
 from .images import DAMAGED_IMAGE_ERRORS
 from .own_tables import (
     DAMAGED_TABLE_ERRORS,
+    MAX_COLUMNS,
     PICKLED,
     SUFFIXES,
     BoundedLineFile,
@@ -327,12 +328,9 @@ def load_run_table(
     saved_units = None
     if saved:
         saved_units = saved_table_units(saved)
+        if needs_rows:
+            require_known_table(saved)
         if not config.dataset:
-            if needs_rows:
-                raise UserError(
-                    f'{saved["path"]} was fitted from Python and knows no table: score rows by '
-                    '--evaluate --input=FILE'
-                )
             return saved_units
         is_toy_problem = config.dataset in SAMPLERS or config.dataset in ENERGIES
         if not needs_rows and not is_toy_problem and not has_moved(config, saved['config']):
@@ -353,6 +351,15 @@ def load_run_table(
     if config.max_rows and data.train is not None:
         data = replace(data, train=data.train[: config.max_rows])
     return data
+
+
+def require_known_table(saved: dict[str, Any]) -> None:
+    """Raise ``UserError`` where a checkpoint knows no table, as those from Python."""
+    if not saved['config'].dataset:
+        raise UserError(
+            f'{saved["path"]} was fitted from Python and knows no table: score rows by --evaluate '
+            '--input=FILE'
+        )
 
 
 def saved_table_units(saved: dict[str, Any]) -> TableData:
@@ -408,6 +415,7 @@ def load_toy_problem(name: str) -> TableData:
         mean=np.zeros(2),
         std=np.ones(2),
         sampler=sampler,
+        quantiles=column_quantiles(sampler(np.random.default_rng((10**9, 2)), N_VALIDATION)),
         energy=energy,
         log_z=log_normaliser(energy) if energy else 0.0,
         test_index=np.arange(N_TEST),
@@ -459,6 +467,7 @@ def table_from_units(
     per_column = [units[name] for name in ('columns', 'mean', 'std', 'steps', 'levels')]
     is_valid = (
         all(len(values) == n_columns for values in [*per_column, quantiles])
+        and len(features) <= MAX_COLUMNS
         and ''.join(features).isprintable()
         and len(set(features)) == len(features)
         and len(set(names)) == len(names)
@@ -500,7 +509,7 @@ def has_valid_quantiles(quantiles: list[list[float]]) -> bool:
     if lengths != {len(QUANTILE_LEVELS)}:
         return False
     values = np.array(quantiles)
-    return bool(np.isfinite(values).all() and (np.diff(values, axis=1) >= 0).all())
+    return bool(np.isfinite(values).all() and (values[:, 1:] >= values[:, :-1]).all())
 
 
 def is_valid_condition(entry: dict[str, Any]) -> bool:
@@ -603,6 +612,11 @@ def table_from_frame(
     require_column_names(frame, source)
     options = ColumnOptions(list(frame.columns), drop, condition)
     selection = select_columns(options.names, columns, drop, condition)
+    if 'log_likelihood' in (*selection.columns, *selection.conditions):
+        raise UserError(
+            f'{source}: log_likelihood is a name of what this program writes: add '
+            f'{options.to_drop(["log_likelihood"])}, or rename the column'
+        )
     values = read_values(frame, selection, source, options)
     require_usable(values, selection.columns, options, source, with_test)
     split = split_at_random(len(values), seed, with_test and test_frame is None)
@@ -619,7 +633,7 @@ def table_from_frame(
 
     parts = [(values, frame, source), (values[:0], frame[:0], source)]
     if test_frame is not None:
-        test_frame = match_columns(test_frame, selection, test_source)
+        test_frame = match_columns(test_frame, selection, options.names, test_source)
         test_values = read_values(test_frame, selection, test_source)
         parts[1] = test_values, test_frame, test_source
         test = rows_of_frame(test_frame, data, test_source)
@@ -827,7 +841,7 @@ def likelihood_notes(values: np.ndarray, discrete: Sequence[str]) -> tuple[str, 
 def has_dependent_columns(values: np.ndarray) -> bool:
     """Return whether some columns are a linear function of others."""
     n_rows, n_columns = values.shape
-    if n_columns == 1 or n_rows < n_columns or (values == values[0]).all(axis=0).any():
+    if n_columns == 1 or n_rows <= n_columns or (values == values[0]).all(axis=0).any():
         return False
     correlation = np.corrcoef(values, rowvar=False)
     return np.linalg.eigvalsh(correlation)[0] < 1e-10
@@ -928,14 +942,13 @@ def rows_of_frame(
 ) -> np.ndarray:
     """Return a table of the user's own as rows (N, D + C) in the units of another.
 
-    Columns are found by name, and there may be more of them. In a table without names, they are
-    those of the other table and then its conditions. Discrete columns are spread once, even where
-    they already were. Raises ``UserError`` where columns or cells are missing, or hold text.
+    Columns are found as by ``match_columns``. Discrete ones are spread once, even where they
+    already were. Raises ``UserError`` where columns or cells are missing, or hold text.
     """
     require_column_names(frame, source)
     conditions = tuple(condition.name for condition in like.conditions)
     selection = Selection(like.columns, conditions)
-    table = match_columns(frame, selection, source)
+    table = match_columns(frame, selection, like.features, source)
     values = read_values(table, selection, source)
     context = encode_conditions(table, like.conditions, source)
 
@@ -948,23 +961,31 @@ def rows_of_frame(
 def frame_of_rows(
     rows: np.ndarray, like: TableData, given: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Return rows (N, D) in the own units of a table with the names of its columns.
+    """Return rows (N, D) in the own units of a table with the names of its columns, in its order.
 
-    The conditions among the columns of ``given``, which has N rows, come first.
+    The conditions among the columns of ``given``, which has N rows, are among them.
     """
     table = pd.DataFrame(rows, columns=pd.Index(like.columns, dtype=object))
-    if given is None:
-        return table
-    names = [condition.name for condition in like.conditions]
-    conditions = given[[name for name in names if name in given]]
-    return pd.concat([conditions.reset_index(drop=True), table], axis=1)
+    if given is not None:
+        names = [condition.name for condition in like.conditions if condition.name in given]
+        table = pd.concat([table, given[names].reset_index(drop=True)], axis=1)
+    return table[[name for name in like.used_features if name in table]]
 
 
-def match_columns(frame: pd.DataFrame, selection: Selection, source: str | Path) -> pd.DataFrame:
+def match_columns(
+    frame: pd.DataFrame, selection: Selection, features: Sequence[str], source: str | Path
+) -> pd.DataFrame:
     """Return a table that has the selected columns by name, and may have more.
 
-    Where either has no names, columns are taken to be in order. A last column ``log_likelihood``,
-    as generated rows have it, is then left out. Raises ``UserError`` where columns are missing.
+    Where it or the table that the model was trained on has no names, it has to have all columns of
+    the latter, or those that are used, in the same order. A last column ``log_likelihood``, as
+    generated rows have it, is then left out. Raises ``UserError`` where columns are missing.
+
+    Arguments:
+        frame: the table.
+        selection: the columns and the conditions of the model.
+        features: all columns of the table that the model was trained on.
+        source: where the table comes from.
     """
     wanted = [*selection.columns, *selection.conditions]
     names = list(frame.columns)
@@ -974,18 +995,18 @@ def match_columns(frame: pd.DataFrame, selection: Selection, source: str | Path)
     if names and names[-1] == 'log_likelihood':
         names = names[:-1]
         frame = frame.iloc[:, :-1]
-    if len(names) == len(wanted) and (is_unnamed(names) or is_unnamed(wanted)):
-        renamed = frame.set_axis(wanted, axis=1)
-        pickled = frame.attrs.get(PICKLED, ())
-        renamed.attrs[PICKLED] = [wanted[k] for k, name in enumerate(names) if name in pickled]
-        return renamed
+    used = [name for name in features if name in wanted]
+    if is_unnamed(names) or is_unnamed(features):
+        for own_names in (list(features), used):
+            if len(own_names) == len(names):
+                return rename_columns(frame, own_names)
 
     if set(selection.columns) <= set(names) and not is_unnamed(names):
         require_conditions(frame, selection.conditions, source)
     if len(names) > len(wanted) and not is_unnamed(names) and not is_unnamed(wanted):
         missing = describe_missing(wanted, names)
         raise UserError(f'{source} lacks columns that the model was trained on: {missing}')
-    expected = list_names(wanted)
+    expected = list_names(used)
     if len(names) != len(wanted):
         raise UserError(
             f'{source} has {len(names)} columns, and the model was trained on {len(wanted)}: '
@@ -994,6 +1015,14 @@ def match_columns(frame: pd.DataFrame, selection: Selection, source: str | Path)
     raise UserError(
         f'{source} has columns {list_names(names)}, and the model was trained on {expected}'
     )
+
+
+def rename_columns(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Return a table with other names of its columns. Those that are pickles remain so."""
+    pickled = frame.attrs.get(PICKLED, ())
+    renamed = frame.set_axis(names, axis=1)
+    renamed.attrs[PICKLED] = [new for new, old in zip(names, frame.columns) if old in pickled]
+    return renamed
 
 
 # ------------------------------------------------------------------------------- published tables

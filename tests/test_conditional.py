@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -158,7 +159,7 @@ def test_explain_names_the_cells_that_make_rows_unlikely(trained, tmp_path, caps
     names = ['row', 'log_likelihood', 'percentile', 'column_1', 'gain_1', 'column_2', 'gain_2']
     assert list(scores) == names
     assert scores['column_1'][7] == 'x' and scores['column_1'][11] == 'y'
-    is_low = scores['percentile'] < bnaf.LOW
+    is_low = scores['percentile'] < bnaf.LOW_PERCENTILE
     assert (
         scores['column_1'][~is_low].isna().all() and scores['column_1'][is_low].notna().mean() > 0.8
     )
@@ -174,6 +175,41 @@ def test_explain_names_the_cells_that_make_rows_unlikely(trained, tmp_path, caps
     assert scores['gain_1'][7] == pytest.approx(gain, abs=1e-3)
 
 
+def test_small_tables_have_no_percentiles_and_explain_their_own_lowest_rows(tmp_path, capsys):
+    """One in ten of 60 rows validates, which says little of a percentile."""
+    table = mixed_table(60)[['x', 'y']]
+    table.loc[3, 'x'] += 15
+    table.to_csv(tmp_path / 'few.csv', index=False)
+    words = [f'--dataset={tmp_path}/few.csv', f'--output_dir={tmp_path}', '--n_epochs=20']
+    bnaf.main(['--train', *words, *SMALL])
+    checkpoint = only(tmp_path.glob('bnaf_*/best.pt'))
+    words = [f'--input={tmp_path}/few.csv', f'--scores={tmp_path}/s.csv', '--explain']
+    capsys.readouterr()
+    run('evaluate', checkpoint, *words)
+    scores = pd.read_csv(tmp_path / 's.csv')
+    assert 'percentile' not in scores
+    assert scores['column_1'].notna().sum() == 3 and scores['column_1'][3] == 'x'
+    assert capsys.readouterr().out.count('\nrow ') == 3
+
+
+def test_old_checkpoints_are_explained_once_their_table_is_there(tmp_path, capsys):
+    stored = Path(bnaf.__file__).with_name('tests') / 'checkpoints' / 'bnaf_3.pt'
+    with pytest.raises(ValueError, match='of an older version: train it on'):
+        BNAFDensity.load(stored).explain(np.ones((3, 2)))
+    copy = tmp_path / 'bnaf_3.pt'
+    copy.write_bytes(stored.read_bytes())
+    run('evaluate', copy, '--explain')
+    assert 'row ' in capsys.readouterr().out
+
+
+def test_damaged_quantiles_of_validation_scores(trained, tmp_path, capsys):
+    saved = torch.load(trained)
+    for quantiles in ([math.nan] * 30, [1.0, 0.0] * 20):
+        torch.save({**saved, 'validation_quantiles': quantiles}, tmp_path / 'bad.pt')
+        line = refusal_line(bnaf, capsys, '--evaluate', f'--restore_file={tmp_path}/bad.pt')
+        assert 'is damaged: its validation_quantiles' in line
+
+
 def test_overwrite(trained, tmp_path, capsys):
     words = [f'--scores={tmp_path}/s.csv']
     run('evaluate', trained, *words)
@@ -183,7 +219,7 @@ def test_overwrite(trained, tmp_path, capsys):
     run('evaluate', trained, '--overwrite', *words)
     assert (tmp_path / 's.csv').read_text().startswith('row,log_likelihood,percentile\n')
     run('generate', trained, '--given=city=Rome,old=1', f'--output={tmp_path}/s.csv', '--overwrite')
-    assert (tmp_path / 's.csv').read_text().startswith('city,old,x,y,log_likelihood\n')
+    assert (tmp_path / 's.csv').read_text().startswith('city,x,old,y,log_likelihood\n')
 
 
 # -------------------------------------------------------------------------------------- samples
@@ -196,7 +232,7 @@ def test_samples_follow_what_is_given(trained, tmp_path):
     words = [f'--output={tmp_path}/new.csv', '--n_samples=300']
     run('generate', trained, f'--given={tmp_path}/given.csv', *words)
     table = pd.read_csv(tmp_path / 'new.csv')
-    assert list(table) == ['city', 'old', 'x', 'y', 'log_likelihood']
+    assert list(table) == ['city', 'x', 'old', 'y', 'log_likelihood']
     assert list(table['city']) == 300 * ['Rome'] + 300 * ['Oslo']
     means = table['x'].groupby(table['city']).mean()
     assert means['Rome'] == pytest.approx(7, abs=0.5)
@@ -309,6 +345,20 @@ def test_one_condition_gets_a_fan_without_being_asked(tmp_path, monkeypatch):
     assert picture(monkeypatch, checkpoint)[0] == 'draw_fan'
 
 
+def test_pictures_of_three_columns_given_a_row(tmp_path, monkeypatch, capsys):
+    table = mixed_table(100).assign(z=np.random.default_rng(1).normal(size=100))
+    table.to_csv(tmp_path / 'mixed.csv', index=False)
+    words = [f'--dataset={tmp_path}/mixed.csv', f'--output_dir={tmp_path}', '--n_epochs=1']
+    bnaf.main(['--train', *words, *SMALL, *GIVEN])
+    checkpoint = only(tmp_path.glob('bnaf_*/best.pt'))
+    given = '--given=city=Rome,old=1'
+    kind, (real, drawn, columns, title) = picture(monkeypatch, checkpoint, given, '--vis_dims=z,x')
+    assert kind == 'draw_pairs' and columns == ['z', 'x'] and 'given city=Rome, old=1' in title
+    assert real.shape == drawn.shape == (100, 2)
+    words = ['--visualize', f'--restore_file={checkpoint}', given]
+    assert 'unknown column' in refusal_line(bnaf, capsys, *words, '--vis_dims=nonsense')
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 
@@ -322,6 +372,7 @@ def test_one_condition_gets_a_fan_without_being_asked(tmp_path, monkeypatch):
         (['--generate', '--given=Rome'], '--given takes NAME=VALUE'),
         (['--generate', '--given=none.csv'], 'none.csv: no such table'),
         (['--visualize', '--given=city=Rome'], '--given lacks old'),
+        (['--visualize', '--given=city=Rome,old=1', '--vis_dims=x'], 'more than two columns'),
         (['--evaluate', '--given=city=Rome'], '--given goes with --generate or --visualize'),
         (['--generate', '--condition=city'], 'which has condition=city,old'),
         (['--evaluate', '--explain', '--scores=s.npy'], '--scores should end in .csv'),
@@ -346,4 +397,4 @@ def test_pictures_have_room_for_few_curves(trained_on_x, tmp_path, capsys):
     (tmp_path / 'given.csv').write_text('\n'.join(['y,city', *lines]))
     words = [f'--restore_file={trained_on_x}', f'--given={tmp_path}/given.csv']
     line = refusal_line(bnaf, capsys, '--visualize', *words)
-    assert '9 densities are too many for a picture: at most 8' in line
+    assert '9 densities are too many for a picture: choose at most 8 by --given' in line

@@ -249,6 +249,45 @@ def test_conditions_of_arrays():
     assert model.score_samples(samples).shape == (4,)
 
 
+def test_arrays_in_the_order_of_the_table(conditional):
+    """A table is scored the same with and without the names of its columns."""
+    table = people_table(200)
+    small = {**SMALL, 'n_epochs': 2}
+    for options in ({'condition': ['height']}, {'columns': ['age', 'weight', 'height']}):
+        model = BNAFDensity(**options, **small).fit(table)
+        with pytest.warns(UserWarning, match='valid feature names'):
+            of_array = model.score_samples(table.to_numpy())
+        np.testing.assert_array_equal(of_array, model.score_samples(table))
+    model = BNAFDensity(condition=[0], **small).fit(table.to_numpy())
+    with pytest.warns(UserWarning, match='fitted without feature names'):
+        of_table = model.score_samples(table)
+    np.testing.assert_array_equal(of_table, model.score_samples(table.to_numpy()))
+    model = BNAFDensity(drop=['height'], **small).fit(table)
+    with pytest.warns(UserWarning, match='valid feature names'):
+        of_array = model.score_samples(table.to_numpy())
+    np.testing.assert_array_equal(of_array, model.score_samples(table))
+
+
+def test_one_column_need_not_be_in_a_list_and_may_be_a_number_of_numpy():
+    table = people_table(100)
+    for condition in ('age', 2, np.int64(2), np.array(['age']), ('age',)):
+        model = BNAFDensity(condition=condition, **{**SMALL, 'n_epochs': 1}).fit(table)
+        assert model.data_.columns == ('height', 'weight'), condition
+        assert clone(model).condition is condition or not isinstance(condition, str | int)
+
+
+def test_conditions_in_float32_and_names_that_are_numbers():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({'2020': rng.normal(size=90), '2021': rng.choice([0.1, 0.2, 0.3], 90)})
+    small = {**SMALL, 'n_epochs': 1}
+    model = BNAFDensity(condition=['2021'], **small).fit(table.astype(np.float32))
+    assert model.data_.conditions[0].categories == ('0.1', '0.2', '0.3')
+    assert len(model.sample(2, given={'2021': 0.1})) == 2
+    assert len(model.score_samples(table)) == 90
+    with pytest.raises(ValueError, match='column 1 may be number 1 or number 0'):
+        BNAFDensity(drop=['1'], **small).fit(table.set_axis(['1', '7'], axis=1))
+
+
 def test_samples_repeat_by_random_state(fitted):
     model, _ = fitted
     assert (model.sample(5, random_state=3) == model.sample(5, random_state=3)).all()
@@ -268,6 +307,9 @@ def test_samples_repeat_by_random_state(fitted):
         ({'city': 'Roma', 'old': 1}, "city 'Roma' in row 0 is not among the 2"),
         ({'city': ['Rome', 'Oslo'], 'old': [1]}, 'must be of the same length'),
         ({'city': None, 'old': 1}, 'missing'),
+        ({np.int64(2): 'Rome', 'old': 1}, "unknown condition 'column 2'"),
+        (['Rome'], 'given is of shape (1,), not (n, 2)'),
+        (pd.DataFrame([['Rome', 1, 2]], columns=['city', 'old', 'old']), 'comes twice'),
         (pd.DataFrame({'city': ['Rome']}), 'given lacks old'),
     ],
 )
@@ -285,20 +327,48 @@ def test_given_for_a_model_without_conditions(fitted):
 @pytest.mark.parametrize(
     'options, change, part',
     [
-        ({}, {}, "not numeric: city ('Rome', 2 different): add condition=city"),
+        ({}, {}, "not numeric: city ('Rome', 2 different): add condition=['city'], or"),
         ({'condition': ['town']}, {}, "unknown column 'town': the nearest are"),
         ({'condition': ['city'], 'drop': ['city']}, {}, 'condition and drop both name city'),
-        ({'columns': ['x']}, {'x': 1.0}, 'constant: x: add drop=x'),
+        ({'columns': ['x']}, {'x': 1.0}, "constant: x: add drop=['x']"),
         ({'columns': ['x', 'y']}, {'x': np.nan}, 'missing or infinite values'),
         ({'columns': ['x'], 'lr': 1e6}, {}, 'fit again with a lower lr'),
         ({'columns': ['x'], 'n_flows': 0}, {}, 'n_flows=0 is outside'),
         ({'columns': ['x'], 'residual': 'much'}, {}, 'must be one of none, normal, gated'),
+        ({'columns': ['x'], 'residual': None}, {}, 'residual=None is not'),
+        ({'columns': ['x'], 'n_epochs': 2.5}, {}, 'n_epochs=2.5 is outside'),
+        ({'columns': ['x'], 'n_epochs': True}, {}, 'n_epochs=True is outside'),
+        ({'columns': ['x'], 'dequantize': 'no'}, {}, "dequantize='no' is not"),
+        ({'columns': ['x'], 'lr': [1.0]}, {}, 'lr=[1.0] is outside'),
+        ({'columns': ['x'], 'device': 'gpu'}, {}, "device='gpu' is none of"),
+        ({'condition': ['city', 'old']}, {'x': 'much'}, 'not numeric: x'),
     ],
 )
 def test_bad_fits(options, change, part):
     with pytest.raises(ValueError) as error:
         BNAFDensity(**{**SMALL, **options}).fit(mixed_table().assign(**change))
     assert part in str(error.value) and '--' not in str(error.value), error.value
+
+
+@pytest.mark.parametrize('x', [[1.0, 2.0], None, [[[1.0]]], np.zeros((0, 3))])
+def test_inputs_of_other_shapes(x):
+    for options in ({}, {'condition': [0]}):
+        with pytest.raises(ValueError, match=r'Expected 2D|dim 3|0 sample|NoneType|minimum'):
+            BNAFDensity(**options, **SMALL).fit(x)
+
+
+@pytest.mark.parametrize('n_samples', [0, -1, 2.5, '5', None])
+def test_bad_numbers_of_samples(n_samples, fitted):
+    with pytest.raises((ValueError, TypeError), match='n_samples'):
+        fitted[0].sample(n_samples)
+
+
+def test_hints_are_python():
+    text = "add --drop='id,arrival date' --condition=city,old, or encode them"
+    assert bnaf.as_parameters(text) == (
+        "add drop=['id', 'arrival date'], condition=['city', 'old'], or encode them"
+    )
+    assert bnaf.as_parameters('add --dequantize: --drop=0') == "add dequantize: drop=['0']"
 
 
 def test_tables_of_one_row_and_of_two():
@@ -317,7 +387,7 @@ def test_discrete_columns_warn_and_can_be_spread():
     assert set(model.sample(100).ravel()) <= set(x.ravel())
 
 
-def test_explain_finds_spoilt_cells():
+def test_explain_finds_spoilt_cells(monkeypatch):
     """Of rows with one cell spoilt that are found, nine in ten name it first."""
     rng = np.random.default_rng(0)
     model = BNAFDensity(n_flows=2, hidden_dim=4, n_epochs=60, batch_size=50, ema_decay=0.9)
@@ -331,6 +401,8 @@ def test_explain_finds_spoilt_cells():
     found = model.score_samples(new)[spoilt] < threshold
     gains = model.explain(new[spoilt])
     assert gains.shape == (50, 5) and found.mean() > 0.9
+    monkeypatch.setattr(bnaf, 'ROWS_AT_ONCE', 63)  # three rows of 21 quantiles
+    np.testing.assert_allclose(model.explain(new[spoilt]), gains, atol=1e-12)
     assert (gains.argmax(1) == cells)[found].mean() >= 0.9
 
 
@@ -364,7 +436,7 @@ def test_the_command_reads_what_the_estimator_saves(conditional, tmp_path, capsy
 
     words = [f'--restore_file={path}', f'--output={tmp_path}/o.csv', '--n_samples=9']
     bnaf.main(['--generate', '--given=city=Rome,old=1', *words])
-    assert list(pd.read_csv(tmp_path / 'o.csv'))[:2] == ['city', 'old']
+    assert list(pd.read_csv(tmp_path / 'o.csv')) == ['city', 'x', 'old', 'y', 'log_likelihood']
     for mode in ('evaluate', 'visualize', 'check', 'train'):
         line = refusal_line(bnaf, capsys, f'--{mode}', f'--restore_file={path}')
         assert 'model.pt was fitted from Python and knows no table' in line and '--input' in line
@@ -397,6 +469,18 @@ def copy_of_resolved(model):
     """Return the parameters that ``fit`` had to choose, as a checkpoint has them."""
     config = model.build_config(400)
     return {name: getattr(config, name) for name in bnaf.OF_FEW_ROWS}
+
+
+def test_gains_have_the_names_of_the_columns(conditional):
+    model, table = conditional
+    gains = model.explain(table.head(3))
+    assert list(gains) == ['x', 'y'] and len(gains) == 3
+
+
+def test_places_where_no_model_can_be_saved(fitted, tmp_path):
+    for path in (tmp_path, tmp_path / 'none' / 'model.pt'):
+        with pytest.raises(ValueError, match='is a folder, or in none'):
+            fitted[0].save(path)
 
 
 def test_files_that_are_no_models(tmp_path):
