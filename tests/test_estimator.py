@@ -418,6 +418,7 @@ def test_the_readmes_python(tmp_path, monkeypatch):
     assert names['log_p'].shape == (200,) and np.isfinite(names['log_p']).all()
     assert list(names['rows']) == list(table) and len(names['rows']) == 1000
     assert (names['rows_of_40']['age'] == 40).all()
+    assert list(names['gains']) == list(table) and Path('model.pt').exists()
     assert names['rows_of_40']['height'].mean() == pytest.approx(table['height'].mean(), abs=3)
 
 
