@@ -88,8 +88,10 @@ from common.runs import (
     require_launcher,
     stop_if_diverged,
 )
-from datasets.columns import Condition, encode_conditions, parse_given
+from datasets.anomalies import cause_columns, lowest_rows, print_causes, score_columns
+from datasets.columns import encode_conditions, parse_given
 from datasets.inputs import condition_frame, input_frame
+from datasets.learned import draw_learned
 from datasets.own_tables import (
     frame_of_columns,
     is_own_table,
@@ -98,7 +100,7 @@ from datasets.own_tables import (
     require_numbers,
     save_table,
 )
-from datasets.plots import draw_curves, draw_density, draw_fan, draw_pairs, save_figure
+from datasets.plots import save_figure
 from datasets.tabular import (
     TABLES,
     TableData,
@@ -119,12 +121,6 @@ NAME = 'bnaf'
 ITEMS = 'rows'
 RESIDUALS = ('none', 'normal', 'gated')
 EPOCH_BATCHES = 100  # of data that is drawn anew at each step
-FAN_LEVELS = (0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975)  # of quantiles along a condition
-N_ALONG, MOST_CURVES = 200, 8  # conditions along which these are drawn; densities in one picture
-LEAST_QUANTILES = 20  # of validation scores, below which there are no percentiles
-LOW_PERCENTILE = 5.0  # of the validation scores, below which --explain explains
-N_CAUSES = 3  # columns that it names for each row
-MOST_EXPLAINED, N_PRINTED = 1_000, 5  # rows
 SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
 LOG_STEPS = 20
 ROWS_AT_ONCE = 10_000  # outside training
@@ -1731,11 +1727,11 @@ def evaluate(
     losses = row_losses(objective, rows, process)
 
     indices = np.arange(len(rows)) if request.input else data.test_index
-    scores = {'row': indices, 'log_likelihood': -losses.numpy()}
-    if len(saved['validation_quantiles']) >= LEAST_QUANTILES:
-        scores['percentile'] = percentiles(scores['log_likelihood'], saved)
+    scores = score_columns(-losses.numpy(), indices, saved['validation_quantiles'], saved['path'])
     if request.explain:
-        scores |= explain_rows(objective, data, rows, scores, process)
+        lowest = lowest_rows(scores)
+        gains = cell_gains(objective, data, rows[lowest], process)
+        scores |= cause_columns(len(rows), data.columns, lowest, gains)
     if process.rank > 0:
         return
 
@@ -1776,58 +1772,6 @@ def quantiles_of_scores(scores: Tensor) -> list[float]:
     return np.quantile(scores.numpy(), levels).tolist()
 
 
-def percentiles(scores: np.ndarray, saved: dict[str, Any]) -> np.ndarray:
-    """Return the percentiles of log-likelihoods (N,) among those of the validation rows.
-
-    Raises ``UserError`` where the checkpoint ``saved`` has something other than quantiles of these.
-    """
-    quantiles = np.array(saved['validation_quantiles'])
-    if not (np.isfinite(quantiles).all() and (quantiles[1:] >= quantiles[:-1]).all()):
-        raise UserError(f'{saved["path"]} is damaged: its validation_quantiles are no quantiles')
-    return np.interp(scores, quantiles, np.linspace(0, 100, len(quantiles)))
-
-
-def lowest_rows(scores: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the indices of the rows that ``--explain`` explains, the least likely one first.
-
-    They are those below ``LOW_PERCENTILE`` of the validation rows or, where that is not known, as
-    many of the rows themselves.
-    """
-    order = np.argsort(scores['log_likelihood'], kind='stable')
-    if 'percentile' in scores:
-        return order[scores['percentile'][order] < LOW_PERCENTILE]
-    return order[: math.ceil(len(order) * LOW_PERCENTILE / 100)]
-
-
-def explain_rows(
-    objective: Objective,
-    data: TableData,
-    rows: np.ndarray,
-    scores: dict[str, np.ndarray],
-    process: Process,
-) -> dict[str, np.ndarray]:
-    """Return the columns of ``--explain``: which cells make the least likely rows so.
-
-    They are named, with their gains, for the rows of ``lowest_rows``.
-    """
-    lowest = lowest_rows(scores)[:MOST_EXPLAINED]
-    gains = cell_gains(objective, data, rows[lowest], process)
-
-    n_rows, names = len(rows), np.array(data.columns, dtype=object)
-    columns: dict[str, np.ndarray] = {}
-    best_first = np.argsort(-gains, axis=1, kind='stable')
-    for rank in range(min(N_CAUSES, len(names))):
-        k = best_first[:, rank]
-        gain = np.full(n_rows, np.nan)
-        gain[lowest] = gains[np.arange(len(lowest)), k]
-        name = np.full(n_rows, '', dtype=object)
-        name[lowest] = names[k]
-        helps = gain > 0
-        columns[f'column_{rank + 1}'] = np.where(helps, name, '')
-        columns[f'gain_{rank + 1}'] = np.where(helps, gain, np.nan)
-    return columns
-
-
 def cell_gains(
     objective: Objective, data: TableData, rows: np.ndarray, process: Process
 ) -> np.ndarray:
@@ -1851,23 +1795,6 @@ def cell_gains(
             best = row_losses(objective, changed, process).view(-1, n_levels).amin(1)
             gains[some, k] = losses[some] - best.numpy()
     return gains
-
-
-def print_causes(scores: dict[str, np.ndarray]) -> None:
-    """Print the least likely rows, at most ``N_PRINTED``, and the cells that make them so."""
-    lowest = lowest_rows(scores)
-    if not len(lowest):
-        print(f'no row is below percentile {LOW_PERCENTILE:g} of the validation rows')
-    for i in lowest[:N_PRINTED]:
-        causes = []
-        for rank in range(1, N_CAUSES + 1):
-            name = scores.get(f'column_{rank}', {i: ''})[i]
-            if name:
-                causes.append(f'{name} (+{scores[f"gain_{rank}"][i]:.1f})')
-        print(
-            f'row {scores["row"][i]}: {scores["log_likelihood"][i]:.2f} nats: '
-            f'{", ".join(causes) or "no single cell"}'
-        )
 
 
 def directions(model: BNAF, data: TableData) -> tuple[Callable, Callable]:
@@ -1971,26 +1898,46 @@ def generate(model: BNAF, data: TableData, path: Path, config: Config, request: 
     save_table(output, table)
 
 
-@torch.no_grad()
-def density(
-    model: BNAF, data: TableData, points: np.ndarray, context: np.ndarray | None = None
-) -> np.ndarray:
-    """Return p at points (N, D) in the data's own units; 0 where the flow does not reach.
+class Learned:
+    """What a model of a table has learned, in the table's own units, for pictures.
 
-    ``context`` is of shape (N, C), or (1, C) for all points.
+    Contexts are of shape (N, C), and None for a model without conditions. The model is converted
+    to float64.
     """
-    _, to_noise = directions(model.double(), data)
-    device = next(model.parameters()).device
-    rows = torch.from_numpy((points - data.mean) / data.std).to(device)
-    contexts = torch.zeros(len(rows), 0, dtype=torch.float64)
-    if context is not None:
-        contexts = torch.from_numpy(context).double().expand(len(rows), -1)
-    log_p = []
-    for x, given in zip(rows.split(ROWS_AT_ONCE), contexts.to(device).split(ROWS_AT_ONCE)):
-        z, logdet = to_noise(x) if context is None else to_noise(x, given)
-        log_p.append(log_normal(z) + logdet)
-    p = torch.cat(log_p).exp().nan_to_num(0.0).cpu().numpy()
-    return p / data.std.prod()
+
+    def __init__(self, model: BNAF, data: TableData, seed: int) -> None:
+        self.model, self.data, self.seed = model.double(), data, seed
+        self.like = next(model.parameters())
+
+    def sample(self, n: int, context: np.ndarray | None = None) -> np.ndarray:
+        """Draw n rows (n, D), one for each context."""
+        return sample_rows(self.model, self.data, n, 1.0, self.seed, context)[0]
+
+    @torch.no_grad()
+    def density(self, points: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
+        """Return p at points (N, D), given one context; 0 where the flow does not reach."""
+        _, to_noise = directions(self.model, self.data)
+        rows = torch.from_numpy((points - self.data.mean) / self.data.std).to(self.like)
+        log_p = []
+        for x in rows.split(ROWS_AT_ONCE):
+            given = []
+            if context is not None:
+                given = [torch.from_numpy(context).to(self.like).expand(len(x), -1)]
+            z, logdet = to_noise(x, *given)
+            log_p.append(log_normal(z) + logdet)
+        p = torch.cat(log_p).exp().nan_to_num(0.0).cpu().numpy()
+        return p / self.data.std.prod()
+
+    @torch.no_grad()
+    def quantiles(self, levels: tuple[float, ...], context: np.ndarray) -> np.ndarray:
+        """Return quantiles of the only column given each context, (N, k).
+
+        All flows increase, so they are what the quantiles of the noise are mapped to.
+        """
+        z = torch.special.ndtri(torch.tensor(levels, dtype=torch.float64)).to(self.like)
+        contexts = torch.from_numpy(context).to(self.like).repeat_interleave(len(z), 0)
+        x, _ = self.model.inverse(z.repeat(len(context))[:, None], contexts)
+        return self.data.to_own_units(x.cpu().numpy()).reshape(len(context), len(z))
 
 
 def visualize(
@@ -2001,180 +1948,13 @@ def visualize(
     process: Process,
     request: Request,
 ) -> None:
-    """Save a picture of what was learned.
-
-    With two variables it shows the target, the learned density and samples, side by side. With
-    more it shows each pair of columns: data below the diagonal, samples above it. Of a model with
-    conditions, ``draw_conditional`` shows the density for those of ``--given``. Without them, each
-    sample has the conditions of a test row.
-
-    Columns that ``--dequantize`` has spread are spread in the first picture, as is the density
-    that it compares them with, and are on the values of the table in the second.
-    """
-    n_columns, context = len(data.columns), None
-    if request.vis_dims and n_columns == 2 and not data.conditions:
-        raise UserError(
-            '--vis_dims is for more than two columns: the density of two is drawn whole'
-        )
+    """Save a picture of what was learned: see ``draw_learned``."""
     single = Process(rank=0, world_size=1, device=process.device)
     loss = row_losses(Objective(model, data), data.test, single).mean().item()
     title = f'{Path(config.dataset).stem}: {format_score(config, loss)}'
-
-    is_fan = n_columns == 1 and len(data.conditions) == 1
-    if request.given or is_fan:
-        figure = draw_conditional(model, data, request, config.seed, title)
-    elif n_columns == 2 and not data.conditions:
-        samples, _ = sample_rows(model, data, 50_000, 1.0, config.seed)
-        figure = draw_density(data, samples, partial(density, model, data), title)
-    else:
-        rows = data.head(1500)
-        if data.conditions:
-            context = rows[:, n_columns:]
-        figure = draw_samples(model, data, rows, context, request.vis_dims, config.seed, title)
+    learned = Learned(model, data, config.seed)
+    figure = draw_learned(learned, data, request.given, request.vis_dims, title)
     save_figure(path.with_name('visualization.png'), figure)
-
-
-def draw_samples(
-    model: BNAF,
-    data: TableData,
-    rows: np.ndarray,
-    context: np.ndarray | None,
-    vis_dims: list[str] | None,
-    seed: int,
-    title: str,
-) -> Any:
-    """Draw pairs of columns of standardised rows, and of as many samples."""
-    chosen = list(range(min(8, len(data.columns))))
-    if vis_dims:
-        chosen = [data.column_index(text) for text in vis_dims]
-    real = data.quantize(data.to_own_units(rows))
-    drawn, _ = sample_rows(model, data, len(real), 1.0, seed, context)
-    drawn = data.quantize(drawn)
-    columns = [data.columns[k] for k in chosen]
-    title += '; data grey, samples orange'
-    return draw_pairs(real[:, chosen], drawn[:, chosen], columns, title)
-
-
-def draw_conditional(model: BNAF, data: TableData, request: Request, seed: int, title: str) -> Any:
-    """Draw the density given the conditions of ``--given``.
-
-    Of one column it is a curve for each row of conditions. One of these may be left out: a category
-    gets a curve for each of its values, and a number the quantiles along it. Two columns get a
-    picture of the plane, and more get samples beside the data, for one row of conditions.
-    """
-    names = [condition.name for condition in data.conditions]
-    given = parse_given(request.given, names) if request.given else None
-    free = [c for c in data.conditions if given is None or c.name not in given]
-    n_columns = len(data.columns)
-    if len(free) > (n_columns == 1):
-        lacks = ', '.join(condition.name for condition in free)
-        raise UserError(f'--given lacks {lacks}; only of one column may one condition be left out')
-    if request.vis_dims and n_columns < 3:
-        raise UserError('--vis_dims is for pictures of more than two columns')
-    if free:
-        return draw_along(model, data, given, free[0], title)
-
-    context = encode_conditions(given, data.conditions, '--given')
-    labels = labels_of(given, names)
-    if n_columns == 1:
-        return draw_density_of_column(model, data, labels, context, title)
-    if len(labels) > 1:
-        raise UserError('--visualize takes one row of --given where there are several columns')
-    title = f'{title}, given {labels[0]}'
-    if n_columns > 2:
-        rows = data.head(1500)
-        contexts = context.repeat(len(rows), 0)
-        return draw_samples(model, data, rows, contexts, request.vis_dims, seed, title)
-    samples, _ = sample_rows(model, data, 50_000, 1.0, seed, context.repeat(50_000, 0))
-    return draw_density(data, samples, partial(density, model, data, context=context), title)
-
-
-def draw_along(model: BNAF, data: TableData, given: Any, free: Condition, title: str) -> Any:
-    """Draw the density of one column along a condition, given one row of the others.
-
-    The data that are drawn beside quantiles are of the same categories.
-    """
-    rows, others = data.head(5000), {}
-    if given is not None:
-        others = {c.name: c.encode(given[c.name], '--given') for c in data.conditions if c != free}
-        title = f'{title}, given {", ".join(labels_of(given, list(others)))}'
-        if len(given) > 1:
-            raise UserError(f'--given has several rows, and they lack {free.name}')
-
-    contexts = contexts_of_rows(data, rows)
-    is_alike = np.ones(len(rows), dtype=bool)
-    for condition in data.conditions:
-        if condition != free and condition.categories:
-            is_alike &= (contexts[condition.name] == others[condition.name]).all(axis=1)
-    along = contexts[free.name]
-    if not is_alike.any():
-        is_alike[:] = True
-    values = np.linspace(*np.quantile(along[is_alike], [0.005, 0.995]), N_ALONG)[:, None]
-    if free.categories:
-        values = np.eye(free.width)
-
-    blocks = []
-    for condition in data.conditions:
-        block = values if condition == free else others[condition.name]
-        blocks.append(np.broadcast_to(block, (len(values), condition.width)))
-    context = np.hstack(blocks)
-    if free.categories:
-        labels = [f'{free.name}={category}' for category in free.categories]
-        return draw_density_of_column(model, data, labels, context, title)
-
-    x = free.mean + free.std * along[is_alike, 0]
-    points = x, data.to_own_units(rows[is_alike])[:, 0]
-    quantiles = quantiles_along(model, data, context)
-    x_of_quantiles = free.mean + free.std * values[:, 0]
-    names = free.name, data.columns[0]
-    return draw_fan(x_of_quantiles, quantiles, FAN_LEVELS, points, names, title)
-
-
-def contexts_of_rows(data: TableData, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the encoded values (N, width) of each condition in rows (N, D + C)."""
-    contexts, start = {}, len(data.columns)
-    for condition in data.conditions:
-        contexts[condition.name] = rows[:, start : start + condition.width]
-        start += condition.width
-    return contexts
-
-
-def labels_of(given: Any, names: list[str]) -> list[str]:
-    """Return each row of conditions as text."""
-    return [', '.join(f'{name}={row[name]}' for name in names) for _, row in given.iterrows()]
-
-
-@torch.no_grad()
-def quantiles_along(model: BNAF, data: TableData, context: np.ndarray) -> np.ndarray:
-    """Return the quantiles ``FAN_LEVELS`` of the only column given each context (N, C).
-
-    They are of shape (N, k). All flows increase, so they are what the quantiles of the noise are
-    mapped to.
-    """
-    like = next(model.double().parameters())
-    z = torch.special.ndtri(torch.tensor(FAN_LEVELS, dtype=torch.float64)).to(like)
-    contexts = torch.from_numpy(context).to(like).repeat_interleave(len(z), 0)
-    x, _ = model.inverse(z.repeat(len(context))[:, None], contexts)
-    return data.to_own_units(x.cpu().numpy()).reshape(len(context), len(z))
-
-
-def draw_density_of_column(
-    model: BNAF, data: TableData, labels: list[str], context: np.ndarray, title: str
-) -> Any:
-    """Draw the density of the only column for each context (n, C), over a histogram of data."""
-    if len(labels) > MOST_CURVES:
-        raise UserError(
-            f'{len(labels)} densities are too many for a picture: choose at most {MOST_CURVES} '
-            'by --given=TABLE'
-        )
-    values = data.to_own_units(data.head(5000))[:, 0]
-    low, high = np.quantile(values, [0.01, 0.99])
-    margin = 0.25 * (high - low)
-    x = np.linspace(low - margin, high + margin, 500)
-    curves = {}
-    for label, row in zip(labels, context):
-        curves[label] = density(model, data, x[:, None], row[None])
-    return draw_curves(x, curves, values, data.columns[0], title)
 
 
 @torch.no_grad()

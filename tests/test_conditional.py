@@ -14,7 +14,7 @@ from test_estimator import mixed_table
 
 import bnaf
 from bnaf import BNAFDensity
-from datasets import plots
+from datasets import anomalies, learned, plots
 from datasets.tabular import load_run_table
 
 SMALL = ['--n_flows=2', '--hidden_dim=4', '--batch_size=50', '--ema_decay=0.9']
@@ -153,13 +153,13 @@ def test_explain_names_the_cells_that_make_rows_unlikely(trained, tmp_path, caps
     )
     out = capsys.readouterr().out
     assert 'row 7: ' in out and 'nats: x (+' in out and 'row 11: ' in out and 'nats: y (+' in out
-    assert out.count('row ') <= bnaf.N_PRINTED
+    assert out.count('row ') <= anomalies.N_PRINTED
 
     scores = pd.read_csv(tmp_path / 's.csv')
     names = ['row', 'log_likelihood', 'percentile', 'column_1', 'gain_1', 'column_2', 'gain_2']
     assert list(scores) == names
     assert scores['column_1'][7] == 'x' and scores['column_1'][11] == 'y'
-    is_low = scores['percentile'] < bnaf.LOW_PERCENTILE
+    is_low = scores['percentile'] < anomalies.LOW_PERCENTILE
     assert (
         scores['column_1'][~is_low].isna().all() and scores['column_1'][is_low].notna().mean() > 0.8
     )
@@ -299,7 +299,7 @@ def picture(monkeypatch, checkpoint, *words):
             drawn.append((name, arguments))
             return draw(*arguments)
 
-        monkeypatch.setattr(bnaf, name, remember)
+        monkeypatch.setattr(learned, name, remember)
     file = checkpoint.with_name('visualization.png')
     file.unlink(missing_ok=True)
     run('visualize', checkpoint, *words)
@@ -393,7 +393,7 @@ def test_given_for_a_model_without_conditions(trained_bnaf, capsys):
 
 
 def test_pictures_have_room_for_few_curves(trained_on_x, tmp_path, capsys):
-    lines = [f'{k},Rome' for k in range(bnaf.MOST_CURVES + 1)]
+    lines = [f'{k},Rome' for k in range(learned.MOST_CURVES + 1)]
     (tmp_path / 'given.csv').write_text('\n'.join(['y,city', *lines]))
     words = [f'--restore_file={trained_on_x}', f'--given={tmp_path}/given.csv']
     line = refusal_line(bnaf, capsys, '--visualize', *words)

@@ -1,0 +1,96 @@
+"""Tables of scores: how unlikely each row is, and which of its cells make it so."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+
+LEAST_VALIDATION_ROWS = 20  # fewer say little of a percentile
+LOW_PERCENTILE = 5.0  # rows below it are explained
+MOST_EXPLAINED, N_PRINTED = 1_000, 5  # rows
+N_CAUSES = 3  # columns that are named for each row
+
+Columns = dict[str, np.ndarray]
+
+
+def score_columns(
+    log_likelihoods: np.ndarray, indices: np.ndarray, quantiles: list[float], path: Path
+) -> Columns:
+    """Return the columns of a table of scores: row, log_likelihood, percentile.
+
+    The percentile is that among the validation rows, if enough of them are known.
+
+    Arguments:
+        log_likelihoods: those of the rows, (N,).
+        indices: which rows of their table they are, (N,).
+        quantiles: of the log-likelihoods of the validation rows, as the checkpoint has them.
+        path: the checkpoint, for messages.
+    """
+    columns = {'row': indices, 'log_likelihood': log_likelihoods}
+    if len(quantiles) < LEAST_VALIDATION_ROWS:
+        return columns
+    known = np.array(quantiles)
+    if not (np.isfinite(known).all() and (known[1:] >= known[:-1]).all()):
+        raise UserError(f'{path} is damaged: its validation_quantiles are no quantiles')
+    levels = np.linspace(0, 100, len(known))
+    return {**columns, 'percentile': np.interp(log_likelihoods, known, levels)}
+
+
+def lowest_rows(scores: Columns) -> np.ndarray:
+    """Return the places of the rows to be explained, the least likely one first.
+
+    They are those below ``LOW_PERCENTILE`` of the validation rows or, where that is not known, as
+    many of the rows themselves; at most ``MOST_EXPLAINED``.
+    """
+    order = np.argsort(scores['log_likelihood'], kind='stable')
+    if 'percentile' in scores:
+        lowest = order[scores['percentile'][order] < LOW_PERCENTILE]
+    else:
+        lowest = order[: math.ceil(len(order) * LOW_PERCENTILE / 100)]
+    return lowest[:MOST_EXPLAINED]
+
+
+def cause_columns(
+    n_rows: int, names: Sequence[str], lowest: np.ndarray, gains: np.ndarray
+) -> Columns:
+    """Return the columns that explain scores: column_1, gain_1, and so on, up to ``N_CAUSES``.
+
+    Arguments:
+        n_rows: all rows. Those that are not explained have empty cells.
+        names: the names of the D columns of the density.
+        lowest: the places of the k rows that are explained.
+        gains: how far the log-likelihood of these would rise with a better cell, (k, D).
+    """
+    columns: Columns = {}
+    best_first = np.argsort(-gains, axis=1, kind='stable')
+    for rank in range(min(N_CAUSES, len(names))):
+        best = best_first[:, rank]
+        gain = np.full(n_rows, np.nan)
+        gain[lowest] = gains[np.arange(len(lowest)), best]
+        name = np.full(n_rows, '', dtype=object)
+        name[lowest] = np.array(names, dtype=object)[best]
+
+        helps = gain > 0
+        columns[f'column_{rank + 1}'] = np.where(helps, name, '')
+        columns[f'gain_{rank + 1}'] = np.where(helps, gain, np.nan)
+    return columns
+
+
+def print_causes(scores: Columns) -> None:
+    """Print the least likely rows, at most ``N_PRINTED``, and the cells that make them so."""
+    lowest = lowest_rows(scores)
+    if not len(lowest):
+        print(f'no row is below percentile {LOW_PERCENTILE:g} of the validation rows')
+    for i in lowest[:N_PRINTED]:
+        causes = []
+        for rank in range(1, N_CAUSES + 1):
+            if f'column_{rank}' in scores and scores[f'column_{rank}'][i]:
+                gain = scores[f'gain_{rank}'][i]
+                causes.append(f'{scores[f"column_{rank}"][i]} (+{gain:.1f})')
+        print(
+            f'row {scores["row"][i]}: {scores["log_likelihood"][i]:.2f} nats: '
+            f'{", ".join(causes) or "no single cell"}'
+        )
