@@ -12,6 +12,11 @@ import bnaf
 import glow
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """Name bytes by their argument: some hold the time, and all processes need the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def convolutions_of_a_gpu(monkeypatch):
     """Convolutions and products round their operands to TF32 where it is allowed, as on a GPU."""

@@ -512,7 +512,7 @@ def test_targets_of_single_figures():
 @pytest.mark.parametrize('residual', ['gated', 'none'])
 def test_bisection_inverts(residual):
     config = bnaf.Config(residual=residual, n_flows=2, hidden_dim=5)
-    model = bnaf.build_model(config, [3]).double()
+    model = bnaf.build_model(config, [3, 0]).double()
     x = torch.randn(6, 3, dtype=torch.float64)
     with torch.no_grad():
         z, _ = model(x)

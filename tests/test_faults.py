@@ -55,8 +55,8 @@ def harness(tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_at_any_moment(harness):
-    counts = faults.check_kills(harness, 4, (('glow, digits', 1), ('bnaf, a table', 2)))
-    assert counts['kills'] == 4
+    counts = faults.check_kills(harness, 3, (('bnaf, a table', 2), ('glow, digits', 1)))
+    assert counts['kills'] == 3
     assert counts['trainings that ended equal to the bit'] >= 2
 
 
@@ -112,14 +112,15 @@ def test_numbers(harness):
 
 @pytest.mark.slow
 def test_other_numbers_of_processes(harness):
-    figures = faults.check_resizing(harness, ['bnaf, a toy'], sizes=(1, 4, 2))
+    figures = faults.check_resizing(harness, ['bnaf, a toy'], sizes=(1, 2, 1))
     (case,) = figures['images or rows after each start'].values()
     assert case['unbroken'] == case['resized'][-1] == 5000
 
 
 @pytest.mark.slow
 def test_which_run_is_meant(harness):
-    assert faults.check_choice(harness, ['bnaf']) == {'commands that took the right run': 7}
+    counts = faults.check_choice(harness, ['bnaf'], slice(1, 6, 2))  # each mode once
+    assert counts == {'commands that took the right run': 3}
 
 
 @pytest.mark.slow

@@ -271,6 +271,15 @@ def test_a_proxy_of_the_environment(server, tmp_path, monkeypatch):
     assert server.requests == [(url, None)]
 
 
+def download_with_own_lock(file, path):
+    """Download without the lock of the progress bars, which a killed process would never release.
+
+    A process that is forked shares it with this one.
+    """
+    fetch.tqdm.set_lock(threading.RLock())
+    fetch.download(file, path)
+
+
 @pytest.mark.slow
 @needs_fork
 def test_killed_while_downloading(server, tmp_path):
@@ -279,7 +288,7 @@ def test_killed_while_downloading(server, tmp_path):
     part = tmp_path / 'file.part'
     server.plans['/a/file'] = ['slow']
     process = multiprocessing.get_context('fork').Process(
-        target=fetch.download, args=(file, tmp_path / 'file')
+        target=download_with_own_lock, args=(file, tmp_path / 'file')
     )
     process.start()
     while not part.exists() or part.stat().st_size < 100_000:
@@ -559,23 +568,26 @@ def damage_first_member(archive: bytes) -> bytes:
     return archive[:i] + bytes([archive[i] ^ 255]) + archive[i + 1 :]
 
 
-@pytest.mark.parametrize(
-    'content, words',
-    [
-        (tar_of_member(kind=tarfile.SYMTYPE), 'not to be trusted'),
-        (tar_of_member(kind=tarfile.LNKTYPE), 'not to be trusted'),
-        (tar_of_member(kind=tarfile.CHRTYPE), 'not to be trusted'),
-        (tar_of_member(kind=tarfile.FIFOTYPE), 'not to be trusted'),
-        (zip_of_members('wanted1', mode=0o120777), 'not to be trusted'),  # a symbolic link
-        (zip_of_members('a/wanted1', 'wanted1'), 'not to be trusted'),
-        (zip_of_members('wanted1', content=bytes(2**21)), 'unpacks to over 1,000,000 bytes'),
-        (zip_of_members('wanted1')[:-30], 'nothing that is wanted'),
-        (damage_first_member(zip_of_members('wanted1')), 'cannot be unpacked'),
-        (gzip.compress(tar_of_member())[:-20], 'cannot be unpacked'),
-        (zip_of_members('other', '/etc/other', '../../other'), 'nothing that is wanted'),
-        (b'', 'nothing that is wanted'),
-    ],
-)
+HOSTILE_ARCHIVES = {  # what the archive is: its content, and part of the line that refuses it
+    'symbolic link in tar': (tar_of_member(kind=tarfile.SYMTYPE), 'not to be trusted'),
+    'hard link': (tar_of_member(kind=tarfile.LNKTYPE), 'not to be trusted'),
+    'device': (tar_of_member(kind=tarfile.CHRTYPE), 'not to be trusted'),
+    'pipe': (tar_of_member(kind=tarfile.FIFOTYPE), 'not to be trusted'),
+    'symbolic link in zip': (zip_of_members('wanted1', mode=0o120777), 'not to be trusted'),
+    'two of one name': (zip_of_members('a/wanted1', 'wanted1'), 'not to be trusted'),
+    'too large': (
+        zip_of_members('wanted1', content=bytes(2**21)),
+        'unpacks to over 1,000,000 bytes',
+    ),
+    'cut off zip': (zip_of_members('wanted1')[:-30], 'nothing that is wanted'),
+    'damaged zip': (damage_first_member(zip_of_members('wanted1')), 'cannot be unpacked'),
+    'cut off tar': (gzip.compress(tar_of_member())[:-20], 'cannot be unpacked'),
+    'others': (zip_of_members('other', '/etc/other', '../../other'), 'nothing that is wanted'),
+    'empty': (b'', 'nothing that is wanted'),
+}
+
+
+@pytest.mark.parametrize('content, words', HOSTILE_ARCHIVES.values(), ids=HOSTILE_ARCHIVES)
 def test_hostile_archives(content, words, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, 'MAX_UNPACKED', 10**6)
     (tmp_path / 'archive').write_bytes(content)

@@ -8,6 +8,7 @@ import pickle
 import select
 import shutil
 import struct
+import threading
 import time
 from pathlib import PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from tiny_data import (
     write_mnist,
     write_table,
 )
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import path_hash
@@ -799,10 +801,19 @@ def test_a_file_system_that_cannot_reserve_space(number, folder, monkeypatch):
     assert reserved == [cache.stat().st_size]
 
 
+def load_with_own_lock(*args):
+    """Load images without the lock of the progress bars, which a killed process never releases.
+
+    A process that is forked shares it with this one.
+    """
+    tqdm.set_lock(threading.RLock())
+    load_images(*args)
+
+
 def load_and_kill(folder, seconds):
     """Load the images of a folder in a process, and kill that process after some time."""
     context = multiprocessing.get_context('fork')
-    process = context.Process(target=load_images, args=('folder', folder, 48))
+    process = context.Process(target=load_with_own_lock, args=('folder', folder, 48))
     alive, inherited = os.pipe()
     process.start()
     os.close(inherited)

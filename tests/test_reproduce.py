@@ -381,7 +381,7 @@ def done(tmp_path_factory):
     """The folder of a call that has trained two tiny models side by side, and its output."""
     folder = tmp_path_factory.mktemp('done')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduce, 'UPDATE_SECONDS', 1)
+        patch.setattr(reproduce, 'UPDATE_SECONDS', 5)
         lines = []
         patch.setattr(reproduce, 'say', lambda name, text: lines.append((name, text)))
         reproduce.main(call_words(folder, *TINY))
