@@ -2333,7 +2333,7 @@ class BNAFDensity(DensityMixin, BaseEstimator):
 def train_in_memory(run: Training, is_shown: bool) -> bytes:
     """Train to the end. Returns the checkpoint with the best validation score.
 
-    Raises ``UserError`` where the validation score is not finite.
+    Raises ``UserError`` where it diverges.
     """
     n_steps = math.ceil(run.config.n_epochs * run.n_per_epoch / run.n_per_step)
     best = io.BytesIO()
@@ -2345,7 +2345,8 @@ def train_in_memory(run: Training, is_shown: bool) -> bytes:
                 continue
 
             run.validate(None)
-            if not math.isfinite(run.validation_loss):
+            is_stuck = int(run.skips_in_a_row) > Request.max_skips
+            if is_stuck or not math.isfinite(run.validation_loss):
                 raise UserError(f'training diverged at step {run.step}: fit again with a lower lr')
             bar.set_postfix_str(format_score(run.config, run.validation_loss), refresh=False)
             if run.validation_loss < run.best:

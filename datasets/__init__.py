@@ -1,4 +1,4 @@
-"""Data sets and pictures of them: images (images.py) and tables (tabular.py, columns.py, toy.py)."""
+"""Data sets and pictures of them: images (images.py), tables (tabular.py) and problems (toy.py)."""
 
 from .images import (
     IMAGE_DATASETS,

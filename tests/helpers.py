@@ -140,6 +140,17 @@ def people_table(n: int = 400) -> pd.DataFrame:
     return pd.DataFrame({'height': height, 'weight': weight, 'age': age})
 
 
+def mixed_table(n: int = 400, seed: int = 0) -> pd.DataFrame:
+    """Return a table with a text, a boolean, an index, and two columns that follow from them."""
+    rng = np.random.default_rng(seed)
+    city = rng.choice(['Oslo', 'Rome'], n)
+    is_old = rng.random(n) < 0.5
+    x = 5.0 * (city == 'Rome') + 2.0 * is_old + rng.normal(size=n)
+    y = 0.5 * x + rng.normal(size=n)
+    index = np.arange(n) + 10_000
+    return pd.DataFrame({'index': index, 'city': city, 'x': x, 'old': is_old, 'y': y})
+
+
 def perturbed(module: torch.nn.Module, size: float, seed: int = 0) -> torch.nn.Module:
     """Convert a module to float64 and add noise to its parameters, in place; return it.
 

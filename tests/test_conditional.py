@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import CPU, only, refusal_line
+from helpers import CPU, mixed_table, only, refusal_line
 from scipy.stats import norm
-from test_estimator import mixed_table
 
 import bnaf
 from bnaf import BNAFDensity

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import only, people_table, refusal_line
+from helpers import mixed_table, only, people_table, refusal_line
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -32,17 +32,6 @@ def rows(n=300, d=3, seed=0):
     """Draw n rows (n, d) of a Gaussian whose columns are correlated."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, d)) @ (np.eye(d) + 0.5 * np.tri(d)) + 10
-
-
-def mixed_table(n=400, seed=0):
-    """Return a table with a text, a boolean, an index, and two columns that follow from them."""
-    rng = np.random.default_rng(seed)
-    city = rng.choice(['Oslo', 'Rome'], n)
-    is_old = rng.random(n) < 0.5
-    x = 5.0 * (city == 'Rome') + 2.0 * is_old + rng.normal(size=n)
-    y = 0.5 * x + rng.normal(size=n)
-    index = np.arange(n) + 10_000
-    return pd.DataFrame({'index': index, 'city': city, 'x': x, 'old': is_old, 'y': y})
 
 
 @pytest.fixture(scope='module')

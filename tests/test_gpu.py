@@ -2,12 +2,13 @@
 
 import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from contenders import as_image_data, as_table_data, random_values
-from helpers import CPU, only
+from helpers import CPU, mixed_table, only
 
 import bnaf
 import glow
@@ -217,3 +218,24 @@ def test_images_are_kept_on_the_gpu(tmp_path):
     config = glow.Config(dataset='digits', image_size=8, n_levels=1, depth=1, width=8)
     run = glow.Training(config, load_images('digits'), glow.Process(0, 1, GPU))
     assert run.images.is_cuda and run.images.dtype == torch.uint8
+
+
+def test_the_estimator(tmp_path):
+    """Fitted on a GPU, it scores and samples as on a CPU, where its pickle and its file go."""
+    table = mixed_table(300)
+    options = dict(n_flows=2, hidden_dim=4, n_epochs=3, batch_size=50, condition=['city', 'old'])
+    model = bnaf.BNAFDensity(drop=['index'], device='cuda', **options).fit(table)
+    assert next(model.model_.parameters()).is_cuda
+    scores = model.score_samples(table)
+
+    model.save(tmp_path / 'model.pt')
+    given = {'city': 'Rome', 'old': 1}
+    samples = model.sample(5, given, random_state=0)
+    for copy_on_cpu in (
+        pickle.loads(pickle.dumps(model)),
+        bnaf.BNAFDensity.load(tmp_path / 'model.pt', device='cpu'),
+    ):
+        assert not next(copy_on_cpu.model_.parameters()).is_cuda
+        np.testing.assert_allclose(copy_on_cpu.score_samples(table), scores, atol=1e-8)
+        own = copy_on_cpu.sample(5, given, random_state=0)
+        np.testing.assert_allclose(own[['x', 'y']], samples[['x', 'y']], atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo  # before torch.cuda is replaced
 from contenders import as_image_data, as_table_data, random_values
-from helpers import CPU, single_process
+from helpers import CPU, mixed_table, single_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnaf
@@ -18,7 +18,7 @@ from common.devices import collect_gradients, keep_on_device, to_device
 from common.errors import UserError
 from common.graphs import N_WARMUP, CapturedStep, can_capture
 from common.runs import StopQuestion
-from datasets.tabular import load_table
+from datasets.tabular import load_table, table_from_frame
 
 SHAPES = {
     'glow': dict(image_size=8, n_levels=1, depth=2, width=8, batch_size=4),
@@ -36,6 +36,13 @@ def small_training(name, **options):
     if name == 'glow':
         options = {'batch_size_init': 8, **options}
     return script.Training(script.Config(**shape, **options), data, single_process(script))
+
+
+def conditional_training(**options):
+    """Return a small training of two columns given two others."""
+    data = table_from_frame(mixed_table(100), 'x', drop=['index'], condition=['city', 'old'])
+    config = bnaf.Config(n_flows=2, hidden_dim=4, batch_size=20, **options)
+    return bnaf.Training(config, data, single_process(bnaf))
 
 
 def state_tensors(run):
@@ -116,6 +123,13 @@ def test_no_step_reads_a_tensor(name, options):
     for wait, forbidden in ((run.n_skipped.item, READING), (lambda: torch.tensor(1), COPYING)):
         with pytest.raises(AssertionError), Without(forbidden):
             wait()
+
+
+@pytest.mark.parametrize('checkpoint_grads', [False, True])
+def test_no_step_given_conditions_reads_a_tensor(checkpoint_grads):
+    run = conditional_training(checkpoint_grads=checkpoint_grads)
+    take_steps_without_waiting(run, 2)
+    assert run.step == 2
 
 
 def test_no_step_on_an_energy_reads_a_tensor():
@@ -265,6 +279,14 @@ def test_captured_steps_are_the_steps(name, capture_on_cpu):
         assert tensor == expected
     groups = (run.optimizer.state_dict()['param_groups'] for run in (captured, plain))
     assert next(groups) == next(groups)  # so that a checkpoint does not tell
+
+
+def test_captured_steps_given_conditions(capture_on_cpu):
+    plain, captured = conditional_training(), capture_on_cpu(conditional_training())
+    for _ in range(N_WARMUP + 5):
+        loss, _ = plain.take_step()
+        loss_of_graph, _ = captured.take_step()
+        torch.testing.assert_close(loss_of_graph, loss)
 
 
 def test_captured_steps_turn_an_energy_on(capture_on_cpu):
