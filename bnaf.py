@@ -1579,15 +1579,15 @@ class Training:
     def validate(self, folder: Path | None) -> None:
         """Score the averaged weights on the validation split, and adjust the learning rate.
 
-        An end of training is announced, unless it has no folder.
+        Says so where this ends the training, unless there is no ``folder``.
         """
         objective = Objective(self.average.module, self.data)
         losses = row_losses(objective, self.data.validation, self.process)
         loss = losses.mean().item()
         if math.isfinite(loss):
             self.scheduler.step(loss)
+            self.validation_quantiles = quantiles_of_scores(-losses)
         self.validation_loss = loss
-        self.validation_quantiles = quantiles_of_scores(-losses)
         if loss < self.best:
             self.n_seen_at_best = self.n_seen
 
