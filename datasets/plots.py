@@ -228,8 +228,8 @@ def draw_pairs(
         title: the title of the figure.
     """
     k = len(columns)
-    low, high = np.quantile(real, [0.002, 0.998], axis=0)
-    margin = 0.1 * (high - low)
+    low, high = np.quantile(real, [0.005, 0.995], axis=0)
+    margin = 0.15 * (high - low)
     low, high = low - margin, high + margin
 
     width, height = max(5, 1.7 * k + 0.6), 1.7 * k + 1.2
