@@ -133,7 +133,7 @@ class Config(Options):
     dataset: str = option(
         'data',
         '8gaussians',
-        ', '.join([*SAMPLERS, *ENERGIES, *TABLES]) + ', or a .csv, .npy or .h5',
+        ', '.join([*SAMPLERS, *ENERGIES, *TABLES]) + ', or a .csv, .tsv, .npy, .h5 or .parquet',
     )
     data_dir: str = option('data', 'data', 'where the data is')
     test_file: str = option(
