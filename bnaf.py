@@ -88,7 +88,13 @@ from common.runs import (
     require_launcher,
     stop_if_diverged,
 )
-from datasets.anomalies import cause_columns, lowest_rows, print_causes, score_columns
+from datasets.anomalies import (
+    cause_columns,
+    lowest_rows,
+    print_causes,
+    score_columns,
+    score_quantiles,
+)
 from datasets.columns import encode_conditions, parse_given
 from datasets.inputs import condition_frame, input_frame
 from datasets.learned import draw_learned
@@ -1586,7 +1592,7 @@ class Training:
         loss = losses.mean().item()
         if math.isfinite(loss):
             self.scheduler.step(loss)
-            self.validation_quantiles = quantiles_of_scores(-losses)
+            self.validation_quantiles = score_quantiles(-losses.numpy())
         self.validation_loss = loss
         if loss < self.best:
             self.n_seen_at_best = self.n_seen
@@ -1764,12 +1770,6 @@ def summarise(losses: Tensor, data: TableData, input_file: str, config: Config) 
     given = f', given {names}' if names else ''
     print(f'{name}{given}: {summary} ({n_rows:,} {items}, two standard errors)')
     return {**results, 'dataset': name, 'n_rows': n_rows, 'two_standard_errors': error}
-
-
-def quantiles_of_scores(scores: Tensor) -> list[float]:
-    """Return at most 1,001 quantiles of scores (N,), from the smallest to the largest."""
-    levels = np.linspace(0, 1, min(len(scores), 1001))
-    return np.quantile(scores.numpy(), levels).tolist()
 
 
 def cell_gains(

@@ -8,12 +8,19 @@ import numpy as np
 
 from common.errors import UserError
 
+MOST_QUANTILES = 1_001  # of the scores of the validation rows
 LEAST_VALIDATION_ROWS = 20  # fewer say little of a percentile
 LOW_PERCENTILE = 5.0  # rows below it are explained
 MOST_EXPLAINED, N_PRINTED = 1_000, 5  # rows
 N_CAUSES = 3  # columns that are named for each row
 
 Columns = dict[str, np.ndarray]
+
+
+def score_quantiles(log_likelihoods: np.ndarray) -> list[float]:
+    """Return the quantiles of log-likelihoods (N,) that a checkpoint keeps, the lowest first."""
+    levels = np.linspace(0, 1, min(len(log_likelihoods), MOST_QUANTILES))
+    return np.quantile(log_likelihoods, levels).tolist()
 
 
 def score_columns(
@@ -33,7 +40,8 @@ def score_columns(
     if len(quantiles) < LEAST_VALIDATION_ROWS:
         return columns
     known = np.array(quantiles)
-    if not (np.isfinite(known).all() and (known[1:] >= known[:-1]).all()):
+    is_sorted = np.isfinite(known).all() and (known[1:] >= known[:-1]).all()
+    if len(known) > MOST_QUANTILES or not is_sorted:
         raise UserError(f'{path} is damaged: its validation_quantiles are no quantiles')
     levels = np.linspace(0, 100, len(known))
     return {**columns, 'percentile': np.interp(log_likelihoods, known, levels)}
