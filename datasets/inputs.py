@@ -91,8 +91,8 @@ def condition_frame(given: Any, conditions: Sequence[Condition]) -> pd.DataFrame
         require_column_names(frame, 'given')
     else:
         values = np.asarray(given)
-        if values.ndim < 2:
-            values = values.reshape(-1, len(names)) if values.size % len(names) == 0 else values
+        if values.ndim < 2:  # one row, or values of the only condition
+            values = values.reshape(-1, 1) if len(names) == 1 else values[None]
         if values.ndim != 2 or values.shape[1] != len(names):
             raise UserError(f'given is of shape {np.shape(given)}, not (n, {len(names)})')
         frame = as_frame(values, names)

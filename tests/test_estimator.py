@@ -298,6 +298,7 @@ def test_samples_repeat_by_random_state(fitted):
         ({'city': None, 'old': 1}, 'missing'),
         ({np.int64(2): 'Rome', 'old': 1}, "unknown condition 'column 2'"),
         (['Rome'], 'given is of shape (1,), not (n, 2)'),
+        (['Rome', 1, 'Oslo', 0], 'given is of shape (4,), not (n, 2)'),
         (pd.DataFrame([['Rome', 1, 2]], columns=['city', 'old', 'old']), 'comes twice'),
         (pd.DataFrame({'city': ['Rome']}), 'given lacks old'),
     ],
