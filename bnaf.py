@@ -95,7 +95,7 @@ from datasets.anomalies import (
     score_columns,
     score_quantiles,
 )
-from datasets.columns import encode_conditions, parse_given
+from datasets.columns import parse_given, repeat_conditions
 from datasets.inputs import condition_frame, input_frame
 from datasets.learned import draw_learned
 from datasets.own_tables import (
@@ -726,9 +726,10 @@ def solve_inverse(
     for. Of each layer only the rows that belong to the new variable are computed. Everything is
     (D, B) in here, as products of so few units are several times as fast that way.
     """
-    weights = [linear.weights(z.dtype)[0] for linear in flow.linears]
-    parameters = flow.parameters_in(z.dtype, context)
-    biases = [as_columns(bias) for _, _, bias, _ in flow.layers(parameters)]
+    weights, biases = [], []
+    for weight, log_g, bias, mask in flow.layers(flow.parameters_in(z.dtype, context)):
+        weights.append(normalized(weight, log_g, mask, z.shape[1]))
+        biases.append(as_columns(bias))
 
     # the last layer rounds as well: it adds up products with tanhs, which are at most 1
     largest_sum = weights[-1].abs().sum(1) + biases[-1].abs().squeeze(1)
@@ -1737,7 +1738,7 @@ def evaluate(
     if request.explain:
         lowest = lowest_rows(scores)
         gains = cell_gains(objective, data, rows[lowest], process)
-        scores |= cause_columns(len(rows), data.columns, lowest, gains)
+        causes = cause_columns(len(rows), data.columns, lowest, gains)
     if process.rank > 0:
         return
 
@@ -1746,7 +1747,8 @@ def evaluate(
         results = {**results, 'step': saved['step'], 'checkpoint': saved['path'].name}
         write_json(saved['path'].with_name('results.json'), results)
     if request.explain:
-        print_causes(scores)
+        print_causes(scores, causes, lowest)
+        scores |= causes
     if request.scores:
         save_table(request.scores, frame_of_columns(scores))
 
@@ -1843,7 +1845,7 @@ def sample_rows(
     return data.to_own_units(x.cpu().numpy()), log_p
 
 
-def given_conditions(text: str, data: TableData, n: int = 1) -> tuple[Any, np.ndarray]:
+def given_conditions(text: str, data: TableData, n: int) -> tuple[Any, np.ndarray]:
     """Return the rows of ``--given``, each ``n`` times, as a table and as contexts (N, C).
 
     Raises ``UserError`` where the model has no conditions, or ``text`` lacks one of them.
@@ -1856,10 +1858,7 @@ def given_conditions(text: str, data: TableData, n: int = 1) -> tuple[Any, np.nd
         raise UserError(
             f'the model has conditions: add --given={example}, or --given=TABLE with these columns'
         )
-    given = parse_given(text, names)
-    context = encode_conditions(given, data.conditions, '--given')
-    again = np.repeat(np.arange(len(given)), n)
-    return given[names].iloc[again], context[again]
+    return repeat_conditions(parse_given(text, names), data.conditions, n, '--given')
 
 
 def generate(model: BNAF, data: TableData, path: Path, config: Config, request: Request) -> None:
@@ -2227,22 +2226,15 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         check_scalar(n_samples, 'n_samples', numbers.Integral, min_val=1)
         seed = check_random_state(random_state).randint(2**31 - 1)
         with raise_value_errors():
-            conditions, contexts, n = None, None, n_samples
+            conditions, context, n = None, None, n_samples
             if self.data_.conditions or given is not None:
-                conditions = condition_frame(given, self.data_.conditions)
-                context = encode_conditions(conditions, self.data_.conditions, 'given')
-                again = np.repeat(np.arange(len(conditions)), n_samples)
-                conditions, n = conditions.iloc[again], len(again)
-                contexts = torch.from_numpy(context[again])
+                frame = condition_frame(given, self.data_.conditions)
+                conditions, contexts = repeat_conditions(frame, self.data_.conditions, n, 'given')
+                context = torch.from_numpy(contexts).to(next(self.model_.parameters()))
+                n = len(conditions)
 
-            like = next(self.model_.parameters())
-            if contexts is not None:
-                contexts = contexts.to(like)
             generator = seeded_generator('cpu', Stream.SAMPLES, seed)
-            n_columns = len(self.data_.columns)
-            x, _, _ = sample_with_log_prob(
-                self.model_.inverse, n, n_columns, like, 1.0, generator, contexts
-            )
+            x = self.model_.sample(n, generator=generator, context=context)
             values = self.data_.quantize(self.data_.to_own_units(x.cpu().numpy()))
             frame = frame_of_rows(values, self.data_, conditions)
         return self.as_input(frame)

@@ -1,6 +1,6 @@
 """BNAF as a conditional density, p(y | x), beside scikit-learn's regressions with a distribution.
 
-    python benchmarks/conditional.py            five minutes on one idle core
+    python benchmarks/conditional.py            three minutes on one idle core
 
 The table is scikit-learn's diabetes: how far the disease has come in a year, given ten properties
 of the patient. Every method sees the same rows, split as ``bnaf.py --seed=K`` splits them; scores

@@ -249,8 +249,8 @@ def draw_user_table(name: str) -> tuple[dict[str, np.ndarray], Figure]:
     values, not_numeric = number_columns(frame, columns)
     if not_numeric:
         print(f'{name}: not drawn, as it is not numeric: {list_names(not_numeric)}')
-        columns = [column for column in columns if column not in not_numeric]
-        values, _ = number_columns(frame, columns)
+        kept = [k for k, column in enumerate(columns) if column not in not_numeric]
+        values, columns = values[:, kept], [columns[k] for k in kept]
     if not columns:
         raise UserError(f'{name} has no column of numbers')
     return {'all': values}, draw_table(values, columns, name)

@@ -87,18 +87,20 @@ def cause_columns(
     return columns
 
 
-def print_causes(scores: Columns) -> None:
-    """Print the least likely rows, at most ``N_PRINTED``, and the cells that make them so."""
-    lowest = lowest_rows(scores)
+def print_causes(scores: Columns, causes: Columns, lowest: np.ndarray) -> None:
+    """Print the least likely rows, at most ``N_PRINTED``, and the cells that make them so.
+
+    ``causes`` are the columns of ``cause_columns``, and ``lowest`` the rows of ``lowest_rows``.
+    """
     if not len(lowest):
         print(f'no row is below percentile {LOW_PERCENTILE:g} of the validation rows')
     for i in lowest[:N_PRINTED]:
-        causes = []
-        for rank in range(1, N_CAUSES + 1):
-            if f'column_{rank}' in scores and scores[f'column_{rank}'][i]:
-                gain = scores[f'gain_{rank}'][i]
-                causes.append(f'{scores[f"column_{rank}"][i]} (+{gain:.1f})')
+        texts = []
+        for rank in range(1, len(causes) // 2 + 1):
+            name, gain = causes[f'column_{rank}'][i], causes[f'gain_{rank}'][i]
+            if name:
+                texts.append(f'{name} (+{gain:.1f})')
         print(
             f'row {scores["row"][i]}: {scores["log_likelihood"][i]:.2f} nats: '
-            f'{", ".join(causes) or "no single cell"}'
+            f'{", ".join(texts) or "no single cell"}'
         )

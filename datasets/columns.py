@@ -591,6 +591,19 @@ def encode_conditions(
     return np.concatenate([np.empty((len(frame), 0)), *encoded], axis=1)
 
 
+def repeat_conditions(
+    frame: pd.DataFrame, conditions: Sequence[Condition], n: int, source: str | Path
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return rows of conditions, each ``n`` times, as a table and as the model gets them (N, C).
+
+    The table has the conditions alone. Errors are those of ``encode_conditions``.
+    """
+    context = encode_conditions(frame, conditions, source)
+    again = np.repeat(np.arange(len(frame)), n)
+    names = [condition.name for condition in conditions]
+    return frame[names].iloc[again], context[again]
+
+
 def require_conditions(frame: pd.DataFrame, names: Sequence[str], source: str | Path) -> None:
     """Raise ``UserError`` where a table does not have all columns that a model is given."""
     missing = describe_missing(names, list(frame.columns))

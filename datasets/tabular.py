@@ -636,7 +636,7 @@ def table_from_frame(
         test_frame = match_columns(test_frame, selection, options.names, test_source)
         test_values = read_values(test_frame, selection, test_source)
         parts[1] = test_values, test_frame, test_source
-        test = rows_of_frame(test_frame, data, test_source)
+        test = rows_of_values(test_values, test_frame, data, test_source)
         data = replace(data, test=test, test_index=np.arange(len(test)))
     return replace(data, fingerprint=table_fingerprint(parts, data.columns, conditions))
 
@@ -942,16 +942,29 @@ def rows_of_frame(
 ) -> np.ndarray:
     """Return a table of the user's own as rows (N, D + C) in the units of another.
 
-    Columns are found as by ``match_columns``. Discrete ones are spread once, even where they
-    already were. Raises ``UserError`` where columns or cells are missing, or hold text.
+    Columns are found as by ``match_columns``. See ``rows_of_values``. Raises ``UserError`` where
+    columns or cells are missing, or hold text.
     """
     require_column_names(frame, source)
     conditions = tuple(condition.name for condition in like.conditions)
     selection = Selection(like.columns, conditions)
     table = match_columns(frame, selection, like.features, source)
     values = read_values(table, selection, source)
-    context = encode_conditions(table, like.conditions, source)
+    return rows_of_values(values, table, like, source, dtype)
 
+
+def rows_of_values(
+    values: np.ndarray,
+    table: pd.DataFrame,
+    like: TableData,
+    source: str | Path,
+    dtype: npt.DTypeLike = np.float32,
+) -> np.ndarray:
+    """Return the values (N, D) of a table, with its conditions, in the units of another.
+
+    Discrete columns are spread once, even where they already were.
+    """
+    context = encode_conditions(table, like.conditions, source)
     on_levels = like.map_discrete(values, remove_noise)
     spread = dequantize_columns(on_levels, like.steps)
     rows = standardise_rows(spread, like.mean, like.std, source, dtype)
