@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, is_lost_connection
 from .files import file_lock, make_new_folder
 from .interfaces import LoadCheckpoint, Process, Training
 from .options import Options, RunRequest, as_typed
@@ -266,7 +266,8 @@ def catch_stop_signals() -> Iterator[list[str]]:
     """Collect the names of SIGTERM, SIGINT and SIGHUP in a list instead of ending the process.
 
     The training looks at the list between steps, so that a step is finished and saved. SIGHUP
-    comes when the terminal is closed. Where it is ignored, as under nohup, it stays so.
+    comes when the terminal is closed. Where it is ignored, as under nohup, it stays so. After the
+    loss of another process, SIGTERM no longer ends this one, so that it can say what it has lost.
     """
     caught: list[str] = []
 
@@ -281,6 +282,11 @@ def catch_stop_signals() -> Iterator[list[str]]:
         handlers[number] = signal.signal(number, remember)
     try:
         yield caught
+    except Exception as error:
+        if is_lost_connection(error):
+            # the launcher sends it now that one process has ended, and this one is yet to report
+            del handlers[signal.SIGTERM]
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

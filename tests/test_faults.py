@@ -666,6 +666,22 @@ def test_a_training_is_saved_when_its_terminal_is_closed():
         signal.signal(hang_up, before)
 
 
+@pytest.mark.parametrize('message, ends', [('Gloo: closed by peer', False), ('a bug', True)])
+def test_the_launcher_ends_no_process_that_is_yet_to_say_what_it_has_lost(
+    message, ends, monkeypatch
+):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda *args: ended.append('by the signal'))
+    try:
+        with pytest.raises(RuntimeError, match=message), catch_stop_signals():
+            raise RuntimeError(message)
+        signal.raise_signal(signal.SIGTERM)
+        assert bool(ended) == ends
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 
