@@ -464,9 +464,11 @@ class Condition:
             if text not in index_of:
                 row = int(np.argmax(codes == i))
                 near = difflib.get_close_matches(text, self.categories, n=3, cutoff=0)
+                # longer than other names in messages, as one of them is to be copied from here
+                nearest = ', '.join(truncate(category, 80) for category in near)
                 raise UserError(
                     f'{source}: {shorten(self.name)} {shorten(text)!r} in row {row} is not among '
-                    f'the {self.width} that the model knows: the nearest are {list_names(near)}'
+                    f'the {self.width} that the model knows: the nearest are {nearest}'
                 )
             indices.append(index_of[text])
         return np.array(indices, np.float64)[codes]

@@ -658,6 +658,13 @@ def test_values_that_cannot_be_encoded(changes, part):
         assert line.endswith('female, male')
 
 
+def test_a_category_can_be_copied_from_the_line_that_refuses_another():
+    penguins = ('Adelie Penguin (Pygoscelis adeliae)', 'Gentoo penguin (Pygoscelis papua)')
+    frame = pd.DataFrame({'species': ['Gentoo']})
+    line = refusal(encode_conditions, frame, [Condition('species', categories=penguins)], 'x.csv')
+    assert all(penguin in line for penguin in penguins)
+
+
 def test_columns_of_conditions_that_are_missing():
     conditions = [Condition('age'), Condition('sex'), Condition('city')]
     line = refusal(encode_conditions, pd.DataFrame({'ages': [1], 'sex': [1]}), conditions, 'x.csv')
