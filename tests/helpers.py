@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 CPU = torch.device('cpu')
 
@@ -138,6 +140,15 @@ def people_table(n: int = 400) -> pd.DataFrame:
     weight = 70 + 0.6 * (height - 170) + 5 * rng.normal(size=n)
     age = 40 + 12 * rng.normal(size=n)
     return pd.DataFrame({'height': height, 'weight': weight, 'age': age})
+
+
+def call_with_own_lock(function: Callable[..., Any], *args: Any) -> None:
+    """Call a function without the lock of the progress bars, which a killed process never releases.
+
+    It is for a process that was forked and is to be killed: it shares the lock with this one.
+    """
+    tqdm.set_lock(threading.RLock())
+    function(*args)
 
 
 def mixed_table(n: int = 400, seed: int = 0) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_tables
+from helpers import call_with_own_lock
 from tiny_data import attribute_rows, write_celeba, write_folder, write_mnist, write_table
 
 from common.errors import UserError
@@ -271,15 +272,6 @@ def test_a_proxy_of_the_environment(server, tmp_path, monkeypatch):
     assert server.requests == [(url, None)]
 
 
-def download_with_own_lock(file, path):
-    """Download without the lock of the progress bars, which a killed process would never release.
-
-    A process that is forked shares it with this one.
-    """
-    fetch.tqdm.set_lock(threading.RLock())
-    fetch.download(file, path)
-
-
 @pytest.mark.slow
 @needs_fork
 def test_killed_while_downloading(server, tmp_path):
@@ -288,7 +280,7 @@ def test_killed_while_downloading(server, tmp_path):
     part = tmp_path / 'file.part'
     server.plans['/a/file'] = ['slow']
     process = multiprocessing.get_context('fork').Process(
-        target=download_with_own_lock, args=(file, tmp_path / 'file')
+        target=call_with_own_lock, args=(fetch.download, file, tmp_path / 'file')
     )
     process.start()
     while not part.exists() or part.stat().st_size < 100_000:

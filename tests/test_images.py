@@ -8,7 +8,6 @@ import pickle
 import select
 import shutil
 import struct
-import threading
 import time
 from pathlib import PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import call_with_own_lock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +30,6 @@ from tiny_data import (
     write_mnist,
     write_table,
 )
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import path_hash
@@ -801,19 +800,11 @@ def test_a_file_system_that_cannot_reserve_space(number, folder, monkeypatch):
     assert reserved == [cache.stat().st_size]
 
 
-def load_with_own_lock(*args):
-    """Load images without the lock of the progress bars, which a killed process never releases.
-
-    A process that is forked shares it with this one.
-    """
-    tqdm.set_lock(threading.RLock())
-    load_images(*args)
-
-
 def load_and_kill(folder, seconds):
     """Load the images of a folder in a process, and kill that process after some time."""
     context = multiprocessing.get_context('fork')
-    process = context.Process(target=load_with_own_lock, args=('folder', folder, 48))
+    args = (load_images, 'folder', folder, 48)
+    process = context.Process(target=call_with_own_lock, args=args)
     alive, inherited = os.pipe()
     process.start()
     os.close(inherited)
