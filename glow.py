@@ -22,13 +22,15 @@ import contextlib
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +72,10 @@ from common.runs import (
 from common.tensors import tensor_bytes, tensor_cache
 from datasets import (
     IMAGE_DATASETS,
+    ImageCondition,
     ImageData,
+    ImageSplit,
+    condition_of_checkpoint,
     load_photo,
     load_run_images,
     save_grid,
@@ -85,6 +90,7 @@ VALIDATE_STEPS = 500  # validation comes at the end of an epoch, at least so man
 SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
 LOG_STEPS = 20
 TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of --generate without --z_std
+Z_STD, MAX_ROWS = 0.7, 16  # of samples given each class, and for how many of them
 DZ_SCALE, DZ_IMAGES = 1.6, 30_000  # attribute directions, as in the paper's demo
 
 
@@ -109,9 +115,25 @@ class Config(Options):
     width: int = option(
         'model', 512, "channels of the coupling networks' hidden layers", low=1, high=2**14
     )
+    coupling: str = option('model', 'affine', 'affine or additive', choices=('affine', 'additive'))
+    permutation: str = option(
+        'model',
+        'conv1x1',
+        'what mixes the channels before a coupling: conv1x1, shuffle or reverse',
+        choices=('conv1x1', 'shuffle', 'reverse'),
+    )
     plain_conv1x1: bool = option(
         'model', False, 'learn the matrices of the 1x1 convolutions, not their PLU factors'
     )
+    condition: list = option(
+        'model',
+        None,
+        'learn p(image | y), where y is its class (classes) or some attributes (Smiling,Male)',
+    )
+    weight_y: float = option(
+        'model', 0.01, 'with --condition, weight of the loss of a linear head that guesses y'
+    )
+    fixed_top: bool = option('model', False, 'do not learn the last prior: it is N(0, I)')
     checkpoint_grads: bool = option(
         'optimization', False, 'less memory, slower: the backward pass recomputes activations'
     )
@@ -130,6 +152,9 @@ class Config(Options):
     )
     batch_size: int = option('optimization', 16, 'images per process', low=1, high=2**20)
     batch_size_init: int = option('optimization', 256, 'images that initialize the actnorms', low=1)
+    translate: int = option(
+        'optimization', 0, 'training images are shifted by up to so many pixels', high=2**10
+    )
     lr: float = option('optimization', 1e-3, "Adam's learning rate", high=1e6)
     lr_decay: float = option(
         'optimization', 0.0, 'last fraction of training over which the rate falls to 0', high=1
@@ -153,6 +178,15 @@ class Config(Options):
                 f'image size {self.image_size} is not divisible by 2^(n_levels + 1) = {divisor}: '
                 'lower --n_levels or change --image_size'
             )
+        if self.translate >= self.image_size:
+            raise UserError(
+                f'--translate={self.translate} shifts an image of {self.image_size} pixels away'
+            )
+        if self.plain_conv1x1 and self.permutation != 'conv1x1':
+            raise UserError(
+                f'--permutation={self.permutation} has no 1x1 convolutions: leave out '
+                '--plain_conv1x1'
+            )
 
 
 @dataclass
@@ -167,6 +201,7 @@ class Request(RunRequest):
         high=100,
     )
     n_samples: int = option('output', None, 'samples with --z_std (default: 32)', low=1, high=10**6)
+    given: str = option('output', '', 'what a model with conditions is given: 7, or Smiling,-Male')
     vis_attrs: list = option('output', None, 'attributes by index or name (default: all)')
     vis_alphas: list[float] = option(
         'output',
@@ -187,6 +222,8 @@ class Request(RunRequest):
                 '--n_samples goes with --z_std: without it, four samples are drawn at each of '
                 'several temperatures'
             )
+        if mode == 'visualize' and self.given and self.vis_attrs:
+            raise UserError('--visualize takes --given or --vis_attrs, not both')
 
 
 MODES = {
@@ -201,9 +238,9 @@ MODE_OPTIONS = {
     'train': {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'no_cuda_graph', 'n_epochs'}
     | {'resume', 'max_skips', 'detect_anomaly', 'accept_changed_data'},
     'evaluate': {'data_dir', 'batch_size', 'bf16'},
-    'generate': {'seed', 'bf16', 'z_std', 'n_samples'},
+    'generate': {'seed', 'bf16', 'z_std', 'n_samples', 'given'},
     'visualize': {'data_dir', 'batch_size', 'bf16'}
-    | {'z_std', 'vis_attrs', 'vis_alphas', 'vis_img'},
+    | {'z_std', 'given', 'vis_attrs', 'vis_alphas', 'vis_img'},
     'check': {'data_dir', 'batch_size', 'bf16'},
 }
 # What a data set changes of the defaults above. For celeba and mnist these are the settings of
@@ -232,7 +269,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         lr_decay=1 / 3,
         ema_decay=0.99,
     ),
-    'mnist': dict(image_size=32, n_bits=8),
+    'mnist': dict(image_size=32, n_bits=8, translate=1),
     'cifar10': dict(image_size=32, n_bits=8, n_levels=2),
     'celeba': dict(n_epochs=80),
     'folder': dict(),
@@ -286,13 +323,19 @@ class ChannelAffine(nn.Module):
         self.log_s = nn.Parameter(torch.zeros(n_channels, 1, 1))
         self.b = nn.Parameter(torch.zeros(n_channels, 1, 1))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logdet = self.log_s.sum() * x.shape[2] * x.shape[3]
-        return torch.addcmul(self.b, x, self.log_s.exp()), logdet.expand(len(x))
+    def log_scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Return log s and b, each of shape (C, 1, 1), or (B, C, 1, 1) if images differ in them."""
+        return self.log_s, self.b
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        logdet = -self.log_s.sum() * z.shape[2] * z.shape[3]
-        return (z - self.b) * (-self.log_s).exp(), logdet.expand(len(z))
+    def forward(self, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        log_s, b = self.log_scale_and_shift(*given)
+        logdet = log_s.sum((-3, -2, -1)) * x.shape[2] * x.shape[3]
+        return torch.addcmul(b, x, log_s.exp()), logdet.expand(len(x))
+
+    def inverse(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        log_s, b = self.log_scale_and_shift(*given)
+        logdet = -log_s.sum((-3, -2, -1)) * z.shape[2] * z.shape[3]
+        return (z - b) * (-log_s).exp(), logdet.expand(len(z))
 
 
 class Actnorm(ChannelAffine):
@@ -332,12 +375,50 @@ def channel_moments(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, shares @ (torch.stack(variances) + deviations.square())
 
 
-class LearnedPrior(ChannelAffine):
-    """The last level's prior: a Gaussian with learned mean and deviation per channel.
+class Prior(ChannelAffine):
+    """The prior of the last latent: a Gaussian with learned mean and deviation per channel.
 
     It is written as the bijection that makes it N(0, I): z = s * x + b, where s is the inverse
     of the deviation and -b / s the mean. log|det| = H W sum(log s).
+
+    Given conditions y, (B, Y), log s and b are linear functions of y, whose weights are 0 at first,
+    plus constants. Where it ``is_fixed``, the constants stay 0: without y, it is N(0, I).
     """
+
+    def __init__(self, n_channels: int, n_conditions: int = 0, is_fixed: bool = False) -> None:
+        super().__init__(n_channels)
+        if is_fixed:
+            self.requires_grad_(False)
+        if n_conditions:
+            self.of_y = nn.Linear(n_conditions, 2 * n_channels, bias=False)
+            nn.init.zeros_(self.of_y.weight)
+
+    def log_scale_and_shift(self, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if y is None:
+            return self.log_s, self.b
+        with torch.autocast(y.device.type, enabled=False):
+            log_s, b = self.of_y(y)[..., None, None].chunk(2, dim=1)
+        return self.log_s + log_s, self.b + b
+
+    def log_prob(self, x: Tensor, *given: Tensor) -> Tensor:
+        """Return log p(x), or log p(x | y), in nats: (B, C, H, W) becomes (B,)."""
+        z, logdet = self(x, *given)
+        return log_normal(z.flatten(1)) + logdet
+
+
+class ClassHead(nn.Linear):
+    """Guesses the conditions from the last latent: a logit for each, (B, C, H, W) to (B, Y).
+
+    It is linear in the mean over all pixels, and 0 at first, as in the official code.
+    """
+
+    def __init__(self, n_channels: int, n_conditions: int) -> None:
+        super().__init__(n_channels, n_conditions)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean((2, 3)))
 
 
 class Invertible1x1Conv(nn.Module):
@@ -361,20 +442,53 @@ class Invertible1x1Conv(nn.Module):
         self.w = nn.Parameter(w)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        w, logdet = conv1x1_weights([self])
+        w, logdet = channel_weights([self])
         logdet = x.shape[2] * x.shape[3] * logdet
         return multiply_channels(w[0], x), logdet.expand(len(x))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        w, logdet = conv1x1_weights([self])
+        w, logdet = channel_weights([self])
         logdet = -z.shape[2] * z.shape[3] * logdet
         w_inverse = torch.linalg.inv(w.double()).to(w.dtype)
         return multiply_channels(w_inverse[0], z), logdet.expand(len(z))
 
 
-def conv1x1_weights(layers: list[Invertible1x1Conv]) -> tuple[Tensor, Tensor]:
-    """Return W, of shape (K, C, C), and log|det W|, of shape (K,), of K 1x1 convolutions."""
+class Permutation(nn.Module):
+    """A fixed permutation of the channels, in place of a 1x1 convolution (sec. 3.2).
+
+    Channel k of y is channel ``order[k]`` of x; log|det| = 0. It is kept as its matrix W.
+    """
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('w', torch.eye(len(order))[order])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return multiply_channels(self.w, x), x.new_zeros(len(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return multiply_channels(self.w.T, z), z.new_zeros(len(z))
+
+
+class Shuffle(Permutation):
+    """A permutation that is drawn when the model is made."""
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__(torch.randperm(n_channels))
+
+
+class Reverse(Permutation):
+    """The reversal of the order of the channels, as in RealNVP."""
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__(torch.arange(n_channels).flip(0))
+
+
+def channel_weights(layers: list[Invertible1x1Conv] | list[Permutation]) -> tuple[Tensor, Tensor]:
+    """Return W (K, C, C) and log|det W| (K,) of K layers that mix channels, all of one kind."""
     w = torch.stack([layer.w for layer in layers])
+    if isinstance(layers[0], Permutation):
+        return w, w.new_zeros(len(w))
     if not layers[0].plu:
         # one by one: on a GPU, a batch may go to a library that waits, and cannot be captured
         return w, torch.stack([torch.linalg.slogdet(layer.w)[1] for layer in layers])
@@ -434,6 +548,17 @@ class ZeroConv(nn.Conv2d):
         return F.conv2d(x, weight, scale * self.bias, padding=1)
 
 
+def coupling_net(in_channels: int, width: int, out_channels: int) -> nn.Sequential:
+    """Return the network of a coupling (sec. 3.3), with two hidden layers of ``width`` channels."""
+    return nn.Sequential(
+        ConvActnorm(in_channels, width, 3),
+        nn.ReLU(inplace=True),
+        ConvActnorm(width, width, 1),
+        nn.ReLU(inplace=True),
+        ZeroConv(width, out_channels),
+    )
+
+
 class Coupling(nn.Module):
     """Half the channels are scaled and shifted by amounts that the other half decides.
 
@@ -478,18 +603,41 @@ class AffineCoupling(Coupling):
     """
 
     def __init__(self, n_channels: int, width: int) -> None:
-        net = nn.Sequential(
-            ConvActnorm(n_channels // 2, width, 3),
-            nn.ReLU(inplace=True),
-            ConvActnorm(width, width, 1),
-            nn.ReLU(inplace=True),
-            ZeroConv(width, n_channels),
-        )
-        super().__init__(net)
+        super().__init__(coupling_net(n_channels // 2, width, n_channels))
 
     def scale_and_shift(self, x_b: Tensor) -> tuple[Tensor, Tensor]:
         raw, t = self.halves_of_net(x_b)
         return S_MIN + (1 - S_MIN) * torch.sigmoid(raw + 2), t
+
+
+class AdditiveCoupling(nn.Module):
+    """Additive coupling (table 1): z_a = x_a + t and z_b = x_b with t = net(x_b); log|det| = 0.
+
+    The inverse subtracts the same t, so that an error is never stretched.
+    """
+
+    def __init__(self, n_channels: int, width: int) -> None:
+        super().__init__()
+        self.net = coupling_net(n_channels // 2, width, n_channels // 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x_a, x_b = x.chunk(2, dim=1)
+        z_a = x_a + self.net(x_b).to(x.dtype)
+        return torch.cat([z_a, x_b], dim=1), x.new_zeros(len(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        z_a, x_b = z.chunk(2, dim=1)
+        x_a = z_a - self.net(x_b).to(z.dtype)
+        return torch.cat([x_a, x_b], dim=1), z.new_zeros(len(z))
+
+
+COUPLINGS = {'affine': AffineCoupling, 'additive': AdditiveCoupling}
+PERMUTATIONS = {
+    'conv1x1': Invertible1x1Conv,
+    'plain_conv1x1': partial(Invertible1x1Conv, plu=False),
+    'shuffle': Shuffle,
+    'reverse': Reverse,
+}
 
 
 class Split(Coupling):
@@ -549,22 +697,32 @@ class Sequence(nn.ModuleList):
 
 
 class FlowStep(Sequence):
-    """One step of flow (fig. 2a): actnorm, 1x1 convolution, coupling.
+    """One step of flow (fig. 2a): actnorm, 1x1 convolution or another permutation, coupling.
 
     A level hands over the first two layers as one ``channel_map``: A, c and log|det| of the
     affine map z_ij = A x_ij + c, or for ``inverse`` those of its inverse.
 
-    ``checkpoint_grads`` trades time for memory: the backward pass recomputes the activations.
+    Arguments:
+        n_channels: C, an even number.
+        width: channels of the hidden layers of the coupling's network.
+        coupling: one of ``COUPLINGS``.
+        permutation: one of ``PERMUTATIONS``.
+        checkpoint_grads: save memory and take longer: the backward pass recomputes activations.
     """
 
     def __init__(
-        self, n_channels: int, width: int, plu: bool = True, checkpoint_grads: bool = False
+        self,
+        n_channels: int,
+        width: int,
+        coupling: str = 'affine',
+        permutation: str = 'conv1x1',
+        checkpoint_grads: bool = False,
     ) -> None:
         super().__init__(
             [
                 Actnorm(n_channels),
-                Invertible1x1Conv(n_channels, plu),
-                AffineCoupling(n_channels, width),
+                PERMUTATIONS[permutation](n_channels),
+                COUPLINGS[coupling](n_channels, width),
             ]
         )
         self.checkpoint_grads = checkpoint_grads
@@ -596,32 +754,26 @@ class FlowStep(Sequence):
 
 
 class FlowLevel(Sequence):
-    """One level (fig. 2b): squeeze, ``depth`` steps of flow, then a split.
+    """One level (fig. 2b): squeeze, ``depth`` steps of flow, then a split unless it is the last.
 
-    The last level ends in the prior instead. What does not depend on x is computed for all steps
-    at once, because a GPU takes longer to start a small product than to compute it.
+    What does not depend on x is computed for all steps at once, because a GPU takes longer to start
+    a small product than to compute it. ``step_options`` are those of ``FlowStep``.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        depth: int,
-        width: int,
-        is_last: bool = False,
-        plu: bool = True,
-        checkpoint_grads: bool = False,
+        self, in_channels: int, depth: int, width: int, is_last: bool = False, **step_options: Any
     ) -> None:
         c = 4 * in_channels
-        steps = [FlowStep(c, width, plu, checkpoint_grads) for _ in range(depth)]
-        end = LearnedPrior(c) if is_last else Split(c)
-        super().__init__([Squeeze(), *steps, end])
+        steps = [FlowStep(c, width, **step_options) for _ in range(depth)]
+        end = [] if is_last else [Split(c)]
+        super().__init__([Squeeze(), *steps, *end])
 
     def steps(self) -> list[FlowStep]:
         """Return the steps of flow."""
         return [layer for layer in self if isinstance(layer, FlowStep)]
 
     def channel_maps(self, n_pixels: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return actnorm and 1x1 convolution of each of the K steps as one affine map.
+        """Return actnorm and permutation of each of the K steps as one affine map.
 
         It is z_ij = W (s * x_ij + b) = A x_ij + c. Returns A (K, C, C), c (K, C) and log|det| (K,),
         which is that of all pixels.
@@ -629,7 +781,7 @@ class FlowLevel(Sequence):
         actnorms = [step[0] for step in self.steps()]
         log_s = torch.stack([actnorm.log_s for actnorm in actnorms]).flatten(2)  # (K, C, 1)
         b = torch.stack([actnorm.b for actnorm in actnorms]).flatten(2)
-        w, logdet = conv1x1_weights([step[1] for step in self.steps()])
+        w, logdet = channel_weights([step[1] for step in self.steps()])
 
         logdet = n_pixels * (log_s.sum((1, 2)) + logdet)
         with torch.autocast(w.device.type, enabled=False):
@@ -675,8 +827,10 @@ class Glow(nn.Module):
         depth: steps of flow per level.
         width: channels of the hidden layers of the coupling networks.
         n_bits: bits per value of an image.
-        checkpoint_grads: recompute activations in the backward pass.
-        plu: learn the PLU factors of the 1x1 convolutions.
+        coupling, permutation, checkpoint_grads: see ``FlowStep``.
+        n_conditions: Y, how many numbers y say what an image shows, 0 for none. The density is
+            then p(x | y): the last prior depends on y.
+        fixed_top: the last prior is N(0, I), but for what depends on y.
 
     z has the shape (B, C H W): the halves factored out by the splits, finest first, and the rest.
     Only training uses TF32, in the coupling networks; all else is computed in float32.
@@ -689,43 +843,59 @@ class Glow(nn.Module):
         depth: int,
         width: int,
         n_bits: int = 5,
+        coupling: str = 'affine',
+        permutation: str = 'conv1x1',
         checkpoint_grads: bool = False,
-        plu: bool = True,
+        n_conditions: int = 0,
+        fixed_top: bool = False,
     ) -> None:
         super().__init__()
         self.input_dims = c, h, w = tuple(input_dims)
+        self.n_conditions = n_conditions
         self.dequantize = Dequantize(n_bits)
         self.levels = nn.ModuleList()
         self.z_shapes = []
 
+        step_options = dict(
+            coupling=coupling, permutation=permutation, checkpoint_grads=checkpoint_grads
+        )
         for level in range(n_levels + 1):
             is_last = level == n_levels
-            self.levels.append(FlowLevel(c, depth, width, is_last, plu, checkpoint_grads))
+            self.levels.append(FlowLevel(c, depth, width, is_last, **step_options))
             c, h, w = (4 if is_last else 2) * c, h // 2, w // 2
             self.z_shapes.append((c, h, w))
+        self.prior = Prior(c, n_conditions, fixed_top)
+        if n_conditions:
+            self.head = ClassHead(c, n_conditions)
 
     @property
     def n_parameters(self) -> int:
-        """The number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """The number of parameters that are learned."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run_levels(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the latents factored out by the splits, the last latent, and log|det|."""
         is_training = self.training and torch.is_grad_enabled()
-        z, logdet = [], x.new_zeros(len(x))
+        parts, logdet = [], x.new_zeros(len(x))
         with contextlib.nullcontext() if is_training else without_tf32():
             for level in self.levels:
                 x, logdet_level = level(x)
                 logdet = logdet + logdet_level
                 if level is not self.levels[-1]:
                     z_a, x = x.chunk(2, dim=1)
-                    z.append(z_a.flatten(1))
-        return torch.cat([*z, x.flatten(1)], dim=1), logdet
+                    parts.append(z_a)
+        return parts, x, logdet
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        parts, last, logdet = self.run_levels(x)
+        z, logdet_prior = self.prior(last, y)
+        return torch.cat([part.flatten(1) for part in (*parts, z)], dim=1), logdet + logdet_prior
 
     @without_tf32()
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        logdet = z.new_zeros(len(z))
+    def inverse(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts = z.split([math.prod(shape) for shape in self.z_shapes], dim=1)
         *parts, x = [part.unflatten(1, shape) for part, shape in zip(parts, self.z_shapes)]
+        x, logdet = self.prior.inverse(x, y)
         for level in reversed(self.levels):
             x, logdet_level = level.inverse(x)
             logdet = logdet + logdet_level
@@ -733,32 +903,54 @@ class Glow(nn.Module):
                 x = torch.cat([parts.pop(), x], dim=1)
         return x, logdet
 
-    def log_prob(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """Return log p(x) in nats, of shape (B,), of uint8 images.
+    def log_prob(self, x: Tensor, u: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """Return log p(x), or log p(x | y), in nats and of shape (B,), of uint8 images.
 
         ``u`` is the noise of the dequantization, of the shape of ``x`` and in [0, 1). Without it
-        the noise is drawn. Raises ``ValueError`` for other images than the model's.
+        the noise is drawn. ``y``, of shape (B, Y), holds the conditions. Raises ``ValueError`` for
+        other images than the model's, and where conditions are missing or too much.
         """
+        return self.log_prob_and_last(x, u, y)[0]
+
+    def log_prob_and_last(
+        self, x: Tensor, u: Tensor | None = None, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what ``log_prob`` returns, and the last latent, which the prior is about."""
         if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1:] != self.input_dims:
             c, h, w = self.input_dims
             raise ValueError(
                 f'log_prob takes uint8 images of shape (B, {c}, {h}, {w}), '
                 f'not {x.dtype} of shape {tuple(x.shape)}'
             )
+        self.require_conditions(y, len(x))
         x, logdet_bins = self.dequantize(x, u)
-        z, logdet = self(x)
-        return log_normal(z) + logdet + logdet_bins
+        parts, last, logdet = self.run_levels(x)
+        log_p = log_normal(torch.cat([part.flatten(1) for part in parts], dim=1))
+        return log_p + self.prior.log_prob(last, y) + logdet + logdet_bins, last
+
+    def require_conditions(self, y: Tensor | None, n: int) -> None:
+        """Raise ``ValueError`` unless there are conditions of n images if the model takes any."""
+        shape = None if y is None else tuple(y.shape)
+        wanted = (n, self.n_conditions) if self.n_conditions else None
+        if shape != wanted:
+            raise ValueError(f'the conditions of this model are of shape {wanted}, not {shape}')
 
     @torch.no_grad()
     def sample(
-        self, n: int, z_std: float = 1.0, generator: torch.Generator | None = None
+        self,
+        n: int,
+        z_std: float = 1.0,
+        generator: torch.Generator | None = None,
+        y: Tensor | None = None,
     ) -> Tensor:
         """Return ``n`` uint8 images, drawn at temperature ``z_std`` (sec. 6).
 
-        The temperature is a factor of the prior's deviation.
+        The temperature is a factor of the prior's deviation. A model with conditions takes those of
+        each image, ``y`` of shape (n, Y).
         """
+        self.require_conditions(y, n)
         z = z_std * torch.randn(n, math.prod(self.input_dims), generator=generator)
-        x, _ = self.inverse(z.to(next(self.parameters()).device))
+        x, _ = self.inverse(z.to(next(self.parameters()).device), y)
         return self.dequantize.inverse(x)[0]
 
 
@@ -823,42 +1015,76 @@ def log_normal(z: Tensor) -> Tensor:
     return -0.5 * (z.square().sum(1) + log_of_constant)
 
 
-class BitsPerDim(nn.Module):
+class Objective(nn.Module):
     """The training objective: -log2 p(x) / ``n_values``, averaged over the batch.
+
+    Given conditions y it is that of p(x | y), plus ``weight_y`` times the bits that the model's
+    head needs for y, as in the official code.
 
     DistributedDataParallel wraps it, so that the loss is computed inside ``forward``.
     """
 
-    def __init__(self, model: Glow, n_values: int, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        model: Glow,
+        n_values: int,
+        bf16: bool = False,
+        weight_y: float = 0.0,
+        is_class: bool = False,
+    ) -> None:
         super().__init__()
         self.model, self.n_values, self.bf16 = model, n_values, bf16
+        self.weight_y, self.is_class = weight_y, is_class
 
-    def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, u: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            log_p = self.model.log_prob(x, u).mean()
-        return -log_p / (math.log(2) * self.n_values)
+            log_p, last = self.model.log_prob_and_last(x, u, y)
+            loss = -log_p.mean() / (math.log(2) * self.n_values)
+            if y is not None:
+                bits_of_y = bits_of_conditions(self.model.head(last), y, self.is_class)
+                loss = loss + self.weight_y * bits_of_y.mean()
+        return loss
+
+
+def bits_of_conditions(logits: Tensor, y: Tensor, is_class: bool) -> Tensor:
+    """Return -log2 p(y) of each row (B, Y), where ``logits`` decide p.
+
+    Either y is the class, 1 in one place, or its values are independent of each other.
+    """
+    if is_class:
+        nats = F.cross_entropy(logits, y, reduction='none')
+    else:
+        nats = F.binary_cross_entropy_with_logits(logits, y, reduction='none').sum(1)
+    return nats / math.log(2)
 
 
 def build_model(config: Config, input_dims: tuple[int, ...]) -> Glow:
-    """Build the model of a config for images of (C, H, W), seeded by the config."""
-    if list(input_dims[1:]) != [config.image_size] * 2:
+    """Build the model of a config, seeded by it, for images of (C, H, W) given Y conditions.
+
+    ``input_dims`` is (C, H, W, Y).
+    """
+    *image_dims, n_conditions = input_dims
+    if image_dims[1:] != [config.image_size] * 2:
         size = config.image_size
-        raise UserError(f'a model of images of {size}x{size} has no input of {input_dims}')
+        raise UserError(f'a model of images of {size}x{size} has no input of {image_dims}')
     torch.manual_seed(config.seed)
     model = Glow(
-        input_dims,
+        tuple(image_dims),
         config.n_levels,
         config.depth,
         config.width,
         config.n_bits,
+        config.coupling,
+        'plain_conv1x1' if config.plain_conv1x1 else config.permutation,
         config.checkpoint_grads,
-        plu=not config.plain_conv1x1,
+        n_conditions,
+        config.fixed_top,
     )
     return model.to(memory_format=torch.channels_last)
 
 
 def compile_couplings(model: Glow) -> None:
-    """Compile the affine couplings at their first call. Those of one level share the code."""
+    """Compile the couplings at their first call. Those of one level share the code."""
     dynamo: Any = torch._dynamo.config
     dynamo.optimize_ddp = False  # it is for models that are compiled as a whole
     limit = 64  # of sizes that are compiled; of the others torch runs the code as it is
@@ -872,7 +1098,7 @@ def compile_couplings(model: Glow) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', module=r'torch\._(dynamo|inductor)')
     for module in model.modules():
-        if isinstance(module, AffineCoupling):
+        if isinstance(module, tuple(COUPLINGS.values())):
             module.compile(dynamic=False)
 
 
@@ -1002,12 +1228,37 @@ def upgrade_from_1(saved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def upgrade_from_2(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint of format 2, without conditions, as that of format 3.
+
+    The prior was the last layer of the last level, and training images of mnist were shifted.
+    """
+    require_entries(saved, {'config': dict, 'input_dims': [int], 'model': dict, 'average': dict})
+    config = {'translate': int(saved['config'].get('dataset') == 'mnist'), **saved['config']}
+    n_levels = config.get('n_levels', Config.n_levels)
+    depth = config.get('depth', Config.depth)
+    require_entries(dict(n_levels=n_levels, depth=depth), dict(n_levels=int, depth=int))
+    former_name = f'levels.{n_levels}.{depth + 1}.'
+    weights = {}
+    for part in ('model', 'average'):
+        values = saved[part].items()
+        weights[part] = {str(name).replace(former_name, 'prior.'): value for name, value in values}
+    return {
+        **saved,
+        **weights,
+        'config': config,
+        'input_dims': [*saved['input_dims'], 0],
+        'condition': ImageCondition().to_entry(),
+    }
+
+
 CHECKPOINT = CheckpointFormat(
     script=f'{NAME}.py',
-    number=2,
+    number=3,
     config_class=Config,
-    least_dims=(1, 1, 1),  # of an image: (C, H, W)
+    least_dims=(1, 1, 1, 0),  # of an image and its conditions: (C, H, W, Y)
     fields={
+        'condition': {'names': [str], 'is_class': bool, 'values': Tensor, 'counts': [int]},
         'fingerprint': str,
         'split_bounds': [int],
         'files': Tensor,
@@ -1026,7 +1277,7 @@ CHECKPOINT = CheckpointFormat(
     },
     build_model=build_model,
     build_optimizer=build_optimizer,
-    upgrades={1: upgrade_from_1},
+    upgrades={1: upgrade_from_1, 2: upgrade_from_2},
 )
 
 
@@ -1061,11 +1312,11 @@ def training_batch(
     n_seen: int,
     process: Process,
     images: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return this process's uint8 images and dequantization noise of the next step.
+) -> tuple[Tensor, ...]:
+    """Return this process's part of the next step: uint8 images, noise, and conditions if any.
 
-    Both are functions of the seed, the number of images seen before, and the rank. ``images``
-    are the training images, where they are on the device already.
+    All are functions of the seed, the number of images seen before, and the rank. ``images`` are
+    the training images, where they are on the device already.
     """
     rank, device = process.rank, process.device
     n_images = len(data.train.images)
@@ -1076,37 +1327,85 @@ def training_batch(
         x = images[to_device(indices, device)]
 
     generator = seeded_generator(device, Stream.TRAINING, config.seed, n_seen, rank)
-    if data.max_shift:
-        x = shift_randomly(x, data.max_shift, generator)
-    return x, torch.rand(x.shape, device=device, generator=generator)
+    if config.translate:
+        x = shift_randomly(x, config.translate, generator)
+    u = torch.rand(x.shape, device=device, generator=generator)
+    if data.train.conditions is None:
+        return x, u
+    return x, u, to_device(data.train.conditions[indices], device)
+
+
+def conditions_of(
+    split: ImageSplit, indices: slice | np.ndarray, device: torch.device
+) -> Tensor | None:
+    """Return the conditions (B, Y) of some images, or None for a model without conditions."""
+    if split.conditions is None:
+        return None
+    return torch.from_numpy(split.conditions[indices]).to(device)
 
 
 @torch.no_grad()
-def bits_per_dim(
-    model: Glow, images: np.ndarray, n_values: int, batch_size: int, process: Process
-) -> tuple[float, float]:
-    """Return the mean bits/dim of all images, and two standard errors of it.
+def average_over_images(
+    split: ImageSplit,
+    batch_size: int,
+    process: Process,
+    score: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    n_scores: int = 1,
+) -> tuple[list[float], list[float]]:
+    """Return the mean of each score over all images, and two standard errors of each.
 
+    ``score`` maps images, noise and conditions to the scores of each image, (B, ``n_scores``).
     Image i always gets the same noise, so that the result depends neither on ``batch_size`` nor
     on the number of processes that share the work.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=process.device)
-    own = np.arange(len(images))[process.rank :: process.world_size]
+    n_images = len(split.images)
+    sums = torch.zeros(2, n_scores, dtype=torch.float64, device=process.device)
+    own = np.arange(n_images)[process.rank :: process.world_size]
     for start in range(0, len(own), batch_size):
         indices = own[start : start + batch_size]
-        x = torch.from_numpy(images[indices]).to(process.device)
+        x = torch.from_numpy(split.images[indices]).to(process.device)
         noise = []
         for i in indices:
             generator = seeded_generator('cpu', Stream.EVALUATION, int(i))
             noise.append(torch.rand(x.shape[1:], generator=generator))
         u = torch.stack(noise).to(process.device)
-        log_p = model.log_prob(x, u).double()
-        bits = -log_p / (math.log(2) * n_values)
-        sums += torch.stack([bits.sum(), bits.square().sum()])
+        scores = score(x, u, conditions_of(split, indices, process.device)).double()
+        sums += torch.stack([scores.sum(0), scores.square().sum(0)])
 
-    mean, mean_square = (process.sum(sums) / len(images)).tolist()
-    variance = max(0, mean_square - mean**2)
-    return mean, 2 * math.sqrt(variance / len(images))
+    mean, mean_square = process.sum(sums) / n_images
+    variance = (mean_square - mean.square()).clamp(min=0)
+    return mean.tolist(), (2 * (variance / n_images).sqrt()).tolist()
+
+
+def bits_per_dim(
+    model: Glow, split: ImageSplit, n_values: int, batch_size: int, process: Process
+) -> tuple[float, float]:
+    """Return the mean bits/dim of all images, and two standard errors of it."""
+
+    def score(x: Tensor, u: Tensor, y: Tensor | None) -> Tensor:
+        return to_bits(model.log_prob(x, u, y), n_values)[:, None]
+
+    (mean,), (error,) = average_over_images(split, batch_size, process, score)
+    return mean, error
+
+
+def to_bits(log_p: Tensor, n_values: int) -> Tensor:
+    """Return log-probabilities as bits per dimension, in float64."""
+    return -log_p.double() / (math.log(2) * n_values)
+
+
+def log_joint(model: Glow, last: Tensor, condition: ImageCondition) -> Tensor:
+    """Return log p(last, y) of the last latents of images and each of K values of y: (B, K).
+
+    p(y) is how frequent y is among the training images. Only the last latent depends on y, so this
+    is all that Bayes' rule needs.
+    """
+    counts = torch.tensor(condition.counts, dtype=torch.float64)
+    columns = []
+    for value, log_p_y in zip(condition.values, (counts / counts.sum()).log()):
+        y = torch.from_numpy(value).to(last.device).expand(len(last), -1)
+        columns.append(model.prior.log_prob(last, y).double() + log_p_y.item())
+    return torch.stack(columns, dim=1)
 
 
 @torch.no_grad()
@@ -1116,18 +1415,23 @@ def sample_grid(
     n_columns: int,
     seed: int,
     device: torch.device,
+    conditions: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Return a row of uint8 samples (``n_columns``, C, H, W) for each temperature.
+    """Return a row of uint8 samples (``n_columns``, C, H, W) for each of R temperatures.
 
-    Each row is sorted by log-probability, best first. Raises ``UserError`` where samples are not
-    finite.
+    Each row is sorted by log-probability, best first. ``conditions`` are those of all rows, (Y,),
+    or of each row, (R, Y). Raises ``UserError`` where samples are not finite.
     """
     rows = []
     for row, z_std in enumerate(temperatures):
         generator = seeded_generator('cpu', Stream.SAMPLES, seed, row)
         z = z_std * torch.randn(n_columns, math.prod(model.input_dims), generator=generator)
         z = z.to(device)
-        parts = [model.inverse(part) for part in z.split(64)]
+        pieces = [z.split(64)]
+        if conditions is not None:
+            y = torch.from_numpy(conditions if conditions.ndim == 1 else conditions[row])
+            pieces.append(y.to(device).expand(n_columns, -1).split(64))
+        parts = [model.inverse(*piece) for piece in zip(*pieces)]
         x, logdet = (torch.cat(tensors) for tensors in zip(*parts))
         if not x.isfinite().all():
             raise UserError(
@@ -1137,6 +1441,28 @@ def sample_grid(
         order = (log_normal(z) - logdet).argsort(descending=True)
         rows.append(images[order].cpu().numpy())
     return rows
+
+
+def sample_each(
+    model: Glow,
+    condition: ImageCondition,
+    z_std: float,
+    n: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[list[np.ndarray], list[str]]:
+    """Return rows of eight, with n samples given each class or combination of attributes.
+
+    The labels of the rows are returned too. Of many, the first ``MAX_ROWS`` are drawn.
+    """
+    values = condition.values[:MAX_ROWS]
+    rows, labels = [], []
+    samples_of_each = sample_grid(model, [z_std] * len(values), n, seed, device, values)
+    for value, samples in zip(values, samples_of_each):
+        own_rows = [samples[i : i + 8] for i in range(0, n, 8)]
+        rows += own_rows
+        labels += [condition.label(value)] + [''] * (len(own_rows) - 1)
+    return rows, labels
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -1170,7 +1496,8 @@ class Training:
         saved: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.data, self.process = config, data, process
-        self.input_dims = list(data.train.images.shape[1:])
+        self.input_dims = [*data.train.images.shape[1:], len(data.condition.names)]
+        self.condition = data.condition.to_entry()
         self.model = build_model(config, self.input_dims).to(process.device)
         self.step, self.n_seen = 0, 0
         self.n_skipped, self.skips_in_a_row = torch.zeros(
@@ -1182,7 +1509,9 @@ class Training:
         if saved is None and process.rank == 0:
             self.initialize_actnorms()
         self.objective = wrap_ddp(
-            BitsPerDim(self.model, data.n_values, config.bf16),
+            Objective(
+                self.model, data.n_values, config.bf16, config.weight_y, data.condition.is_class
+            ),
             process,
             data=data.fingerprint,
             options=asdict(replace(config, data_dir='')),
@@ -1228,24 +1557,24 @@ class Training:
         initialize(self.model, torch.from_numpy(x).to(device), u.to(device), config.batch_size)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
-        """Take one step. Returns its bits/dim and its gradient norm."""
+        """Take one step. Returns its objective and its gradient norm."""
         lr = learning_rate(self.config, self.n_seen, self.n_per_step, self.n_per_epoch)
         self.optimizer.param_groups[0]['lr'] = lr
-        x, u = training_batch(self.data, self.config, self.n_seen, self.process, self.images)
-        loss, norm = self.compute(x, u)
+        batch = training_batch(self.data, self.config, self.n_seen, self.process, self.images)
+        loss, norm = self.compute(*batch)
         self.step += 1
         self.n_seen += self.n_per_step
         return loss, norm
 
-    def forward_and_update(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_and_update(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the objective and change the weights: what a GPU captures of a step."""
-        return update(self, self.objective(x, u))
+        return update(self, self.objective(*batch))
 
     def validate(self, folder: Path) -> None:
         """Score the averaged weights on the validation split, and draw samples of them."""
         self.validation_loss, _ = bits_per_dim(
             self.average.module,
-            self.data.validation.images,
+            self.data.validation,
             self.data.n_values,
             4 * self.config.batch_size,
             self.process,
@@ -1254,11 +1583,13 @@ class Training:
             score = format_score(self.config, self.validation_loss)
             tqdm.write(f'step {self.step}: validation {score}')
             with warn_on_error('picture'):
-                temperatures = (0.0, 0.25, 0.7, 1.0)
-                rows = sample_grid(
-                    self.average.module, temperatures, 8, self.config.seed, self.process.device
-                )
-                labels = [f'T = {temperature:g}' for temperature in temperatures]
+                model, seed, device = self.average.module, self.config.seed, self.process.device
+                if self.data.condition.names:
+                    rows, labels = sample_each(model, self.data.condition, Z_STD, 8, seed, device)
+                else:
+                    temperatures = (0.0, 0.25, 0.7, 1.0)
+                    rows = sample_grid(model, temperatures, 8, seed, device)
+                    labels = [f'T = {temperature:g}' for temperature in temperatures]
                 save_grid(folder / f'samples_at_step_{self.step:06}.png', rows, labels)
 
 
@@ -1367,17 +1698,30 @@ def format_score(config: Config, loss: float) -> str:
 def evaluate(
     model: Glow, data: ImageData, saved: dict[str, Any], config: Config, process: Process
 ) -> None:
-    """Print bits/dim on the whole test split, and save it as results.json beside the checkpoint."""
-    mean, error = bits_per_dim(
-        model, data.test.images, data.n_values, 4 * config.batch_size, process
-    )
+    """Print the scores on the whole test split, and save them as results.json in the run's folder.
+
+    They are bits/dim and, for a model with conditions, those of ``score_with_conditions``.
+    """
+    batch_size, condition = 4 * config.batch_size, data.condition
+    names = ['bits_per_dim']
+    if condition.names:
+        names += ['bits_per_dim_of_image_alone', 'accuracy_of_bayes_rule', 'accuracy_of_head']
+
+    def score(x: Tensor, u: Tensor, y: Tensor | None) -> Tensor:
+        if y is None:
+            return to_bits(model.log_prob(x, u), data.n_values)[:, None]
+        return score_with_conditions(model, condition, data.n_values, x, u, y)
+
+    means, errors = average_over_images(data.test, batch_size, process, score, len(names))
     if process.rank > 0:
         return
+    if not config.weight_y:
+        names, means = names[:3], means[:3]  # the head was not trained
 
     n_images = len(data.test.images)
     results = {
-        'bits_per_dim': mean,
-        'two_standard_errors': error,
+        **dict(zip(names, means)),
+        'two_standard_errors': errors[0],
         'n_images': n_images,
         'values_per_image': data.n_values,
         'n_bits': config.n_bits,
@@ -1387,40 +1731,89 @@ def evaluate(
         'bf16': torch.is_autocast_enabled(process.device.type),
     }
     write_json(saved['path'].with_name('results.json'), results)
+    given = ''
+    if condition.names:
+        given = ' given the class' if condition.is_class else f' given {", ".join(condition.names)}'
     print(
-        f'{config.dataset} test: {mean:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
-        f'({n_images} images, two standard errors)'
+        f'{config.dataset} test: {means[0]:.4f} ± {errors[0]:.4f} bits/dim at {config.n_bits} bits'
+        f'{given} ({n_images} images, two standard errors)'
     )
+    if condition.names:
+        guesses = [f"{means[2]:.1%} by Bayes' rule"]
+        guesses += [f'{accuracy:.1%} by the head' for accuracy in means[3:]]
+        print(f'guessed right: {", ".join(guesses)}; {means[1]:.4f} bits/dim of the image alone')
+
+
+def score_with_conditions(
+    model: Glow, condition: ImageCondition, n_values: int, x: Tensor, u: Tensor, y: Tensor
+) -> Tensor:
+    """Return four scores of each image, (B, 4).
+
+    They are bits/dim given y; those of p(x), the sum of p(x | y) p(y) over all y of training
+    images; and how much of y Bayes' rule and the head guess right, from 0 to 1.
+    """
+    log_p, last = model.log_prob_and_last(x, u, y)
+    joint = log_joint(model, last, condition)
+    log_p_alone = log_p - model.prior.log_prob(last, y) + joint.logsumexp(1)
+    logits = model.head(last)
+
+    by_rule = torch.from_numpy(condition.values).to(y.device)[joint.argmax(1)]
+    by_head = logits > 0
+    if condition.is_class:
+        by_head = F.one_hot(logits.argmax(1), len(condition.names))
+    scores = [to_bits(log_p, n_values), to_bits(log_p_alone, n_values)]
+    for guess in (by_rule, by_head):
+        is_right = guess == y
+        scores.append(is_right.all(1) if condition.is_class else is_right.double().mean(1))
+    return torch.stack([score.double() for score in scores], dim=1)
 
 
 def generate(
     model: Glow,
+    condition: ImageCondition,
     path: Path,
     config: Config,
     device: torch.device,
-    z_std: float | None,
-    n_samples: int | None,
+    request: Request,
 ) -> None:
-    """Save samples beside the checkpoint: at one temperature, or a row for each of several."""
-    if z_std is None:
-        name = 'range'
+    """Save samples beside the checkpoint: at one temperature, or a row for each of several.
+
+    Without ``--given``, a model with conditions draws a row for each class, or for each
+    combination of attributes.
+    """
+    y = condition.parse(request.given) if request.given else None
+    z_std, labels = request.z_std, []
+    if condition.names and y is None:
+        z_std = Z_STD if z_std is None else z_std
+        n = request.n_samples or 8
+        rows, labels = sample_each(model, condition, z_std, n, config.seed, device)
+    elif z_std is None:
+        rows = sample_grid(model, TEMPERATURES, 4, config.seed, device, y)
         labels = [f'T = {temperature:g}' for temperature in TEMPERATURES]
-        rows = sample_grid(model, TEMPERATURES, 4, config.seed, device)
     else:
-        name = f'{z_std:g}'
-        labels = []
-        samples = sample_grid(model, [z_std], n_samples or 32, config.seed, device)[0]
+        samples = sample_grid(model, [z_std], request.n_samples or 32, config.seed, device, y)[0]
         rows = [samples[i : i + 8] for i in range(0, len(samples), 8)]
-    save_grid(path.with_name(f'generated_samples_at_z_std_{name}.png'), rows, labels)
+
+    name = 'generated_samples_at_z_std_' + ('range' if z_std is None else f'{z_std:g}')
+    if y is not None:
+        name += file_name_part(condition.label(y))
+    save_grid(path.with_name(f'{name}.png'), rows, labels)
+
+
+def file_name_part(given: str) -> str:
+    """Return conditions as part of a file's name."""
+    return '_given_' + re.sub(r'[^\w,-]', '_', given)[:100]
 
 
 @torch.no_grad()
-def encode(model: Glow, images: np.ndarray, device: torch.device) -> Tensor:
-    """Return the latents (N, D) of uint8 images (N, C, H, W).
+def encode(
+    model: Glow, images: np.ndarray, device: torch.device, y: Tensor | None = None
+) -> Tensor:
+    """Return the latents (N, D) of uint8 images (N, C, H, W), given their conditions (N, Y).
 
     Each value is placed in the middle of its bin, so that decoding returns the same bins.
     """
-    return model(middles_of_bins(model, images, device))[0]
+    return model(middles_of_bins(model, images, device), y)[0]
 
 
 def middles_of_bins(model: Glow, images: np.ndarray, device: torch.device) -> Tensor:
@@ -1431,9 +1824,9 @@ def middles_of_bins(model: Glow, images: np.ndarray, device: torch.device) -> Te
 
 
 @torch.no_grad()
-def decode(model: Glow, z: Tensor) -> np.ndarray:
-    """Return the uint8 images (N, C, H, W) of latents (N, D)."""
-    x, _ = model.inverse(z)
+def decode(model: Glow, z: Tensor, y: Tensor | None = None) -> np.ndarray:
+    """Return the uint8 images (N, C, H, W) of latents (N, D), given conditions (N, Y)."""
+    x, _ = model.inverse(z, y)
     images, _ = model.dequantize.inverse(x)
     return images.cpu().numpy()
 
@@ -1458,9 +1851,11 @@ def attribute_directions(
         coefficients = (share_with - share_without).T
         total = 0
         for i in progress_bar(range(0, len(images), batch_size), 'encoding training images'):
-            z = encode(model, images[i : i + batch_size], device).double().cpu()
+            now = slice(i, i + batch_size)
+            y = conditions_of(data.train, now, device)
+            z = encode(model, images[now], device, y).double().cpu()
             # a difference of two means, batch by batch
-            total = total + coefficients[:, i : i + batch_size] @ z
+            total = total + coefficients[:, now] @ z
         return DZ_SCALE * total.float()
 
     is_bf16 = torch.is_autocast_enabled(device.type)
@@ -1478,38 +1873,92 @@ def visualize(
     device: torch.device,
     request: Request,
 ) -> None:
-    """Save a grid of edits z + alpha * dz of an image: a row per attribute, a column per alpha.
+    """Save a grid of edits of an image or, with ``--given``, of images under other conditions.
 
     ``--z_std`` multiplies the latents factored out by the splits. The code that these options
     come from does so by 0.6.
     """
-    names = data.attribute_names
-    source = f'{config.dataset} in {config.data_dir}'
-    chosen = data.editable(request.vis_attrs, DZ_IMAGES, source)
-    image = data.test.images[0]
-    if request.vis_img:
-        image = load_photo(request.vis_img, config.dataset, config.image_size)
-    dz = attribute_directions(model, data, path, config, device)
-    z = encode(model, image[None], device)
-
-    factor = torch.ones_like(z)
+    factor = torch.ones(math.prod(model.input_dims), device=device)
     n_last = math.prod(model.z_shapes[-1])
     if request.z_std is not None:
-        factor[:, :-n_last] = request.z_std
-    alphas = torch.tensor(request.vis_alphas, device=device)[:, None]
-    rows, row_labels = [], []
-    for i in chosen:
-        edited = z + alphas * dz[i].to(device)
-        rows.append(decode(model, factor * edited))
-        row_labels.append(names[i] if names[i] == str(i) else f'{i} {names[i]}')
-    column_labels = [f'{alpha:+g}' if alpha else 'unchanged' for alpha in request.vis_alphas]
-
+        factor[:-n_last] = request.z_std
     image_name = f'img_{Path(request.vis_img).stem}' if request.vis_img else 'sample'
-    attribute_name = ','.join(str(i) for i in chosen) if request.vis_attrs else 'all'
-    name = f'manipulated_{image_name}_attr_{attribute_name}'
+
+    if request.given:
+        rows, row_labels = change_conditions(model, data, config, device, request, factor)
+        name, column_labels = f'manipulated_{image_name}{file_name_part(request.given)}', []
+    else:
+        source = f'{config.dataset} in {config.data_dir}'
+        chosen = data.differing(request.vis_attrs, DZ_IMAGES, source)
+        dz = attribute_directions(model, data, path, config, device)
+        rows = edit_attributes(model, data, config, device, request, factor, dz[chosen])
+        names = data.attribute_names
+        row_labels = [names[i] if names[i] == str(i) else f'{i} {names[i]}' for i in chosen]
+        column_labels = [f'{alpha:+g}' if alpha else 'unchanged' for alpha in request.vis_alphas]
+        attribute_name = ','.join(str(i) for i in chosen) if request.vis_attrs else 'all'
+        name = f'manipulated_{image_name}_attr_{attribute_name}'
+
     if request.z_std is not None:
         name += f'_z_std_{request.z_std:g}'
     save_grid(path.with_name(f'{name}.png'), rows, row_labels, column_labels)
+
+
+def images_to_change(
+    model: Glow, data: ImageData, config: Config, device: torch.device, request: Request, n: int
+) -> tuple[np.ndarray, Tensor | None]:
+    """Return the first ``n`` test images, or the photo of the user, and their conditions.
+
+    Those of a photo are what Bayes' rule guesses.
+    """
+    if not request.vis_img:
+        return data.test.images[:n], conditions_of(data.test, slice(n), device)
+
+    images = load_photo(request.vis_img, config.dataset, config.image_size)[None]
+    if not data.condition.names:
+        return images, None
+    with torch.no_grad():
+        _, last, _ = model.run_levels(middles_of_bins(model, images, device))
+        best = log_joint(model, last, data.condition).argmax().item()
+    y = data.condition.values[best]
+    print(f'the model takes {request.vis_img} for {data.condition.label(y)}')
+    return images, torch.from_numpy(y).to(device)[None]
+
+
+def edit_attributes(
+    model: Glow,
+    data: ImageData,
+    config: Config,
+    device: torch.device,
+    request: Request,
+    factor: Tensor,
+    dz: Tensor,
+) -> list[np.ndarray]:
+    """Return edits z + alpha * dz of an image: a row per direction, a column per alpha."""
+    image, y = images_to_change(model, data, config, device, request, 1)
+    z = encode(model, image, device, y)
+    alphas = torch.tensor(request.vis_alphas, device=device)[:, None]
+    y = y if y is None else y.expand(len(alphas), -1)
+    return [decode(model, factor * (z + alphas * d), y) for d in dz.to(device)]
+
+
+def change_conditions(
+    model: Glow,
+    data: ImageData,
+    config: Config,
+    device: torch.device,
+    request: Request,
+    factor: Tensor,
+) -> tuple[list[np.ndarray], list[str]]:
+    """Return images, in a row, and below them their latents decoded given ``--given``.
+
+    The labels of both rows are returned too. Images keep the attributes that it leaves out.
+    """
+    data.condition.parse(request.given, np.zeros(len(data.condition.names)))
+    images, y = images_to_change(model, data, config, device, request, 8)
+    changed = [data.condition.parse(request.given, start) for start in y.cpu().numpy()]
+    z = factor * encode(model, images, device, y)
+    other = torch.from_numpy(np.stack(changed)).to(device)
+    return [decode(model, z, y), decode(model, z, other)], ['unchanged', f'given {request.given}']
 
 
 @torch.no_grad()
@@ -1522,21 +1971,25 @@ def check(model: Glow, data: ImageData, config: Config, device: torch.device) ->
     names = {layer: name for name, layer in model.named_modules()}
     errors: dict[str, float] = {}
 
-    def run(layer: nn.Module, x: Tensor) -> Tensor:
+    def run(layer: nn.Module, x: Tensor, *given: Tensor | None) -> Tensor:
         """Return ``layer(x)``, and note how far its inverse is from x."""
-        z, _ = layer(x)
-        error = (layer.inverse(z)[0] - x).abs().max().nan_to_num(math.inf).item()
+        z, _ = layer(x, *given)
+        error = (layer.inverse(z, *given)[0] - x).abs().max().nan_to_num(math.inf).item()
         errors[names[layer]] = max(error, errors.get(names[layer], 0.0))
         return z
 
     batch_size = 4 * config.batch_size
     for i in progress_bar(range(0, len(data.test.images), batch_size), 'decoding test images'):
-        x = middles_of_bins(model, data.test.images[i : i + batch_size], device)
-        run(model, x)
+        now = slice(i, i + batch_size)
+        x = middles_of_bins(model, data.test.images[now], device)
+        y = conditions_of(data.test, now, device)
+        run(model, x, y)
         for level in model.levels:
             for layer in simple_layers(level):
                 x = run(layer, x)
-            x = x.chunk(2, dim=1)[1]
+            if level is not model.levels[-1]:
+                x = x.chunk(2, dim=1)[1]
+        run(model.prior, x, y)
 
     bins = errors.pop('') * 2**config.n_bits  # '' is the name of the whole model
     worst = max(errors, key=lambda name: errors[name])
@@ -1604,7 +2057,7 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         if mode in ('train', 'evaluate'):
             evaluate(model, data, saved, config, process)
         elif process.rank == 0 and mode == 'generate':
-            generate(model, path, config, device, request.z_std, request.n_samples)
+            generate(model, condition_of_checkpoint(saved), path, config, device, request)
         elif process.rank == 0 and mode == 'visualize':
             visualize(model, data, path, config, device, request)
         elif process.rank == 0:

@@ -1,5 +1,6 @@
 """Data sets and pictures of them: images (images.py), tables (tabular.py) and problems (toy.py)."""
 
+from .image_conditions import ImageCondition, condition_of_checkpoint
 from .images import (
     IMAGE_DATASETS,
     ImageData,
@@ -13,8 +14,10 @@ from .images import (
 
 __all__ = [
     'IMAGE_DATASETS',
+    'ImageCondition',
     'ImageData',
     'ImageSplit',
+    'condition_of_checkpoint',
     'load_images',
     'load_photo',
     'load_run_images',

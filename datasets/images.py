@@ -33,6 +33,14 @@ from common.files import digest, file_signature, first_existing, path_hash, writ
 
 from .cache import CreateArray, memmap_cache
 from .drawn_faces import ATTRIBUTES, draw_faces, face_attributes
+from .image_conditions import (
+    CLASSES,
+    MAX_CONDITIONS,
+    ImageCondition,
+    are_printable,
+    condition_of_checkpoint,
+    make_condition,
+)
 from .pickles import array_of, read_pickle
 
 IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', 'celeba', 'folder')
@@ -119,10 +127,12 @@ class ImageSplit:
     Attributes:
         images: (N, C, H, W), uint8, memory-mapped if they come from a cache.
         attributes: (N, A), boolean; A is 0 where the data set has none.
+        conditions: (N, Y), float32, what a model is given of each image; None without conditions.
     """
 
     images: np.ndarray
     attributes: np.ndarray
+    conditions: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,6 @@ class ImageData:
         attribute_names: A names; the classes of a labelled data set are attributes.
         n_values: Values per image by which bits/dim is divided. This is C * H * W, except for
             mnist: its 28x28 images are padded to 32x32, and 784 values count.
-        max_shift: By how many pixels training images may be shifted at random.
         fingerprint: Digest that identifies the images, in whichever folder of whichever machine.
             Of celeba and folder, it is one of names, sizes, tables and the content of some files.
         cache_key: Digest of what the images were made from, with the times of the files, and of
@@ -142,6 +151,7 @@ class ImageData:
         split_bounds: The two numbers by which a folder was split (``split_by_hash``), or none.
         files: A row (path hash, size in bytes) for each image of a folder, int64, (N, 2).
         notes: What has changed since a run was trained on the images, in one line each.
+        condition: What a model is given of each image.
     """
 
     train: ImageSplit
@@ -149,12 +159,12 @@ class ImageData:
     test: ImageSplit
     attribute_names: tuple[str, ...]
     n_values: int
-    max_shift: int
     fingerprint: str
     cache_key: str = ''
     split_bounds: list[int] = field(default_factory=list)
     files: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
     notes: tuple[str, ...] = ()
+    condition: ImageCondition = field(default_factory=ImageCondition)
 
     def attribute_index(self, text: str) -> int:
         """Return the index of an attribute given by index or name, such as '8' or 'Black_Hair'.
@@ -163,7 +173,7 @@ class ImageData:
         """
         return index_of_name(text, self.attribute_names, 'attribute')
 
-    def editable(self, texts: Sequence[str] | None, n: int, source: str) -> list[int]:
+    def differing(self, texts: Sequence[str] | None, n: int, source: str) -> list[int]:
         """Return the indices of attributes that differ among the first ``n`` training images.
 
         Arguments:
@@ -188,7 +198,7 @@ class ImageData:
             if not differs[i]:
                 raise UserError(
                     f'attribute {i} ({self.attribute_names[i]}) is the same in all training '
-                    'images: it cannot be edited'
+                    'images: choose another'
                 )
         return chosen
 
@@ -199,12 +209,13 @@ class ImageOptions(Protocol):
     dataset: str
     data_dir: str
     image_size: int
+    condition: list[str] | None
 
 
 def load_run_images(
     config: ImageOptions, saved: dict[str, Any] | None, may_differ: bool = True
 ) -> ImageData:
-    """Load the images that a run is about, split as in its training.
+    """Load the images that a run is about with their conditions, split as in its training.
 
     Arguments:
         config: the options of the run.
@@ -215,12 +226,17 @@ def load_run_images(
     Raises ``UserError`` where they differ and must not, or where what the checkpoint says of them
     is damaged.
     """
+    source = f'{config.dataset} in {config.data_dir}'
     if saved is None:
-        return load_images(config.dataset, config.data_dir, config.image_size)
+        data = load_images(config.dataset, config.data_dir, config.image_size)
+        if not config.condition:
+            return data
+        return with_conditions(data, choose_condition(data, config.condition, source), source)
 
     require_valid_split(saved)
     bounds = saved['split_bounds']
     data = load_images(config.dataset, config.data_dir, config.image_size, bounds)
+    data = with_conditions(data, condition_of_checkpoint(saved), source)
     if saved['fingerprint'] in ('', data.fingerprint):
         return data
 
@@ -240,6 +256,60 @@ def require_valid_split(saved: dict[str, Any]) -> None:
     has_files = files.dtype == torch.int64 and files.dim() == 2 and files.shape[1] == 2
     if not has_bounds or not has_files:
         raise UserError(f'{saved["path"]} is damaged: it does not say how its images were split')
+
+
+def choose_condition(data: ImageData, words: Sequence[str], source: str) -> ImageCondition:
+    """Return what ``--condition`` means.
+
+    Arguments:
+        data: The images.
+        words: ``['classes']``, or names or indices of attributes.
+        source: What to call the data set in an error message.
+
+    Raises ``UserError`` where the images have no such classes or attributes, or do not differ.
+    """
+    train = data.train.attributes
+    if list(words) == [CLASSES]:
+        chosen = list(range(train.shape[1]))
+        differing = data.differing(None, len(train), source)
+        if not (train.sum(1) == 1).all():
+            some = ','.join(data.attribute_names[i] for i in differing[-2:])
+            raise UserError(
+                f'the images of {source} have no classes, of which each has exactly one: choose '
+                f'attributes, as in --condition={some}'
+            )
+    else:
+        chosen = data.differing(words, len(train), source)
+        if len(set(chosen)) < len(chosen) or len(chosen) > MAX_CONDITIONS:
+            raise UserError(
+                f'--condition={",".join(words)}: give up to {MAX_CONDITIONS} different attributes'
+            )
+    names = [data.attribute_names[i] for i in chosen]
+    return make_condition(names, train[:, chosen], is_class=list(words) == [CLASSES])
+
+
+def with_conditions(data: ImageData, condition: ImageCondition, source: str) -> ImageData:
+    """Return a data set in which each image has its conditions.
+
+    Raises ``UserError`` where images lack them; ``source`` names the data set.
+    """
+    if not condition.names:
+        return data
+    chosen = [data.attribute_index(name) for name in condition.names]
+
+    def with_own(split: ImageSplit) -> ImageSplit:
+        conditions = split.attributes[:, chosen].astype(np.float32)
+        if condition.is_class and not (conditions.sum(1) == 1).all():
+            raise UserError(f'the images of {source} do not have exactly one class each')
+        return replace(split, conditions=conditions)
+
+    return replace(
+        data,
+        train=with_own(data.train),
+        validation=with_own(data.validation),
+        test=with_own(data.test),
+        condition=condition,
+    )
 
 
 def describe_change(config: ImageOptions, files: torch.Tensor, saved: dict[str, Any]) -> str:
@@ -341,14 +411,14 @@ def load_photo(path: str | Path, name: str, image_size: int) -> np.ndarray:
 def shift_randomly(x: torch.Tensor, max_shift: int, generator: torch.Generator) -> torch.Tensor:
     """Shift each image (B, C, H, W) by up to ``max_shift`` pixels along both axes.
 
-    What leaves the image on one side comes back on the other, so the margin should be empty.
+    The pixels at the edge are repeated where nothing else comes in.
     """
     b, _, h, w = x.shape
     offsets = torch.randint(
         -max_shift, max_shift + 1, (2, b, 1), device=x.device, generator=generator
     )
-    rows = (torch.arange(h, device=x.device) + offsets[0]) % h
-    columns = (torch.arange(w, device=x.device) + offsets[1]) % w
+    rows = (torch.arange(h, device=x.device) + offsets[0]).clamp(0, h - 1)
+    columns = (torch.arange(w, device=x.device) + offsets[1]).clamp(0, w - 1)
     images = torch.arange(b, device=x.device)[:, None, None]
 
     # Indexing around a slice moves the axis of the slice to the end: (B, H, W, C).
@@ -364,7 +434,6 @@ def make_image_data(
     source: Any,
     fingerprint: str = '',
     n_values: int | None = None,
-    max_shift: int = 0,
 ) -> ImageData:
     """Split images and attributes into a data set.
 
@@ -374,8 +443,8 @@ def make_image_data(
         names: A names of attributes.
         parts: Slices or indices of the train, validation and test images.
         source: JSON-serialisable description of what the images were made from.
-        fingerprint, n_values, max_shift: See ``ImageData``; by default, the digest of ``source``,
-            C * H * W values and no shift.
+        fingerprint, n_values: See ``ImageData``; by default, the digest of ``source`` and
+            C * H * W values.
     """
     train, validation, test = [ImageSplit(images[part], attributes[part]) for part in parts]
     return ImageData(
@@ -384,7 +453,6 @@ def make_image_data(
         test,
         attribute_names=tuple(names),
         n_values=n_values or int(np.prod(images.shape[1:])),
-        max_shift=max_shift,
         fingerprint=fingerprint or digest(source),
         cache_key=digest(source),
     )
@@ -604,7 +672,6 @@ def load_mnist(data_dir: Path, image_size: int | None) -> ImageData:
         source=['mnist', *map(file_signature, paths)],
         fingerprint=digest(['mnist', n_train], [images, labels]),
         n_values=784,
-        max_shift=1,
     )
 
 
@@ -993,8 +1060,7 @@ def require_same_images(
 def parse_attributes(path: Path, names: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
     """Return cells of '1' and '-1' as booleans (N, A); raise ``UserError`` for any others."""
     are_different = len(set(names)) == len(names)
-    are_printable = all(name and name.isprintable() for name in names)
-    if not are_different or not are_printable or len(names) > MAX_ATTRIBUTES:
+    if not are_different or not are_printable(names) or len(names) > MAX_ATTRIBUTES:
         raise UserError(
             f'{path}: attribute names must be printable and different from each other, '
             f'{MAX_ATTRIBUTES} at most'

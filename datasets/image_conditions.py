@@ -1,0 +1,117 @@
+"""What a model of images is given of each image: its class, or some of its attributes."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import UserError, index_of_name
+
+CLASSES = 'classes'  # of --condition: the classes of a data set, not attributes by name
+MAX_CONDITIONS = 10  # attributes, so that at most 1,024 combinations of them are summed over
+MAX_VALUES, MAX_CLASSES = 1024, 1000
+
+
+@dataclass(frozen=True)
+class ImageCondition:
+    """The conditions y of a model of images: a number 0 or 1 for each of Y names.
+
+    Attributes:
+        names: Classes or attributes; none of a model without conditions.
+        is_class: Whether each image has exactly one of them.
+        values: The y that training images have, (K, Y), float32: classes in their order,
+            combinations of attributes by how frequent they are.
+        counts: How many training images have each of them, K numbers.
+    """
+
+    names: tuple[str, ...] = ()
+    is_class: bool = False
+    values: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    counts: tuple[int, ...] = ()
+
+    def label(self, y: np.ndarray) -> str:
+        """Return conditions as ``--given`` takes them: ``'7'``, or ``'Smiling,-Male'``."""
+        if self.is_class:
+            return self.names[int(y.argmax())]
+        return ','.join(name if on else f'-{name}' for name, on in zip(self.names, y))
+
+    def parse(self, text: str, start: np.ndarray | None = None) -> np.ndarray:
+        """Return the conditions (Y,) that ``--given`` describes.
+
+        Arguments:
+            text: ``'7'``, a class, or ``'Smiling,-Male'``, attributes that are there or not.
+            start: The conditions (Y,) of an image, which hold for attributes that ``text`` leaves
+                out. Without it, none may be left out.
+
+        Raises ``UserError`` where the text cannot be understood.
+        """
+        if not self.names:
+            raise UserError('--given is for models that were trained with --condition')
+        words = [word.strip() for word in text.split(',') if word.strip()]
+        if self.is_class:
+            if len(words) != 1:
+                raise UserError(f'--given takes one class, such as --given={self.names[-1]}')
+            return np.eye(len(self.names), dtype=np.float32)[
+                index_of_name(words[0], self.names, 'class')
+            ]
+
+        found: dict[int, bool] = {}
+        for word in words:
+            name = word if word in self.names else word.removeprefix('-')
+            k = index_of_name(name, self.names, 'condition')
+            if k in found:
+                raise UserError(f'--given has two values of {self.names[k]}')
+            found[k] = word == name
+        missing = [name for k, name in enumerate(self.names) if k not in found]
+        if missing and start is None:
+            raise UserError(
+                f'--given says nothing of {", ".join(missing)}: add {missing[0]} or -{missing[0]}'
+            )
+
+        y = np.zeros(len(self.names), np.float32) if start is None else start.copy()
+        y[list(found)] = list(found.values())
+        return y
+
+    def to_entry(self) -> dict[str, Any]:
+        """Return the conditions as a checkpoint keeps them."""
+        return {
+            'names': list(self.names),
+            'is_class': self.is_class,
+            'values': torch.from_numpy(self.values),
+            'counts': list(self.counts),
+        }
+
+
+def make_condition(names: Sequence[str], y: np.ndarray, is_class: bool) -> ImageCondition:
+    """Return the conditions of training images that have the values ``y`` (N, Y), boolean."""
+    values, counts = np.unique(y, axis=0, return_counts=True)
+    order = np.argsort(values.argmax(1) if is_class else -counts, kind='stable')
+    values, counts = values[order].astype(np.float32), counts[order]
+    return ImageCondition(tuple(names), is_class, values, tuple(counts.tolist()))
+
+
+def condition_of_checkpoint(saved: dict[str, Any]) -> ImageCondition:
+    """Return the conditions of a checkpoint; raise ``UserError`` where they are damaged."""
+    entry = saved['condition']
+    names, values, counts = entry['names'], entry['values'], entry['counts']
+    is_whole = (
+        len(names) == saved['input_dims'][-1] == len(set(names))
+        and are_printable(names)
+        and values.dtype == torch.float32
+        and values.shape == (len(counts), len(names))
+        and len(counts) <= MAX_VALUES
+        and bool(names) == (len(counts) > 1)
+        and all(counts)
+        and bool(((values == 0) | (values == 1)).all())
+        and not (entry['is_class'] and (values.sum(1) != 1).any())
+    )
+    if not is_whole:
+        raise UserError(f'{saved["path"]} is damaged: its conditions do not fit each other')
+    return ImageCondition(tuple(names), entry['is_class'], values.numpy(), tuple(counts))
+
+
+def are_printable(names: Collection[str]) -> bool:
+    """Return whether names can be shown."""
+    return all(name and name.isprintable() for name in names)
