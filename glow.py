@@ -1796,13 +1796,13 @@ def generate(
 
     name = 'generated_samples_at_z_std_' + ('range' if z_std is None else f'{z_std:g}')
     if y is not None:
-        name += file_name_part(condition.label(y))
+        name += f'_{file_name_part(condition.label(y))}'
     save_grid(path.with_name(f'{name}.png'), rows, labels)
 
 
 def file_name_part(given: str) -> str:
     """Return conditions as part of a file's name."""
-    return '_given_' + re.sub(r'[^\w,-]', '_', given)[:100]
+    return 'given_' + re.sub(r'[^\w,-]', '_', given)[:100]
 
 
 @torch.no_grad()
@@ -1873,34 +1873,54 @@ def visualize(
     device: torch.device,
     request: Request,
 ) -> None:
-    """Save a grid of edits of an image or, with ``--given``, of images under other conditions.
+    """Save a grid of edits z + alpha * dz of an image: a row per attribute, a column per alpha.
 
     ``--z_std`` multiplies the latents factored out by the splits. The code that these options
     come from does so by 0.6.
     """
-    factor = torch.ones(math.prod(model.input_dims), device=device)
-    n_last = math.prod(model.z_shapes[-1])
-    if request.z_std is not None:
-        factor[:-n_last] = request.z_std
-    image_name = f'img_{Path(request.vis_img).stem}' if request.vis_img else 'sample'
+    names = data.attribute_names
+    source = f'{config.dataset} in {config.data_dir}'
+    chosen = data.differing(request.vis_attrs, DZ_IMAGES, source)
+    image, y = images_to_change(model, data, config, device, request, 1)
+    dz = attribute_directions(model, data, path, config, device)
+    z = encode(model, image, device, y)
 
-    if request.given:
-        rows, row_labels = change_conditions(model, data, config, device, request, factor)
-        name, column_labels = f'manipulated_{image_name}{file_name_part(request.given)}', []
-    else:
-        source = f'{config.dataset} in {config.data_dir}'
-        chosen = data.differing(request.vis_attrs, DZ_IMAGES, source)
-        dz = attribute_directions(model, data, path, config, device)
-        rows = edit_attributes(model, data, config, device, request, factor, dz[chosen])
-        names = data.attribute_names
-        row_labels = [names[i] if names[i] == str(i) else f'{i} {names[i]}' for i in chosen]
-        column_labels = [f'{alpha:+g}' if alpha else 'unchanged' for alpha in request.vis_alphas]
-        attribute_name = ','.join(str(i) for i in chosen) if request.vis_attrs else 'all'
-        name = f'manipulated_{image_name}_attr_{attribute_name}'
+    alphas = torch.tensor(request.vis_alphas, device=device)[:, None]
+    if y is not None:
+        y = y.expand(len(alphas), -1)
+    rows, row_labels = [], []
+    for i in chosen:
+        edited = z + alphas * dz[i].to(device)
+        rows.append(decode(model, scale_splits(model, edited, request.z_std), y))
+        row_labels.append(names[i] if names[i] == str(i) else f'{i} {names[i]}')
+    column_labels = [f'{alpha:+g}' if alpha else 'unchanged' for alpha in request.vis_alphas]
 
-    if request.z_std is not None:
-        name += f'_z_std_{request.z_std:g}'
-    save_grid(path.with_name(f'{name}.png'), rows, row_labels, column_labels)
+    change = f'attr_{",".join(map(str, chosen)) if request.vis_attrs else "all"}'
+    save_grid(path.with_name(edit_name(request, change)), rows, row_labels, column_labels)
+
+
+def change_conditions(
+    model: Glow,
+    data: ImageData,
+    path: Path,
+    config: Config,
+    device: torch.device,
+    request: Request,
+) -> None:
+    """Save a grid of images and, below each of them, its latent decoded given ``--given``.
+
+    An image keeps the attributes that ``--given`` leaves out.
+    """
+    condition = data.condition
+    condition.parse(request.given, np.zeros(len(condition.names)))  # before anything is computed
+    images, y = images_to_change(model, data, config, device, request, 8)
+    others = [condition.parse(request.given, start) for start in y.cpu().numpy()]
+    other_y = torch.from_numpy(np.stack(others)).to(device)
+
+    z = scale_splits(model, encode(model, images, device, y), request.z_std)
+    rows = [decode(model, z, y), decode(model, z, other_y)]
+    name = edit_name(request, file_name_part(request.given))
+    save_grid(path.with_name(name), rows, ['unchanged', f'given {request.given}'])
 
 
 def images_to_change(
@@ -1924,41 +1944,19 @@ def images_to_change(
     return images, torch.from_numpy(y).to(device)[None]
 
 
-def edit_attributes(
-    model: Glow,
-    data: ImageData,
-    config: Config,
-    device: torch.device,
-    request: Request,
-    factor: Tensor,
-    dz: Tensor,
-) -> list[np.ndarray]:
-    """Return edits z + alpha * dz of an image: a row per direction, a column per alpha."""
-    image, y = images_to_change(model, data, config, device, request, 1)
-    z = encode(model, image, device, y)
-    alphas = torch.tensor(request.vis_alphas, device=device)[:, None]
-    y = y if y is None else y.expand(len(alphas), -1)
-    return [decode(model, factor * (z + alphas * d), y) for d in dz.to(device)]
+def scale_splits(model: Glow, z: Tensor, factor: float | None) -> Tensor:
+    """Multiply the latents factored out by the splits, all but the last, by a factor if any."""
+    n_last = math.prod(model.z_shapes[-1])
+    if factor is None:
+        return z
+    return torch.cat([factor * z[:, :-n_last], z[:, -n_last:]], dim=1)
 
 
-def change_conditions(
-    model: Glow,
-    data: ImageData,
-    config: Config,
-    device: torch.device,
-    request: Request,
-    factor: Tensor,
-) -> tuple[list[np.ndarray], list[str]]:
-    """Return images, in a row, and below them their latents decoded given ``--given``.
-
-    The labels of both rows are returned too. Images keep the attributes that it leaves out.
-    """
-    data.condition.parse(request.given, np.zeros(len(data.condition.names)))
-    images, y = images_to_change(model, data, config, device, request, 8)
-    changed = [data.condition.parse(request.given, start) for start in y.cpu().numpy()]
-    z = factor * encode(model, images, device, y)
-    other = torch.from_numpy(np.stack(changed)).to(device)
-    return [decode(model, z, y), decode(model, z, other)], ['unchanged', f'given {request.given}']
+def edit_name(request: Request, change: str) -> str:
+    """Return the file name of a picture of edits."""
+    image_name = f'img_{Path(request.vis_img).stem}' if request.vis_img else 'sample'
+    z_std = '' if request.z_std is None else f'_z_std_{request.z_std:g}'
+    return f'manipulated_{image_name}_{change}{z_std}.png'
 
 
 @torch.no_grad()
@@ -2059,7 +2057,8 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         elif process.rank == 0 and mode == 'generate':
             generate(model, condition_of_checkpoint(saved), path, config, device, request)
         elif process.rank == 0 and mode == 'visualize':
-            visualize(model, data, path, config, device, request)
+            show = change_conditions if request.given else visualize
+            show(model, data, path, config, device, request)
         elif process.rank == 0:
             check(model, data, config, device)
     if process.rank == 0 and mode == 'train':

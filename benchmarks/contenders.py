@@ -88,9 +88,9 @@ def make_config(script: str, shape: dict, variant: str) -> glow.Config | bnaf.Co
 
 
 def input_dims(script: str, shape: dict) -> list[int]:
-    """Return the dimensions of one image, or of one row and of what it is given: nothing."""
+    """Return the dimensions of one image or row, and of what it is given: nothing."""
     if script == 'glow':
-        return [3, shape['image_size'], shape['image_size']]
+        return [3, shape['image_size'], shape['image_size'], 0]
     return [shape['data_dim'], 0]
 
 
@@ -112,17 +112,17 @@ def build_bare_model(script: str, shape: dict, name: str) -> nn.Module:
 def random_values(script: str, shape: dict, n: int) -> np.ndarray:
     """Draw ``n`` images (uint8) or rows (float32) of noise, the same at every call."""
     rng = np.random.default_rng(0)
-    dims = input_dims(script, shape)
+    *dims, _ = input_dims(script, shape)
     if script == 'glow':
         return rng.integers(0, 256, (n, *dims), dtype=np.uint8)
-    return rng.normal(size=(n, dims[0])).astype(np.float32)
+    return rng.normal(size=(n, *dims)).astype(np.float32)
 
 
 def as_image_data(images: np.ndarray) -> ImageData:
     """Return a data set whose three splits are the same images, without attributes."""
     split = ImageSplit(images, np.zeros((len(images), 0), bool))
     n_values = math.prod(images.shape[1:])
-    return ImageData(split, split, split, (), n_values, max_shift=0, fingerprint='')
+    return ImageData(split, split, split, (), n_values, fingerprint='')
 
 
 def as_table_data(rows: np.ndarray, n_test: int) -> TableData:
@@ -147,7 +147,7 @@ def make_own(script: str, shape: dict, variant: str, device: torch.device) -> Co
     process = SCRIPTS[script].Process(0, 1, device)
     run = SCRIPTS[script].Training(config, data, process)
     if script == 'glow':
-        objective = glow.BitsPerDim(run.model, data.n_values)
+        objective = glow.Objective(run.model, data.n_values)
     else:
         objective = bnaf.Objective(run.model, data)
 

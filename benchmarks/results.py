@@ -30,6 +30,7 @@ from timing import machine_name
 import bnaf
 import glow
 from common.errors import UserError, one_line
+from common.options import as_typed
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {'glow.py': glow, 'bnaf.py': bnaf}
@@ -152,7 +153,7 @@ def describe_data(run: Run) -> str:
     name = Path(run.config.dataset).stem
     if run.script is bnaf:
         return name
-    _, height, width = run.saved['input_dims']
+    _, height, width, _ = run.saved['input_dims']
     return f'{name}, {height}x{width}, {run.config.n_bits} bits'
 
 
@@ -160,6 +161,12 @@ def describe_model(run: Run) -> str:
     config = run.config
     if run.script is glow:
         text = f'Glow: {config.n_levels} splits, depth {config.depth}, width {config.width}'
+        for option, default in (('coupling', 'affine'), ('permutation', 'conv1x1')):
+            value = getattr(config, option)
+            if value != default:
+                text += f', {value}'
+        if config.condition:
+            text += f', given {",".join(config.condition)}'
         return f'{text}, bf16' if config.bf16 else text
     flows = 'flow' if config.n_flows == 1 else 'flows'
     layers = f'{config.n_hidden + 1} hidden layers of {config.hidden_dim} per column'
@@ -185,7 +192,7 @@ def training_command(script: ModuleType, config: glow.Config | bnaf.Config, worl
         elif field.type is str:
             words.append(f'--{field.name}={Path(value).name}')
         else:
-            words.append(f'--{field.name}={value}')
+            words.append(f'--{field.name}={as_typed(value)}')
     return ' '.join(words)
 
 
