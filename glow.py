@@ -244,7 +244,8 @@ MODE_OPTIONS = {
     'check': {'data_dir', 'batch_size', 'bf16'},
 }
 # What a data set changes of the defaults above. For celeba and mnist these are the settings of
-# github.com/kamenbliznashki/normalizing_flows.
+# github.com/kamenbliznashki/normalizing_flows. Bits/dim are divided by the number of values, the
+# bits of a class are not: the fewer values, the larger is the weight_y that balances them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     'faces': dict(
         image_size=32,
@@ -268,8 +269,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         batch_size=32,
         lr_decay=1 / 3,
         ema_decay=0.99,
+        weight_y=0.5,
     ),
-    'mnist': dict(image_size=32, n_bits=8, translate=1),
+    'mnist': dict(image_size=32, n_bits=8, translate=1, weight_y=0.04),
     'cifar10': dict(image_size=32, n_bits=8, n_levels=2),
     'celeba': dict(n_epochs=80),
     'folder': dict(),
@@ -373,52 +375,6 @@ def channel_moments(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     mean = shares @ torch.stack(means)
     deviations = torch.stack(means) - mean
     return mean, shares @ (torch.stack(variances) + deviations.square())
-
-
-class Prior(ChannelAffine):
-    """The prior of the last latent: a Gaussian with learned mean and deviation per channel.
-
-    It is written as the bijection that makes it N(0, I): z = s * x + b, where s is the inverse
-    of the deviation and -b / s the mean. log|det| = H W sum(log s).
-
-    Given conditions y, (B, Y), log s and b are linear functions of y, whose weights are 0 at first,
-    plus constants. Where it ``is_fixed``, the constants stay 0: without y, it is N(0, I).
-    """
-
-    def __init__(self, n_channels: int, n_conditions: int = 0, is_fixed: bool = False) -> None:
-        super().__init__(n_channels)
-        if is_fixed:
-            self.requires_grad_(False)
-        if n_conditions:
-            self.of_y = nn.Linear(n_conditions, 2 * n_channels, bias=False)
-            nn.init.zeros_(self.of_y.weight)
-
-    def log_scale_and_shift(self, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if y is None:
-            return self.log_s, self.b
-        with torch.autocast(y.device.type, enabled=False):
-            log_s, b = self.of_y(y)[..., None, None].chunk(2, dim=1)
-        return self.log_s + log_s, self.b + b
-
-    def log_prob(self, x: Tensor, *given: Tensor) -> Tensor:
-        """Return log p(x), or log p(x | y), in nats: (B, C, H, W) becomes (B,)."""
-        z, logdet = self(x, *given)
-        return log_normal(z.flatten(1)) + logdet
-
-
-class ClassHead(nn.Linear):
-    """Guesses the conditions from the last latent: a logit for each, (B, C, H, W) to (B, Y).
-
-    It is linear in the mean over all pixels, and 0 at first, as in the official code.
-    """
-
-    def __init__(self, n_channels: int, n_conditions: int) -> None:
-        super().__init__(n_channels, n_conditions)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mean((2, 3)))
 
 
 class Invertible1x1Conv(nn.Module):
@@ -656,6 +612,52 @@ class Split(Coupling):
         log_std = LOG_STD_MAX * torch.tanh(raw / LOG_STD_MAX)
         s = (-log_std).exp()
         return s, -mean * s
+
+
+class Prior(ChannelAffine):
+    """The prior of the last latent: a Gaussian with learned mean and deviation per channel.
+
+    It is written as the bijection that makes it N(0, I): z = s * x + b, where s is the inverse
+    of the deviation and -b / s the mean. log|det| = H W sum(log s).
+
+    Given conditions y, (B, Y), log s and b are linear functions of y, whose weights are 0 at first,
+    plus constants. Where it ``is_fixed``, the constants stay 0: without y, it is N(0, I).
+    """
+
+    def __init__(self, n_channels: int, n_conditions: int = 0, is_fixed: bool = False) -> None:
+        super().__init__(n_channels)
+        if is_fixed:
+            self.requires_grad_(False)
+        if n_conditions:
+            self.of_y = nn.Linear(n_conditions, 2 * n_channels, bias=False)
+            nn.init.zeros_(self.of_y.weight)
+
+    def log_scale_and_shift(self, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if y is None:
+            return self.log_s, self.b
+        with torch.autocast(y.device.type, enabled=False):
+            log_s, b = self.of_y(y)[..., None, None].chunk(2, dim=1)
+        return self.log_s + log_s, self.b + b
+
+    def log_prob(self, x: Tensor, *given: Tensor) -> Tensor:
+        """Return log p(x), or log p(x | y), in nats: (B, C, H, W) becomes (B,)."""
+        z, logdet = self(x, *given)
+        return log_normal(z.flatten(1)) + logdet
+
+
+class ClassHead(nn.Linear):
+    """Guesses the conditions from the last latent: a logit for each, (B, C, H, W) to (B, Y).
+
+    It is linear in the mean over all pixels, and 0 at first, as in the official code.
+    """
+
+    def __init__(self, n_channels: int, n_conditions: int) -> None:
+        super().__init__(n_channels, n_conditions)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean((2, 3)))
 
 
 class Squeeze(nn.Module):
