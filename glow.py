@@ -5,6 +5,8 @@
     python glow.py --generate --z_std=0.7          samples at temperature 0.7
     python glow.py --visualize --vis_attrs=8,20    edit attributes of a test image
     python glow.py --visualize --vis_img=me.jpg    edit a photo of your own
+    python glow.py --train --dataset=digits --condition=classes     p(image | class)
+    python glow.py --generate --given=7            samples of one class
     torchrun --nproc_per_node=8 glow.py --train --dataset=celeba --data_dir=CELEBA
 
 Notation: sec., eq. and fig. refer to the paper, arXiv 1807.03039. Images are (B, C, H, W).
@@ -645,8 +647,8 @@ class Prior(ChannelAffine):
         return log_normal(z.flatten(1)) + logdet
 
 
-class ClassHead(nn.Linear):
-    """Guesses the conditions from the last latent: a logit for each, (B, C, H, W) to (B, Y).
+class ConditionHead(nn.Linear):
+    """Guesses the conditions from the last latent: (B, C, H, W) becomes logits (B, Y).
 
     It is linear in the mean over all pixels, and 0 at first, as in the official code.
     """
@@ -835,6 +837,7 @@ class Glow(nn.Module):
         fixed_top: the last prior is N(0, I), but for what depends on y.
 
     z has the shape (B, C H W): the halves factored out by the splits, finest first, and the rest.
+    Raises ``ValueError`` where conditions y, of shape (B, Y), are missing or have another shape.
     Only training uses TF32, in the coupling networks; all else is computed in float32.
     """
 
@@ -868,7 +871,7 @@ class Glow(nn.Module):
             self.z_shapes.append((c, h, w))
         self.prior = Prior(c, n_conditions, fixed_top)
         if n_conditions:
-            self.head = ClassHead(c, n_conditions)
+            self.head = ConditionHead(c, n_conditions)
 
     @property
     def n_parameters(self) -> int:
@@ -889,12 +892,14 @@ class Glow(nn.Module):
         return parts, x, logdet
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.require_conditions(y, len(x))
         parts, last, logdet = self.run_levels(x)
         z, logdet_prior = self.prior(last, y)
         return torch.cat([part.flatten(1) for part in (*parts, z)], dim=1), logdet + logdet_prior
 
     @without_tf32()
     def inverse(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.require_conditions(y, len(z))
         parts = z.split([math.prod(shape) for shape in self.z_shapes], dim=1)
         *parts, x = [part.unflatten(1, shape) for part, shape in zip(parts, self.z_shapes)]
         x, logdet = self.prior.inverse(x, y)
@@ -909,8 +914,7 @@ class Glow(nn.Module):
         """Return log p(x), or log p(x | y), in nats and of shape (B,), of uint8 images.
 
         ``u`` is the noise of the dequantization, of the shape of ``x`` and in [0, 1). Without it
-        the noise is drawn. ``y``, of shape (B, Y), holds the conditions. Raises ``ValueError`` for
-        other images than the model's, and where conditions are missing or too much.
+        the noise is drawn. Raises ``ValueError`` for other images than the model's.
         """
         return self.log_prob_and_last(x, u, y)[0]
 
@@ -928,7 +932,8 @@ class Glow(nn.Module):
         x, logdet_bins = self.dequantize(x, u)
         parts, last, logdet = self.run_levels(x)
         log_p = log_normal(torch.cat([part.flatten(1) for part in parts], dim=1))
-        return log_p + self.prior.log_prob(last, y) + logdet + logdet_bins, last
+        log_p = log_p + self.prior.log_prob(last, y) + logdet + logdet_bins
+        return log_p, last
 
     def require_conditions(self, y: Tensor | None, n: int) -> None:
         """Raise ``ValueError`` unless there are conditions of n images if the model takes any."""
@@ -950,7 +955,6 @@ class Glow(nn.Module):
         The temperature is a factor of the prior's deviation. A model with conditions takes those of
         each image, ``y`` of shape (n, Y).
         """
-        self.require_conditions(y, n)
         z = z_std * torch.randn(n, math.prod(self.input_dims), generator=generator)
         x, _ = self.inverse(z.to(next(self.parameters()).device), y)
         return self.dequantize.inverse(x)[0]

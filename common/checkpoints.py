@@ -165,7 +165,8 @@ class CheckpointFormat:
         if len(dims) != len(self.least_dims):
             raise ValueError(f'its inputs have {len(dims)} dimensions')
         are_within = all(low <= n < LARGEST_DIM for low, n in zip(self.least_dims, dims))
-        if not are_within or math.prod(dims) >= LARGEST_INPUT:
+        n_values = math.prod(max(1, n) for n in dims)  # there may be no conditions
+        if not are_within or n_values >= LARGEST_INPUT:
             raise ValueError(f'its input_dims are {dims}')
 
     def parse_config(self, config: dict[str, Any]) -> Options:
