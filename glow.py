@@ -1025,7 +1025,8 @@ class Objective(nn.Module):
     """The training objective: -log2 p(x) / ``n_values``, averaged over the batch.
 
     Given conditions y it is that of p(x | y), plus ``weight_y`` times the bits that the model's
-    head needs for y, as in the official code.
+    head needs for y, as in the official code. These have their part in the gradient alone: the
+    value is always that of bits/dim, and can be compared with those of evaluation.
 
     DistributedDataParallel wraps it, so that the loss is computed inside ``forward``.
     """
@@ -1048,7 +1049,7 @@ class Objective(nn.Module):
             loss = -log_p.mean() / (math.log(2) * self.n_values)
             if y is not None:
                 bits_of_y = bits_of_conditions(self.model.head(last), y, self.is_class)
-                loss = loss + self.weight_y * bits_of_y.mean()
+                loss = loss + self.weight_y * (bits_of_y - bits_of_y.detach()).mean()
         return loss
 
 
@@ -1563,7 +1564,7 @@ class Training:
         initialize(self.model, torch.from_numpy(x).to(device), u.to(device), config.batch_size)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
-        """Take one step. Returns its objective and its gradient norm."""
+        """Take one step. Returns its bits/dim and its gradient norm."""
         lr = learning_rate(self.config, self.n_seen, self.n_per_step, self.n_per_epoch)
         self.optimizer.param_groups[0]['lr'] = lr
         batch = training_batch(self.data, self.config, self.n_seen, self.process, self.images)
