@@ -1712,7 +1712,7 @@ def evaluate(
     batch_size, condition = 4 * config.batch_size, data.condition
     names = ['bits_per_dim']
     if condition.names:
-        names += ['bits_per_dim_of_image_alone', 'accuracy_of_bayes_rule', 'accuracy_of_head']
+        names += ['bits_per_dim_without_conditions', 'accuracy_of_bayes_rule', 'accuracy_of_head']
 
     def score(x: Tensor, u: Tensor, y: Tensor | None) -> Tensor:
         if y is None:
@@ -1738,17 +1738,17 @@ def evaluate(
         'bf16': torch.is_autocast_enabled(process.device.type),
     }
     write_json(saved['path'].with_name('results.json'), results)
-    given = ''
-    if condition.names:
-        given = ' given the class' if condition.is_class else f' given {", ".join(condition.names)}'
+    given = f', given {condition.description}' if condition.names else ''
     print(
-        f'{config.dataset} test: {means[0]:.4f} ± {errors[0]:.4f} bits/dim at {config.n_bits} bits'
-        f'{given} ({n_images} images, two standard errors)'
+        f'{config.dataset} test{given}: {means[0]:.4f} ± {errors[0]:.4f} bits/dim at '
+        f'{config.n_bits} bits ({n_images} images, two standard errors)'
     )
     if condition.names:
-        guesses = [f"{means[2]:.1%} by Bayes' rule"]
-        guesses += [f'{accuracy:.1%} by the head' for accuracy in means[3:]]
-        print(f'guessed right: {", ".join(guesses)}; {means[1]:.4f} bits/dim of the image alone')
+        print(f'not given {condition.description}: {means[1]:.4f} ± {errors[1]:.4f} bits/dim')
+        guesses = []
+        for guesser, accuracy, error in zip(("Bayes' rule", 'the head'), means[2:], errors[2:]):
+            guesses.append(f'{accuracy:.1%} ± {error:.1%} by {guesser}')
+        print(f'right guesses of {condition.description}: {", ".join(guesses)}')
 
 
 def score_with_conditions(

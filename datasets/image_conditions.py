@@ -31,6 +31,11 @@ class ImageCondition:
     values: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     counts: tuple[int, ...] = ()
 
+    @property
+    def description(self) -> str:
+        """What a model is given: ``'the class'``, or the names of attributes."""
+        return 'the class' if self.is_class else ', '.join(self.names)
+
     def label(self, y: np.ndarray) -> str:
         """Return conditions as ``--given`` takes them: ``'7'``, or ``'Smiling,-Male'``."""
         if self.is_class:
