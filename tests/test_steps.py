@@ -111,6 +111,7 @@ def take_steps_without_waiting(run, n):
         ('glow', dict(bf16=True)),
         ('glow', dict(checkpoint_grads=True)),
         ('glow', dict(plain_conv1x1=True)),
+        ('glow', dict(coupling='additive', permutation='shuffle', fixed_top=True, translate=2)),
         ('bnaf', {}),
         ('bnaf', dict(residual='normal')),
         ('bnaf', dict(checkpoint_grads=True)),
