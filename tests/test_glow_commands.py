@@ -109,41 +109,54 @@ def test_old_spelling_of_local_rank(trained_glow):
         glow.main([*word.split(), '--evaluate', f'--restore_file={trained_glow}'])
 
 
-def save_first_gradients(rank, world_size, folder):
+def save_first_gradients(rank, world_size, folder, options):
     """Save what ``first_gradients`` returns on one process of a group."""
     torch.manual_seed(1000 + rank)  # nothing may depend on it
     with joined_group(rank, world_size, folder):
-        weights_and_gradients = first_gradients(rank, world_size)
+        weights_and_gradients = first_gradients(rank, world_size, options)
     torch.save(weights_and_gradients, f'{folder}/{rank}_of_{world_size}.pt')
 
 
-def first_gradients(rank, world_size):
+def first_gradients(rank, world_size, options):
     """Return the initial weights, and the gradients of the first step on this process's share of
     one joint batch."""
-    data = load_images('digits')
-    config = digits_config(depth=2, width=8)
+    config = digits_config(depth=2, width=8, **options)
+    data = load_run_images(config, None)
     run = glow.Training(config, data, glow.Process(rank, world_size, CPU))
     weights = copy.deepcopy(run.model.state_dict())
 
     share = slice(rank * 32 // world_size, (rank + 1) * 32 // world_size)
     x = torch.from_numpy(data.train.images[:32])
     u = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    run.objective(x[share], u[share]).backward()
+    given = []
+    if data.train.conditions is not None:
+        given = [torch.from_numpy(data.train.conditions[:32][share])]
+    run.objective(x[share], u[share], *given).backward()
     gradients = {key: value.grad for key, value in run.model.named_parameters()}
     return weights, gradients
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    save_first_gradients(0, 1, tmp_path)
-    torch.multiprocessing.spawn(save_first_gradients, (2, tmp_path), nprocs=2)
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(condition=['classes'], fixed_top=True, permutation='shuffle'),
+        dict(condition=['classes'], weight_y=0.0, coupling='additive'),
+    ],
+    ids=['plain', 'classes', 'classes without head'],
+)
+def test_two_processes_have_the_gradients_of_one(options, tmp_path):
+    save_first_gradients(0, 1, tmp_path, options)
+    torch.multiprocessing.spawn(save_first_gradients, (2, tmp_path, options), nprocs=2)
     weights, gradients = torch.load(tmp_path / '0_of_1.pt')
     for rank in (0, 1):
         weights_here, gradients_here = torch.load(tmp_path / f'{rank}_of_2.pt')
         for key, value in weights.items():
             assert torch.equal(value, weights_here[key]), key
         for key, value in gradients.items():
-            torch.testing.assert_close(gradients_here[key], value, rtol=1e-4, atol=1e-6)
+            if value is not None:
+                torch.testing.assert_close(gradients_here[key], value, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- stopping and resuming

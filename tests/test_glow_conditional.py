@@ -3,17 +3,21 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CPU, assert_close, only, perturbed, refusal_line, single_process, train_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_data import attribute_rows, write_folder, write_table
 from tiny_models import CELL, TINY, digits_config, random_images, tiny_glow, training_words
 
 import glow
+from common import checkpoints
 from common.errors import UserError
 from common.tensors import load_tensors, save_tensors
 from datasets import ImageCondition, condition_of_checkpoint, load_images, load_run_images
@@ -338,6 +342,16 @@ def test_evaluating_prints_and_saves_how_often_a_guess_is_right(trained, capsys)
     assert results['bits_per_dim_of_image_alone'] == pytest.approx(bits, rel=1e-5)
 
 
+def test_scores_in_bf16(trained):
+    results = []
+    for words in ([], ['--bf16']):
+        run('evaluate', trained, *words)
+        results.append(json.loads(trained.with_name('results.json').read_text()))
+    for name in ('bits_per_dim', 'bits_per_dim_of_image_alone'):
+        assert results[1][name] == pytest.approx(results[0][name], abs=0.02)
+        assert results[1][name] != results[0][name]
+
+
 def test_shares_of_two_processes_have_the_scores_of_one(trained, monkeypatch):
     model, data = model_and_data(trained)
     monkeypatch.setattr(glow.dist, 'all_reduce', lambda sums: None)
@@ -382,6 +396,17 @@ def test_samples_of_one_class(trained, grids):
     for k, samples in ((7, rows), (1, other_rows)):
         (expected,) = glow.sample_grid(model, [0.6], 10, 0, CPU, data.condition.parse(str(k)))
         assert np.array_equal(np.concatenate(samples), expected)
+
+
+def test_of_many_combinations_the_most_frequent_are_shown():
+    model = tiny_glow(n_conditions=5).eval()
+    y = np.random.default_rng(0).random((500, 5)) < 0.4
+    condition = make_condition('abcde', y, is_class=False)
+    assert len(condition.values) > glow.MAX_ROWS
+    rows, labels = glow.sample_each(model, condition, 0.7, 2, 0, CPU)
+    assert len(rows) == len(labels) == glow.MAX_ROWS
+    assert labels == [condition.label(value) for value in condition.values[: glow.MAX_ROWS]]
+    assert min(condition.counts[: glow.MAX_ROWS]) >= max(condition.counts[glow.MAX_ROWS :])
 
 
 def test_images_under_another_class(trained, grids):
@@ -662,6 +687,38 @@ def test_images_that_lose_the_attributes_of_a_model(tmp_path, capsys):
     run('generate', best, '--given=Late,Odd')
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    names=st.lists(st.text('abc', min_size=1), min_size=2, max_size=5, unique=True),
+    is_on=st.lists(st.booleans(), min_size=5, max_size=5),
+    is_class=st.booleans(),
+)
+def test_a_label_is_what_given_takes(names, is_on, is_class):
+    n = len(names)
+    values = np.eye(n, dtype=np.float32)
+    condition = ImageCondition(tuple(names), is_class, values, (1,) * n)
+    y = values[sum(is_on) % n] if is_class else np.array(is_on[:n], np.float32)
+    assert np.array_equal(condition.parse(condition.label(y)), y)
+    assert np.array_equal(condition.parse(condition.label(y), 1 - y), y)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text('a-,b 01'))
+def test_any_given_is_right_or_a_clean_error(text):
+    for is_class in (False, True):
+        condition = ImageCondition(
+            ('a', 'b', '-a'), is_class, np.eye(3, dtype=np.float32), (1,) * 3
+        )
+        for start in (None, np.zeros(3, np.float32)):
+            try:
+                y = condition.parse(text, start)
+            except UserError as error:
+                assert '\n' not in str(error)
+                continue
+            assert y.dtype == np.float32 and y.shape == (3,) and set(y) <= {0, 1}
+            assert not is_class or y.sum() == 1
+
+
 # ------------------------------------------------------------------------------ hostile checkpoints
 
 
@@ -716,6 +773,36 @@ def test_what_a_checkpoint_says_of_its_conditions_is_not_trusted(name, trained, 
         assert 'bad.pt' in line and 'damaged' in line and line.isprintable()
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    names=st.lists(st.text(max_size=2), max_size=3),
+    is_class=st.booleans(),
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    seed=st.integers(0, 9),
+    counts=st.lists(st.integers(0, 2**61), max_size=3),
+    n=st.integers(0, 3),
+)
+def test_any_conditions_of_a_checkpoint_can_be_used_or_are_refused(
+    names, is_class, shape, seed, counts, n
+):
+    """Those that are of the right types."""
+    values = np.random.default_rng(seed).integers(0, 2, shape).astype(np.float32)
+    entry = dict(names=names, is_class=is_class, values=torch.from_numpy(values), counts=counts)
+    saved = {'condition': entry, 'input_dims': [1, 4, 4, n], 'path': Path('x.pt')}
+    try:
+        condition = condition_of_checkpoint(saved)
+    except UserError as error:
+        assert str(error) == 'x.pt is damaged: its conditions do not fit each other'
+        return
+    assert (
+        len(condition.names) == n and ','.join(map(condition.label, condition.values)).isprintable()
+    )
+    if n:
+        last = torch.zeros(2, 8, 1, 1)
+        joint = glow.log_joint(tiny_glow(n_conditions=n), last, condition)
+        assert joint.shape == (2, len(counts)) and joint.isfinite().all()
+
+
 def other_width(saved, key, n):
     """Return the weights of both parts with another number of conditions in one of them."""
     parts = {}
@@ -748,6 +835,12 @@ def test_parts_of_a_checkpoint_that_disagree(change, trained, tmp_path, capsys):
     for mode in ('--generate', '--evaluate'):
         line = refusal_line(glow, capsys, mode, f'--restore_file={tmp_path}/bad.pt')
         assert 'damaged' in line
+
+
+def test_conditions_do_not_count_as_size_of_the_images(trained, monkeypatch):
+    """Large images of many classes can be learned."""
+    monkeypatch.setattr(checkpoints, 'LARGEST_INPUT', 8 * 8 + 1)
+    assert glow.load_checkpoint(trained)['input_dims'] == [1, 8, 8, 10]
 
 
 def test_images_without_end_are_refused_without_conditions_too(trained_glow, tmp_path):

@@ -1,8 +1,13 @@
 """Tiny models of Glow: as modules, as options, and as words of the command line."""
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 import glow
+from datasets.image_conditions import make_condition
+from datasets.images import ImageSplit
 
 TINY = ['--depth=1', '--width=8', '--n_epochs=1', '--batch_size=128']
 # pixels of an image in a grid: 8 x 8 enlarged 16 times, or 16 x 16 8 times, and 8 between
@@ -20,6 +25,14 @@ def tiny_glow(**options):
     torch.manual_seed(0)
     shape = dict(input_dims=(1, 4, 4), n_levels=1, depth=2, width=8)
     return glow.Glow(**{**shape, 'n_bits': 5, **options})
+
+
+def with_classes(data):
+    """Return a data set of noise whose images belong to three classes by turns."""
+    classes = np.eye(3, dtype=bool)[np.arange(len(data.train.images)) % 3]
+    split = ImageSplit(data.train.images, classes, classes.astype(np.float32))
+    condition = make_condition('abc', classes, is_class=True)
+    return replace(data, train=split, validation=split, test=split, condition=condition)
 
 
 def training_words(folder, *words):
