@@ -256,7 +256,7 @@ def write_photos(folder):
     _, *rows = attribute_rows()
     table = [('image', 'split', 'Odd', 'Even', 'Late', 'Big')]
     for i, (image, split, odd, big) in enumerate(rows):
-        table.append((image, split, odd, -odd, 1 if i % 8 > 3 else -1, big))
+        table.append((image, split, odd, -odd, 1 if i % 8 < 4 else -1, big))
     write_table(folder, table)
 
 
@@ -272,7 +272,8 @@ def trained_on_photos(tmp_path_factory):
     """The best.pt of a tiny model of images given whether they are odd and late."""
     folder = tmp_path_factory.mktemp('photos')
     write_photos(folder / 'photos')
-    return train_on_photos(folder, '--condition=Late,Odd')
+    words = ['--condition=Late,Odd', '--n_epochs=10', '--lr=0.02', '--n_epochs_warmup=0']
+    return train_on_photos(folder, *words)
 
 
 @pytest.fixture
@@ -370,6 +371,14 @@ def test_samples_of_every_class(trained, grids):
     picture = Image.open(trained.with_name(name))
     assert picture.height == 8 + 10 * CELL and picture.width > 8 + 8 * CELL
 
+    model, data = model_and_data(trained)
+    for k, row in enumerate(rows):
+        generator = glow.seeded_generator('cpu', glow.Stream.SAMPLES, 0, k)
+        z = 0.7 * torch.randn(8, 64, generator=generator)
+        y = torch.from_numpy(data.condition.values[k]).expand(8, -1)
+        expected = {image.tobytes() for image in glow.decode(model, z, y)}
+        assert {image.tobytes() for image in row} == expected
+
     assert other_name == 'generated_samples_at_z_std_0.5.png'
     assert [len(row) for row in other_rows] == [8, 1] * 10
     assert other_labels[::2] == labels and set(other_labels[1::2]) == {''}
@@ -449,9 +458,20 @@ def test_edits_keep_the_class(trained, grids):
     assert np.array_equal(row[1:], glow.decode(model, z + dz[3], y))
 
 
-def test_checking_a_model_with_conditions(trained, capsys):
-    run('check', trained)
+def test_checking_a_model_with_conditions(trained, monkeypatch, capsys):
+    model, data = model_and_data(trained)
+    given, inverse = [], model.prior.inverse
+
+    def watched(z, y):
+        given.append(y)
+        return inverse(z, y)
+
+    monkeypatch.setattr(model.prior, 'inverse', watched)
+    glow.check(model, data, glow.load_checkpoint(trained)['config'], CPU)
     assert 'all 179 images come back within' in capsys.readouterr().out
+    of_model, of_prior = given
+    assert torch.equal(of_model, of_prior)
+    assert np.array_equal(of_prior, data.test.conditions)
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path):
@@ -516,14 +536,16 @@ def test_samples_given_attributes(trained_on_photos, grids):
 
 def test_images_keep_the_attributes_that_are_left_out(trained_on_photos, grids):
     run('visualize', trained_on_photos, '--given=-Odd')
-    run('visualize', trained_on_photos, '--given=Late,-Odd')
+    run('visualize', trained_on_photos, '--given=-Late,-Odd')
     (name, (unchanged, given), _, _), (_, (_, both), _, _) = grids
     assert name == 'manipulated_sample_given_-Odd.png'
     model, data = model_and_data(trained_on_photos)
-    assert data.test.conditions.tolist() == [[0, 0], [0, 1]]
+    assert data.test.conditions.tolist() == [[1, 0], [1, 1]]
     y = torch.from_numpy(data.test.conditions)
     z = glow.encode(model, data.test.images, CPU, y)
-    for images, conditions in ((unchanged, y), (given, 0 * y), (both, y.new_tensor([[1, 0]] * 2))):
+    assert (unchanged[1] != given[1]).any() and (given != both).any((1, 2, 3)).all()
+    late, neither = torch.tensor([[1.0, 0.0]] * 2), torch.zeros(2, 2)
+    for images, conditions in ((unchanged, y), (given, late), (both, neither)):
         assert np.array_equal(images, glow.decode(model, z, conditions))
 
 
@@ -721,6 +743,7 @@ def resized(condition, names):
     return {**condition, 'names': names}
 
 
+ONE_ONE_MINUS_ONE = torch.eye(10) + torch.eye(10).roll(1, 1) - torch.eye(10).roll(2, 1)
 DAMAGES = {
     'no names': lambda c: resized(c, []),
     'a name too few': lambda c: resized(c, c['names'][:-1]),
@@ -735,6 +758,7 @@ DAMAGES = {
     'a count that is huge': lambda c: {**c, 'counts': [10**400, *c['counts'][1:]]},
     'counts that are no numbers': lambda c: {**c, 'counts': ['1'] * 10},
     'halves': lambda c: {**c, 'values': c['values'] / 2},
+    'a sum of one all the same': lambda c: {**c, 'values': c['values'] @ ONE_ONE_MINUS_ONE},
     'NaN': lambda c: {**c, 'values': c['values'] * math.nan},
     'float64': lambda c: {**c, 'values': c['values'].double()},
     'booleans': lambda c: {**c, 'values': c['values'].bool()},
