@@ -785,10 +785,13 @@ DAMAGES = {
 def test_what_a_checkpoint_says_of_its_conditions_is_not_trusted(name, trained, tmp_path, capsys):
     saved = load_tensors(trained)
     condition = DAMAGES[name](saved['condition'])
+    if 'values' in condition and condition['values'] is not None:
+        condition['values'] = condition['values'].clone()  # not a part of a larger tensor
     save_tensors(tmp_path / 'bad.pt', {**saved, 'condition': condition})
     for mode in ('--generate', '--evaluate'):
         line = refusal_line(glow, capsys, mode, f'--restore_file={tmp_path}/bad.pt')
         assert 'bad.pt' in line and 'damaged' in line and line.isprintable()
+        assert 'conditions do not fit' in line or 'condition has the wrong type' in line
 
 
 @settings(max_examples=200, deadline=None)
