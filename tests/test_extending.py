@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import math
+import os
 import time
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -23,7 +24,7 @@ from common.errors import UserError
 from common.options import option
 from common.runs import launcher
 from common.tensors import load_tensors, save_tensors
-from datasets import load_images
+from datasets import load_images, load_run_images
 from datasets.tabular import load_table
 
 STORED = Path(__file__).parent / 'checkpoints'
@@ -194,10 +195,12 @@ def test_added_layers_are_set_from_the_images_too():
 
 def test_priors_and_couplings_are_no_actnorms():
     """Layers with an ``initialize`` are set from data; these are not."""
-    prior = glow.LearnedPrior(4)
+    prior = glow.Prior(4)
     assert not isinstance(prior, glow.Actnorm) and not hasattr(prior, 'initialize')
     for coupling in (glow.AffineCoupling(4, 8), glow.Split(4)):
         assert isinstance(coupling, glow.Coupling) and isinstance(coupling.net, nn.Module)
+    additive = glow.AdditiveCoupling(4, 8)
+    assert isinstance(additive.net, nn.Module) and not hasattr(additive, 'initialize')
     assert not isinstance(glow.Split(4), glow.AffineCoupling)
     assert np.isfinite(prior.log_s.detach().numpy()).all()
 
@@ -233,11 +236,11 @@ def test_a_bug_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch):
 
 def score(script, path):
     """Return the score of a stored checkpoint on data that never changes."""
-    model = script.restore_model(script.load_checkpoint(path), CPU)
-    process = single_process(script)
+    saved = script.load_checkpoint(path)
+    model, process = script.restore_model(saved, CPU), single_process(script)
     if script is glow:
-        images = load_images('digits').test.images
-        return glow.bits_per_dim(model, images, 64, 64, process)[0]
+        data = load_run_images(saved['config'], saved)
+        return glow.bits_per_dim(model, data.test, 64, 64, process)[0]
     data = load_table('rings')
     return -bnaf.row_losses(bnaf.Objective(model, data), data.test[:1000], process).mean().item()
 
@@ -266,6 +269,28 @@ def test_stored_checkpoints_of_all_formats_load_and_score_the_same(script, numbe
     assert load_tensors(copy)['format'] == script.CHECKPOINT.number
 
 
+@pytest.mark.parametrize('dataset, translate', [('mnist', 1), ('digits', 0)])
+def test_what_format_2_means_is_said_in_format_3(dataset, translate):
+    """The prior was a layer of the last level, and images of mnist were shifted by a pixel."""
+    saved = load_tensors(STORED / 'glow_2.pt')
+    saved['config']['dataset'] = dataset
+    upgraded = glow.upgrade_from_2(saved)
+    assert upgraded['config'] == {**saved['config'], 'translate': translate}
+    assert upgraded['input_dims'] == [1, 8, 8, 0] and upgraded['condition']['names'] == []
+
+    model = glow.build_model(glow.load_checkpoint(STORED / 'glow_2.pt')['config'], [1, 8, 8, 0])
+    for part, prefix in (('model', ''), ('average', 'module.')):
+        names = [key for key in saved[part] if key not in upgraded[part]]
+        former = os.path.commonprefix(names)
+        assert names == [f'{former}log_s', f'{former}b'] and former.startswith(f'{prefix}levels.1.')
+        for name in ('log_s', 'b'):
+            moved = upgraded[part][f'{prefix}prior.{name}']
+            assert moved is saved[part][former + name] and moved.shape == model.prior.b.shape
+        assert list(upgraded[part]) == [
+            key.replace(former, f'{prefix}prior.') for key in saved[part]
+        ]
+
+
 @pytest.mark.parametrize(
     'number, advice', [(0, 'train again'), (None, 'train again'), (9, 'update the code')]
 )
@@ -275,7 +300,7 @@ def test_other_formats_are_refused_by_name(number, advice, tmp_path):
     if number is None:
         del saved['format']
     save_tensors(tmp_path / 'other.pt', saved)
-    expected = f'it has format {number or 0}, and this version reads format 2: {advice}'
+    expected = f'it has format {number or 0}, and this version reads format 3: {advice}'
     with pytest.raises(UserError, match=expected):
         glow.load_checkpoint(tmp_path / 'other.pt')
 
@@ -355,9 +380,9 @@ def test_help_shows_which_mode_takes_which_options(script, capsys):
 def test_temperature_of_an_edit_multiplies_the_latents_of_the_splits(trained_glow, monkeypatch):
     latents, decode = [], glow.decode
 
-    def watched(model, z):
+    def watched(model, z, y):
         latents.append(z)
-        return decode(model, z)
+        return decode(model, z, y)
 
     monkeypatch.setattr(glow, 'decode', watched)
     words = ['--visualize', f'--restore_file={trained_glow}', '--vis_attrs=3', '--vis_alphas=0,1']

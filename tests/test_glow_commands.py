@@ -34,32 +34,25 @@ from tiny_data import (
     write_mnist,
     write_table,
 )
+from tiny_models import CELL, TINY, digits_config, training_words
 
 import glow
 from common.averages import MovingAverage
-from common.batches import Stream, seed_sequence
+from common.batches import Stream, seed_sequence, seeded_generator
 from common.errors import UserError
 from common.files import make_new_folder
+from common.options import resolve_config
 from common.tensors import load_tensors, save_tensors
-from datasets import load_images, load_photo, load_run_images
+from datasets import (
+    IMAGE_DATASETS,
+    load_images,
+    load_photo,
+    load_run_images,
+    shift_randomly,
+)
 from datasets.images import random_split
 
 SCRIPT = Path(glow.__file__)
-TINY = ['--depth=1', '--width=8', '--n_epochs=1', '--batch_size=128']
-CELL = (
-    136  # pixels of an image in a grid: 8 x 8 enlarged 16 times, or 16 x 16 8 times, and 8 between
-)
-
-
-def training_words(folder, *words):
-    """Return the words that train a tiny model of the digits into a folder."""
-    places = [f'--output_dir={folder}', f'--data_dir={folder}']
-    return ['--train', '--dataset=digits', *TINY, *places, *words]
-
-
-def digits_config(**options):
-    """Return the options of the digits data set with others in their place."""
-    return glow.Config(**{**glow.DEFAULTS['digits'], 'dataset': 'digits', **options})
 
 
 # -------------------------------------------------------------------------------- modes as commands
@@ -116,41 +109,54 @@ def test_old_spelling_of_local_rank(trained_glow):
         glow.main([*word.split(), '--evaluate', f'--restore_file={trained_glow}'])
 
 
-def save_first_gradients(rank, world_size, folder):
+def save_first_gradients(rank, world_size, folder, options):
     """Save what ``first_gradients`` returns on one process of a group."""
     torch.manual_seed(1000 + rank)  # nothing may depend on it
     with joined_group(rank, world_size, folder):
-        weights_and_gradients = first_gradients(rank, world_size)
+        weights_and_gradients = first_gradients(rank, world_size, options)
     torch.save(weights_and_gradients, f'{folder}/{rank}_of_{world_size}.pt')
 
 
-def first_gradients(rank, world_size):
+def first_gradients(rank, world_size, options):
     """Return the initial weights, and the gradients of the first step on this process's share of
     one joint batch."""
-    data = load_images('digits')
-    config = digits_config(depth=2, width=8)
+    config = digits_config(depth=2, width=8, **options)
+    data = load_run_images(config, None)
     run = glow.Training(config, data, glow.Process(rank, world_size, CPU))
     weights = copy.deepcopy(run.model.state_dict())
 
     share = slice(rank * 32 // world_size, (rank + 1) * 32 // world_size)
     x = torch.from_numpy(data.train.images[:32])
     u = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    run.objective(x[share], u[share]).backward()
+    given = []
+    if data.train.conditions is not None:
+        given = [torch.from_numpy(data.train.conditions[:32][share])]
+    run.objective(x[share], u[share], *given).backward()
     gradients = {key: value.grad for key, value in run.model.named_parameters()}
     return weights, gradients
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    save_first_gradients(0, 1, tmp_path)
-    torch.multiprocessing.spawn(save_first_gradients, (2, tmp_path), nprocs=2)
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(condition=['classes'], fixed_top=True, permutation='shuffle'),
+        dict(condition=['classes'], weight_y=0.0, coupling='additive'),
+    ],
+    ids=['plain', 'classes', 'classes without head'],
+)
+def test_two_processes_have_the_gradients_of_one(options, tmp_path):
+    save_first_gradients(0, 1, tmp_path, options)
+    torch.multiprocessing.spawn(save_first_gradients, (2, tmp_path, options), nprocs=2)
     weights, gradients = torch.load(tmp_path / '0_of_1.pt')
     for rank in (0, 1):
         weights_here, gradients_here = torch.load(tmp_path / f'{rank}_of_2.pt')
         for key, value in weights.items():
             assert torch.equal(value, weights_here[key]), key
         for key, value in gradients.items():
-            torch.testing.assert_close(gradients_here[key], value, rtol=1e-4, atol=1e-6)
+            if value is not None:
+                torch.testing.assert_close(gradients_here[key], value, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- stopping and resuming
@@ -280,10 +286,11 @@ def test_an_error_common_to_all_is_printed_once_and_that_of_one_process_by_it(mo
 
 def test_more_processes_than_images(trained_glow, monkeypatch):
     model = glow.restore_model(glow.load_checkpoint(trained_glow), CPU)
-    images = load_images('digits').test.images
+    test = load_images('digits').test
+    first = replace(test, images=test.images[:1], attributes=test.attributes[:1])
     monkeypatch.setattr(dist, 'all_reduce', lambda sums: None)
     fourth_of_eight = glow.Process(3, 8, CPU)
-    mean, error = glow.bits_per_dim(model, images[:1], 64, 10, fourth_of_eight)
+    mean, error = glow.bits_per_dim(model, first, 64, 10, fourth_of_eight)
     assert mean == error == 0  # this process's share of the sum
 
 
@@ -351,6 +358,28 @@ def test_every_image_of_an_epoch_is_seen_once_on_changing_numbers_of_processes()
     for epoch in epochs:
         assert torch.equal(epoch.sort().values, torch.arange(1439))
     assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_only_images_of_mnist_are_shifted_unless_told_otherwise():
+    def translation(**options):
+        return resolve_config(glow.Config, options, glow.DEFAULTS, None, ()).translate
+
+    shifts = {name: translation(dataset=name) for name in IMAGE_DATASETS}
+    assert shifts == {**dict.fromkeys(IMAGE_DATASETS, 0), 'mnist': 1}
+    assert translation(dataset='mnist', translate=0) == 0
+    assert translation(dataset='digits', translate=3) == 3
+
+
+def test_training_images_are_shifted_anew_in_each_step():
+    data, process = load_images('digits'), single_process(glow)
+    plain, config = digits_config(batch_size=1439), digits_config(batch_size=1439, translate=2)
+    for n_seen in (0, 1439):
+        x, u = glow.training_batch(data, config, n_seen, process)
+        whole, _ = glow.training_batch(data, plain, n_seen, process)
+        generator = seeded_generator(CPU, Stream.TRAINING, config.seed, n_seen, 0)
+        assert torch.equal(x, shift_randomly(whole, 2, generator))
+        assert torch.equal(u, torch.rand(x.shape, generator=generator))
+    assert not torch.equal(x, whole)
 
 
 def test_streams_of_random_numbers_differ():
@@ -464,14 +493,24 @@ def results_of_a_model(path, device):
     """Return a score, samples, latents and edits of a model, and print the error of its inverse."""
     saved, data = glow.load_checkpoint(path), load_images('digits')
     model = glow.restore_model(saved, device)
-    images = data.test.images[:100]
+    split = replace(data.test, images=data.test.images[:100])
     process = glow.Process(rank=0, world_size=1, device=device)
-    score = glow.bits_per_dim(model, images, 64, 50, process)
+    score = glow.bits_per_dim(model, split, 64, 50, process)
     samples = model.sample(8, 0.7, torch.Generator().manual_seed(0)).cpu()
-    z = glow.encode(model, images, device)
+    z = glow.encode(model, split.images, device)
     x, _ = model.inverse(1.5 * z)
     glow.check(model, data, saved['config'], device)
     return [score, samples, z.cpu(), x.detach().cpu(), glow.decode(model, 1.5 * z)]
+
+
+def test_test_images_are_never_shifted(trained_glow, tmp_path):
+    saved, results = load_tensors(trained_glow), []
+    for translate in (0, 3):
+        config = {**saved['config'], 'translate': translate}
+        save_tensors(tmp_path / 'best.pt', {**saved, 'config': config})
+        glow.main(['--evaluate', f'--restore_file={tmp_path}/best.pt'])
+        results.append(json.loads((tmp_path / 'results.json').read_text()))
+    assert results[0] == results[1]
 
 
 def test_directions_are_kept_apart_by_precision(trained_glow, tmp_path):
@@ -498,10 +537,9 @@ def test_samples_are_sorted_by_log_probability(trained_glow):
 
 def test_bits_per_dim_of_mnist_counts_784_values(trained_glow):
     model = glow.restore_model(glow.load_checkpoint(trained_glow), CPU)
-    images = load_images('digits').test.images
-    process = single_process(glow)
-    by_64, _ = glow.bits_per_dim(model, images, 64, 50, process)
-    by_32, _ = glow.bits_per_dim(model, images, 32, 11, process)
+    test, process = load_images('digits').test, single_process(glow)
+    by_64, _ = glow.bits_per_dim(model, test, 64, 50, process)
+    by_32, _ = glow.bits_per_dim(model, test, 32, 11, process)
     assert by_32 == pytest.approx(2 * by_64, rel=1e-6)
 
 
@@ -554,8 +592,8 @@ def test_attributes_that_never_differ_cannot_be_visualized():
     alike = replace(data, train=replace(data.train, attributes=attributes))
     for texts in (None, ['3']):
         with pytest.raises(UserError, match='the images of digits have no attributes that differ'):
-            alike.editable(texts, 100, 'digits')
-    assert data.editable(None, 100, 'digits') == list(range(10))
+            alike.differing(texts, 100, 'digits')
+    assert data.differing(None, 100, 'digits') == list(range(10))
 
 
 def test_folder_without_attributes_cannot_be_visualized(tmp_path, capsys):
@@ -706,9 +744,21 @@ def test_other_data_of_the_same_name(tmp_path, monkeypatch, capsys):
     assert glow.load_checkpoint(run)['config'].data_dir == 'other'
 
 
+def as_format_2(saved):
+    """Return the content of a checkpoint as one of format 2, which knew no conditions."""
+    n_levels, depth = (saved['config'][name] for name in ('n_levels', 'depth'))
+    former = {**saved, 'format': 2, 'input_dims': saved['input_dims'][:3]}
+    del former['condition']
+    for part in ('model', 'average'):
+        of_last_level = f'levels.{n_levels}.{depth + 1}.'
+        weights = saved[part].items()
+        former[part] = {key.replace('prior.', of_last_level): value for key, value in weights}
+    return former
+
+
 def as_format_1(path):
     """Make a checkpoint one of format 1, which says nothing of its images."""
-    saved = load_tensors(path)
+    saved = as_format_2(load_tensors(path))
     for name in ('fingerprint', 'split_bounds', 'files'):
         del saved[name]
     save_tensors(path, {**saved, 'format': 1})
@@ -724,7 +774,7 @@ def test_a_folder_of_format_1_keeps_its_split(photo_run, tmp_path, monkeypatch, 
     glow.main(['--evaluate', restore])
     assert not note_lines(capsys)
     saved = glow.load_checkpoint(photo_run)
-    assert saved['format'] == 2 and saved['split_bounds'] == [] and len(saved['files']) == 20
+    assert saved['format'] == 3 and saved['split_bounds'] == [] and len(saved['files']) == 20
 
     parts = random_split(20, 'photos')
     sorted_files = sorted((tmp_path / 'photos').rglob('*.png'))
@@ -938,7 +988,7 @@ def test_checkpoints_of_something_else(trained_glow, tmp_path, monkeypatch, caps
         ({'config': {**saved['config'], 'depth': 'x'}}, 'another version'),
         ({'config': {**saved['config'], 'n_bits': 9}}, 'another version'),
         ({'input_dims': [8]}, 'another version'),
-        ({'input_dims': [1, 8, 10**9]}, 'another version'),
+        ({'input_dims': [1, 8, 10**9, 0]}, 'another version'),
         ({'step': 'a'}, 'another version'),
         ({'validation_loss': 'x'}, 'another version'),
         ({'model': 3}, 'another version'),

@@ -10,42 +10,82 @@ import pytest
 import torch
 import torch._dynamo.utils
 from helpers import assert_close, jacobian, log_det, perturbed, run_command
+from tiny_models import random_images, tiny_glow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import glow
 from common.precision import without_tf32
 
+
+class GivenTwo(torch.nn.Module):
+    """A layer that takes two conditions of each image, given the same ones always."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, self.conditions(x))
+
+    def inverse(self, z):
+        return self.layer.inverse(z, self.conditions(z))
+
+    def conditions(self, x):
+        return x.new_tensor([1.0, 0.0]).expand(len(x), -1)
+
+
 LAYERS = {
     'Actnorm': lambda c: glow.Actnorm(c),
     'Invertible1x1Conv plu': lambda c: glow.Invertible1x1Conv(c),
     'Invertible1x1Conv plain': lambda c: glow.Invertible1x1Conv(c, plu=False),
+    'Shuffle': lambda c: glow.Shuffle(c),
+    'Reverse': lambda c: glow.Reverse(c),
     'AffineCoupling': lambda c: glow.AffineCoupling(c, 8),
+    'AdditiveCoupling': lambda c: glow.AdditiveCoupling(c, 8),
     'Squeeze': lambda c: glow.Squeeze(),
-    'LearnedPrior': lambda c: glow.LearnedPrior(c),
+    'Prior': lambda c: glow.Prior(c),
+    'Prior fixed': lambda c: glow.Prior(c, is_fixed=True),
+    'Prior given y': lambda c: GivenTwo(glow.Prior(c, 2)),
+    'Prior fixed given y': lambda c: GivenTwo(glow.Prior(c, 2, is_fixed=True)),
     'Split': lambda c: glow.Split(c),
     'FlowStep': lambda c: glow.FlowStep(c, 8),
-    'FlowStep checkpointed': lambda c: glow.FlowStep(c, 8, plu=False, checkpoint_grads=True),
+    'FlowStep checkpointed': lambda c: glow.FlowStep(
+        c, 8, permutation='plain_conv1x1', checkpoint_grads=True
+    ),
+    'FlowStep additive reverse': lambda c: glow.FlowStep(c, 8, 'additive', 'reverse'),
     'FlowLevel': lambda c: glow.FlowLevel(c, 2, 8),
     'FlowLevel last': lambda c: glow.FlowLevel(c, 2, 8, is_last=True),
+    'FlowLevel plain': lambda c: glow.FlowLevel(c, 2, 8, permutation='plain_conv1x1'),
+    'FlowLevel additive': lambda c: glow.FlowLevel(c, 2, 8, coupling='additive'),
+    'FlowLevel shuffle': lambda c: glow.FlowLevel(c, 2, 8, permutation='shuffle'),
+    'FlowLevel additive reverse last': lambda c: glow.FlowLevel(
+        c, 2, 8, True, coupling='additive', permutation='reverse', checkpoint_grads=True
+    ),
 }
 SHAPES = [
     (1, 2, 2, 2),
     (3, 2, 4, 2),
     (2, 4, 2, 4),
 ]
+VARIANTS = [
+    {},
+    dict(permutation='plain_conv1x1'),
+    dict(coupling='additive'),
+    dict(permutation='shuffle', fixed_top=True),
+    dict(coupling='additive', permutation='reverse', n_conditions=2),
+]
 
 
-def random_images(*shape, seed=0):
-    """Return uint8 images of noise."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+def as_options(options):
+    """Return the options of a model as the name of a test."""
+    return ','.join(map(str, options.values())) or 'plain'
 
 
-def tiny_glow(**options):
-    """Return a model of 4x4 grey images at 5 bits, unless options say otherwise."""
-    torch.manual_seed(0)
-    shape = dict(input_dims=(1, 4, 4), n_levels=1, depth=2, width=8)
-    return glow.Glow(**{**shape, 'n_bits': 5, **options})
+def given_y(model, n):
+    """Return the conditions of n images as the list of further arguments; without any, none."""
+    dtype = next(model.parameters()).dtype
+    y = torch.arange(n * model.n_conditions).view(n, -1) % 3 % 2
+    return [y.to(dtype)] if model.n_conditions else []
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -76,24 +116,29 @@ def test_layer_is_a_bijection_with_the_right_logdet(name, shape):
         ((2, 8, 16), 2),
     ],
 )
-def test_whole_flow(input_dims, n_levels):
-    model = perturbed(glow.Glow(input_dims, n_levels, 2, 8), 0.05)
+@pytest.mark.parametrize('options', VARIANTS, ids=as_options)
+def test_whole_flow(input_dims, n_levels, options):
+    torch.manual_seed(0)
+    model = perturbed(glow.Glow(input_dims, n_levels, 2, 8, **options), 0.05)
     x = torch.rand(2, *input_dims, dtype=torch.float64) - 0.5
-    z, logdet = model(x)
+    given = given_y(model, 2)
+    z, logdet = model(x, *given)
     assert z.shape == (2, math.prod(input_dims))
 
-    x_back, logdet_back = model.inverse(z)
+    x_back, logdet_back = model.inverse(z, *given)
     assert_close(x_back, x, atol=1e-8)
     assert_close(logdet_back, -logdet, atol=1e-8)
 
-    z_of_one, logdet_of_one = model(x[:1])
+    given_one = [y[:1] for y in given]
+    z_of_one, logdet_of_one = model(x[:1], *given_one)
     torch.testing.assert_close(z_of_one, z[:1])
     torch.testing.assert_close(logdet_of_one, logdet[:1])
     if z.shape[1] <= 64:
-        assert_close(logdet[0], log_det(jacobian(model, x[0])), atol=1e-8)
+        derivatives = jacobian(lambda x: model(x, *given_one), x[0])
+        assert_close(logdet[0], log_det(derivatives), atol=1e-8)
 
 
-def run_layer_by_layer(model, x):
+def run_layer_by_layer(model, x, *given):
     """Run the forward pass of a model one layer after the other. Returns z and logdet."""
     z, logdet = [], 0
     for level in model.levels:
@@ -103,22 +148,26 @@ def run_layer_by_layer(model, x):
         if level is not model.levels[-1]:
             z_a, x = x.chunk(2, dim=1)
             z.append(z_a.flatten(1))
-    return torch.cat([*z, x.flatten(1)], dim=1), logdet
+    last, logdet_prior = model.prior(x, *given)
+    return torch.cat([*z, last.flatten(1)], dim=1), logdet + logdet_prior
 
 
-@pytest.mark.parametrize('plu', [True, False])
-def test_a_level_computes_what_its_layers_do(plu):
-    model = perturbed(tiny_glow(plu=plu), 0.2)
+@pytest.mark.parametrize('options', VARIANTS, ids=as_options)
+def test_a_level_computes_what_its_layers_do(options):
+    model = perturbed(tiny_glow(**options), 0.2)
     x = torch.rand(3, 1, 4, 4, dtype=torch.float64) - 0.5
+    given = given_y(model, 3)
     results, gradients = [], []
-    for run in (model, lambda x: run_layer_by_layer(model, x)):
+    for run in (model, lambda *inputs: run_layer_by_layer(model, *inputs)):
         model.zero_grad()
-        z, logdet = run(x)
+        z, logdet = run(x, *given)
         (z.square().sum() + logdet.sum()).backward()
         results.append((z, logdet))
-        gradients.append([p.grad for p in model.parameters()])
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*gradients)
+    x_back, _ = model.inverse(z, *given)
+    assert_close(x_back, x, atol=1e-9)  # a level inverts all its steps at once
 
 
 class CountOperations(TorchDispatchMode):
@@ -133,17 +182,21 @@ class CountOperations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_does_not_depend_on_x_is_computed_once_a_level():
+# The gradient of log|det W| is computed matrix by matrix where W has no factors
+@pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[2:]], ids=as_options)
+def test_what_does_not_depend_on_x_is_computed_once_a_level(options):
     """Neither that nor a conversion of the layout is repeated by a further step of flow."""
     counts = []
     for depth in (2, 3):
-        model = tiny_glow(depth=depth, width=4).to(memory_format=torch.channels_last)
+        model = tiny_glow(depth=depth, width=4, **options).to(memory_format=torch.channels_last)
         with CountOperations() as operations:
-            model.log_prob(random_images(2, 1, 4, 4)).sum().backward()
+            y = given_y(model, 2)
+            model.log_prob(random_images(2, 1, 4, 4), None, *y).sum().backward()
         counts.append(operations.counts)
     once = ['clone', 'triu', 'baddbmm', 'bmm', 'diag_embed', 'stack', 'pixel_unshuffle']
     assert [counts[0][name] for name in once] == [counts[1][name] for name in once]
-    assert counts[0]['clone'] > 0 and counts[0]['baddbmm'] == 2  # levels
+    is_plu = 'permutation' not in options
+    assert counts[0]['clone'] > 0 and counts[0]['baddbmm'] == 2 * is_plu  # levels
     assert counts[0]['convolution'] < counts[1]['convolution']
 
 
@@ -159,21 +212,21 @@ def test_a_latent_keeps_its_layout_from_step_to_step():
         assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-@pytest.mark.parametrize('plu', [True, False])
+@pytest.mark.parametrize('options', VARIANTS, ids=as_options)
 @pytest.mark.parametrize('checkpoint_grads', [True, False])
-def test_a_training_never_waits_for_the_device(plu, checkpoint_grads):
+def test_a_training_never_waits_for_the_device(options, checkpoint_grads):
     """It asks for no value of a tensor, and makes none from numbers of Python."""
-    model = tiny_glow(plu=plu, checkpoint_grads=checkpoint_grads)
-    objective = glow.BitsPerDim(model, 16, bf16=True)
+    model = tiny_glow(checkpoint_grads=checkpoint_grads, **options)
+    objective = glow.Objective(model, 16, bf16=True, weight_y=0.01)
     x = random_images(2, 1, 4, 4)
-    u = torch.rand(x.shape)
+    batch = [x, torch.rand(x.shape), *given_y(model, 2)]
     with CountOperations() as operations:
-        objective(x, u).backward()
+        objective(*batch).backward()
     assert operations.counts['convolution'] > 0
     assert not {'_local_scalar_dense', 'lift_fresh'} & set(operations.counts)
 
     with CountOperations() as operations:
-        assert torch.tensor(1.0, dtype=u.dtype) > 0
+        assert torch.tensor(1.0) > 0
     assert {'_local_scalar_dense', 'lift_fresh'} <= set(operations.counts)
 
 
@@ -189,7 +242,8 @@ def nothing_compiled():
     torch._dynamo.utils.counters.clear()
 
 
-def test_couplings_of_every_size_are_compiled(nothing_compiled, monkeypatch):
+@pytest.mark.parametrize('kind', glow.COUPLINGS.values(), ids=glow.COUPLINGS)
+def test_couplings_of_every_size_are_compiled(kind, nothing_compiled, monkeypatch):
     """Those of one level share the code; a model of ten levels is compiled to the last."""
     compile_module = torch.nn.Module.compile
 
@@ -197,10 +251,10 @@ def test_couplings_of_every_size_are_compiled(nothing_compiled, monkeypatch):
         compile_module(module, backend='eager', **options)
 
     monkeypatch.setattr(torch.nn.Module, 'compile', trace_only)
-    couplings = [glow.AffineCoupling(2 * c, 4) for c in range(1, 11) for _ in range(3)]
+    couplings = [kind(2 * c, 4) for c in range(1, 11) for _ in range(3)]
     glow.compile_couplings(torch.nn.ModuleList(couplings))
     for coupling in couplings:
-        n_channels = coupling.net[-1].out_channels
+        n_channels = 2 * coupling.net[0].conv.in_channels
         x = torch.randn(2, n_channels, 4, 4)
         torch.testing.assert_close(coupling(x), coupling.forward(x))
     assert count_graphs() == 10
@@ -216,7 +270,7 @@ def test_compiled_and_eager_agree(nothing_compiled, checkpoint_grads, bf16):
         model = perturbed(tiny_glow(checkpoint_grads=checkpoint_grads), 0.1).float()
         if is_compiled:
             glow.compile_couplings(model)
-        loss = glow.BitsPerDim(model, 16, bf16)(x, u)
+        loss = glow.Objective(model, 16, bf16)(x, u)
         loss.backward()
         losses.append(loss)
         gradients.append([p.grad for p in model.parameters()])
@@ -389,9 +443,7 @@ def test_initialised_once_and_never_after_a_reload():
 def test_the_last_prior_is_not_initialised_from_data():
     model = tiny_glow()
     glow.initialize(model, random_images(16, 1, 4, 4))
-    prior = model.levels[-1][-1]
-    assert isinstance(prior, glow.LearnedPrior)
-    assert not prior.b.any() and not prior.log_s.any()
+    assert not model.prior.b.any() and not model.prior.log_s.any()
 
 
 def test_autocast_rounds_the_networks_only():
@@ -484,6 +536,63 @@ def test_no_images_at_all():
     assert glow.decode(model, z).shape == images.shape
 
 
+def test_an_additive_coupling_keeps_volumes_exactly():
+    coupling = perturbed(glow.AdditiveCoupling(4, 8), 1.0).float()
+    x = torch.randn(3, 4, 4, 4)
+    z, logdet = coupling(x)
+    assert not torch.equal(z[:, :2], x[:, :2]) and torch.equal(z[:, 2:], x[:, 2:])
+    assert not logdet.any() and not coupling.inverse(z)[1].any()
+
+
+@pytest.mark.parametrize('scale', [1, 10, 1000])
+def test_additive_couplings_round_as_float32_does_at_any_latent(scale):
+    options = dict(input_dims=(3, 16, 16), n_levels=2, depth=8, width=16)
+    model = tiny_glow(**options, coupling='additive', permutation='shuffle')
+    glow.initialize(model, random_images(64, 3, 16, 16))
+    model = perturbed(model, 0.02).float()
+    z = scale * torch.randn(16, 768)
+    with torch.no_grad():
+        x, _ = model.inverse(z)
+        z_back, _ = model(x)
+    assert (z_back - z).abs().max() < 1e-4 * max(x.abs().max(), z.abs().max())
+
+
+@pytest.mark.parametrize('name', ['shuffle', 'reverse'])
+def test_a_permutation_is_inverted_exactly(name):
+    torch.manual_seed(0)
+    layer = glow.PERMUTATIONS[name](12)
+    x = torch.randn(2, 12, 4, 4)
+    z, logdet = layer(x)
+    channels = {channel.numpy().tobytes() for channel in x[0]}
+    assert {channel.numpy().tobytes() for channel in z[0]} == channels
+    assert not torch.equal(z, x) and not logdet.any()
+    assert torch.equal(layer.inverse(z)[0], x)
+
+
+def test_a_reversal_is_its_own_inverse():
+    layer, x = glow.Reverse(4), torch.randn(2, 4, 2, 2)
+    z, _ = layer(x)
+    assert torch.equal(z, x.flip(1)) and torch.equal(layer(z)[0], x)
+
+
+def test_each_shuffle_is_another_and_is_kept():
+    first, second = (tiny_glow(permutation='shuffle', input_dims=(3, 8, 8)) for _ in range(2))
+    shuffles = [layer.w for layer in first.modules() if isinstance(layer, glow.Shuffle)]
+    assert len({w.numpy().tobytes() for w in shuffles}) == len(shuffles) == 4
+    assert not any(parameter.shape == (12, 12) for parameter in first.parameters())
+
+    for layer in second.modules():
+        if isinstance(layer, glow.Shuffle):
+            layer.w.copy_(layer.w.flip(0))
+    images = random_images(3, 3, 8, 8)
+    u = torch.zeros(images.shape)
+    for model in (first, second):
+        perturbed(model, 0.05).float()
+    assert not torch.equal(first.log_prob(images, u), second.log_prob(images, u))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.log_prob(images, u), second.log_prob(images, u))
+
+
 def test_scale_is_bounded_away_from_zero():
     coupling = glow.AffineCoupling(4, 8)
     torch.nn.init.constant_(coupling.net[-1].bias, -1000.0)
@@ -500,9 +609,9 @@ def test_scale_is_bounded_away_from_zero():
     ],
 )
 def test_parameter_counts_of_the_authors_models(options, millions):
-    for plu in (True, False):
+    for permutation in ('conv1x1', 'plain_conv1x1'):
         with torch.device('meta'):
-            model = glow.Glow((3, 64, 64), *options, plu=plu)
+            model = glow.Glow((3, 64, 64), *options, permutation=permutation)
         assert model.n_parameters / 1e6 == pytest.approx(millions, abs=0.02)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from contenders import as_image_data, as_table_data, random_values
 from helpers import CPU, mixed_table, only
+from tiny_models import with_classes
 
 import bnaf
 import glow
@@ -24,6 +25,8 @@ SHAPES = {
     'bnaf': dict(data_dim=6, n_flows=3, n_hidden=1, hidden_dim=8, batch_size=50),
 }
 GLOW_OPTIONS = [{}, dict(bf16=True), dict(checkpoint_grads=True), dict(plain_conv1x1=True)]
+GLOW_OPTIONS += [dict(coupling='additive', permutation='shuffle', fixed_top=True, translate=2)]
+GLOW_OPTIONS += [dict(condition=['classes'], weight_y=1.0)]
 CASES = [('glow', options) for options in GLOW_OPTIONS]
 CASES += [('glow', dict(plain_conv1x1=True, depth=20))]
 CASES += [('bnaf', {}), ('bnaf', dict(residual='normal')), ('bnaf', dict(checkpoint_grads=True))]
@@ -35,6 +38,8 @@ def small_training(name, device=GPU, saved=None, **options):
     values = random_values(name, shape, 8 * shape['batch_size'])
     data = as_image_data(values) if name == 'glow' else as_table_data(values, n_test=50)
     shape.pop('data_dim', None)
+    if options.get('condition'):
+        data = with_classes(data)
     config = script.Config(**{**shape, **options})
     return script.Training(config, data, script.Process(0, 1, device), saved)
 
@@ -202,7 +207,11 @@ def test_round_trips_of_bnaf():
 
 @pytest.mark.parametrize(
     'name, words',
-    [('glow', ['--dataset=digits', '--depth=1', '--width=8', '--bf16']), ('bnaf', [])],
+    [
+        ('glow', ['--dataset=digits', '--depth=1', '--width=8', '--bf16']),
+        ('glow', ['--dataset=digits', '--depth=1', '--width=8', '--condition=classes']),
+        ('bnaf', []),
+    ],
 )
 def test_all_modes(name, words, tmp_path, capsys):
     script = SCRIPTS[name]

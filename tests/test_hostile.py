@@ -533,6 +533,9 @@ BAD_INPUT_DIMS = [
     deep_list(),
     2,
     [1, 8, 16],
+    [1, 8, 16, 0],
+    [1, 8, 8, 2**16],
+    [1, 2**15, 2**15, 0],
     [10**9] * 3,
     [2**16 - 1] * 300_000,
 ]
@@ -659,7 +662,7 @@ def large_glows(saved: dict) -> list[tuple[dict, list[int]]]:
     """Return options of large models, and the shapes of their input."""
     largest = {'n_levels': 9, 'depth': 2**10, 'width': 2**14, 'image_size': 2**10}
     return [
-        (largest, [1, 2**10, 2**10]),
+        (largest, [1, 2**10, 2**10, 0]),
         ({'depth': 2**10}, saved['input_dims']),
         ({'width': 10**9}, saved['input_dims']),
     ]

@@ -164,7 +164,6 @@ def test_mnist(mnist):
     labels = np.frombuffer(content[8:], np.uint8)
     assert (data.test.attributes.argmax(1) == labels).all()
     assert data.n_values == 784
-    assert data.max_shift == 1
     assert len(data.test.images) == 10
 
 
@@ -260,7 +259,6 @@ def test_cifar10(cifar, monkeypatch):
     assert first_bytes.tolist() == list(range(120))  # in their order, validation before test
     assert data.attribute_names[3] == 'cat'
     assert data.n_values == 3072
-    assert data.max_shift == 0
     classes = all_attributes(data).argmax(1)
     assert classes.tolist() == [i % 10 for i in range(120)]
     raw = (cifar / 'cifar-10-batches-py' / 'test_batch').read_bytes()
@@ -986,7 +984,7 @@ def test_sizes_that_cannot_be_chosen(name, own, tmp_path):
 
 
 def test_attributes_by_index_and_by_name():
-    data = images.ImageData(None, None, None, ('Male', 'Smiling', 'Young'), 1, 0, '')
+    data = images.ImageData(None, None, None, ('Male', 'Smiling', 'Young'), 1, '')
     assert data.attribute_index('Smiling') == 1
     assert data.attribute_index('2') == 2
     errors = {
@@ -1034,3 +1032,24 @@ def test_shifts_move_whole_images():
         corners.add((i, j))
     assert {i for i, _ in corners} == {1, 2, 3, 4, 5}
     assert {j for _, j in corners} == {1, 2, 3, 4, 5}
+
+
+def test_shifts_repeat_the_edge():
+    x = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).expand(60, 3, -1, -1)
+    shifted = images.shift_randomly(x, 3, torch.Generator().manual_seed(0))
+    padded = np.pad(x[0], ((0, 0), (3, 3), (3, 3)), mode='edge')
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4), axis=(1, 2))
+    found = set()
+    for image in shifted.numpy():
+        matches = (windows == image[:, None, None]).all((0, 3, 4))
+        found.add(tuple(np.argwhere(matches)[0]))
+    assert len(found) > 25  # of 49 shifts
+
+
+def test_images_with_an_empty_margin_are_shifted_as_if_they_were_a_torus():
+    x = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    x[..., 2:-2, 2:-2] = torch.arange(16, dtype=torch.uint8).view(4, 4)
+    shifted = images.shift_randomly(x, 2, torch.Generator().manual_seed(0))
+    offsets = torch.randint(-2, 3, (2, 20), generator=torch.Generator().manual_seed(0))
+    for image, before, (i, j) in zip(shifted, x, offsets.T.tolist()):
+        assert torch.equal(image, before.roll((-i, -j), (1, 2)))

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo  # before torch.cuda is replaced
 from contenders import as_image_data, as_table_data, random_values
 from helpers import CPU, mixed_table, single_process
+from tiny_models import with_classes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnaf
@@ -25,6 +26,8 @@ SHAPES = {
     'bnaf': dict(data_dim=3, n_flows=2, n_hidden=1, hidden_dim=4, batch_size=20),
 }
 SCRIPTS = {'glow': glow, 'bnaf': bnaf}
+OTHER_LAYERS = dict(coupling='additive', permutation='shuffle', fixed_top=True, translate=2)
+GIVEN_CLASSES = dict(condition=['classes'], weight_y=1.0)
 
 
 def small_training(name, **options):
@@ -35,6 +38,8 @@ def small_training(name, **options):
     shape.pop('data_dim', None)
     if name == 'glow':
         options = {'batch_size_init': 8, **options}
+    if options.get('condition'):
+        data = with_classes(data)
     return script.Training(script.Config(**shape, **options), data, single_process(script))
 
 
@@ -68,7 +73,8 @@ def densities(run, model):
     if isinstance(model, bnaf.BNAF):
         return model.log_prob(torch.from_numpy(run.data.train[:5]))
     images = torch.from_numpy(run.data.train.images[:5])
-    return model.log_prob(images, torch.full(images.shape, 0.5))
+    y = glow.conditions_of(run.data.train, slice(5), CPU)
+    return model.log_prob(images, torch.full(images.shape, 0.5), y)
 
 
 # ----------------------------------------------------------------------------- waiting, clipping
@@ -111,6 +117,8 @@ def take_steps_without_waiting(run, n):
         ('glow', dict(bf16=True)),
         ('glow', dict(checkpoint_grads=True)),
         ('glow', dict(plain_conv1x1=True)),
+        ('glow', OTHER_LAYERS),
+        ('glow', GIVEN_CLASSES),
         ('bnaf', {}),
         ('bnaf', dict(residual='normal')),
         ('bnaf', dict(checkpoint_grads=True)),
@@ -259,10 +267,12 @@ def capture_on_cpu(monkeypatch):
     return capture
 
 
-@pytest.mark.parametrize('name', SCRIPTS)
-def test_captured_steps_are_the_steps(name, capture_on_cpu):
+@pytest.mark.parametrize(
+    'name, options', [('glow', {}), ('glow', OTHER_LAYERS), ('glow', GIVEN_CLASSES), ('bnaf', {})]
+)
+def test_captured_steps_are_the_steps(name, options, capture_on_cpu):
     """Batches, noise and the learning rate of each step reach the graph, and nothing runs twice."""
-    options = dict(lr=1e-2, n_epochs_warmup=3.0, grad_norm_clip=1.0, no_cuda_graph=True)
+    options = dict(options, lr=1e-2, n_epochs_warmup=3.0, grad_norm_clip=1.0, no_cuda_graph=True)
     plain = small_training(name, **options)
     captured = capture_on_cpu(small_training(name, **options))
     for step in range(N_WARMUP + 5):
