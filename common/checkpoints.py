@@ -165,7 +165,8 @@ class CheckpointFormat:
         if len(dims) != len(self.least_dims):
             raise ValueError(f'its inputs have {len(dims)} dimensions')
         are_within = all(low <= n < LARGEST_DIM for low, n in zip(self.least_dims, dims))
-        n_values = math.prod(max(1, n) for n in dims)  # there may be no conditions
+        # those that may be 0 say how many conditions there are, and not how large an input is
+        n_values = math.prod(n for low, n in zip(self.least_dims, dims) if low)
         if not are_within or n_values >= LARGEST_INPUT:
             raise ValueError(f'its input_dims are {dims}')
 

@@ -295,7 +295,12 @@ def with_conditions(data: ImageData, condition: ImageCondition, source: str) -> 
     """
     if not condition.names:
         return data
-    chosen = [data.attribute_index(name) for name in condition.names]
+    missing = [name for name in condition.names if name not in data.attribute_names]
+    if missing:
+        raise UserError(
+            f'the model is given {missing[0]!r}, which the images of {source} have no more'
+        )
+    chosen = [data.attribute_names.index(name) for name in condition.names]
 
     def with_own(split: ImageSplit) -> ImageSplit:
         conditions = split.attributes[:, chosen].astype(np.float32)
