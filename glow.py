@@ -224,8 +224,11 @@ class Request(RunRequest):
                 '--n_samples goes with --z_std: without it, four samples are drawn at each of '
                 'several temperatures'
             )
-        if mode == 'visualize' and self.given and self.vis_attrs:
-            raise UserError('--visualize takes --given or --vis_attrs, not both')
+        is_edit = self.vis_attrs or self.vis_alphas is not Request.vis_alphas
+        if mode == 'visualize' and self.given and is_edit:
+            raise UserError(
+                '--given changes the conditions: leave out --vis_attrs and --vis_alphas'
+            )
 
 
 MODES = {
@@ -1410,7 +1413,7 @@ def log_joint(model: Glow, last: Tensor, condition: ImageCondition) -> Tensor:
     counts = torch.tensor(condition.counts, dtype=torch.float64)
     columns = []
     for value, log_p_y in zip(condition.values, (counts / counts.sum()).log()):
-        y = torch.from_numpy(value).to(last.device).expand(len(last), -1)
+        y = torch.from_numpy(value).to(last).expand(len(last), -1)
         columns.append(model.prior.log_prob(last, y).double() + log_p_y.item())
     return torch.stack(columns, dim=1)
 

@@ -11,7 +11,7 @@ from common.errors import UserError, index_of_name
 
 CLASSES = 'classes'  # of --condition: the classes of a data set, not attributes by name
 MAX_CONDITIONS = 10  # attributes, so that at most 1,024 combinations of them are summed over
-MAX_VALUES, MAX_CLASSES = 1024, 1000
+MAX_VALUES = 1024
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,12 @@ class ImageCondition:
         if self.is_class:
             if len(words) != 1:
                 raise UserError(f'--given takes one class, such as --given={self.names[-1]}')
-            return np.eye(len(self.names), dtype=np.float32)[
-                index_of_name(words[0], self.names, 'class')
-            ]
+            return np.eye(len(self.names), dtype=np.float32)[self.place_of(words[0], 'class')]
 
         found: dict[int, bool] = {}
         for word in words:
             name = word if word in self.names else word.removeprefix('-')
-            k = index_of_name(name, self.names, 'condition')
+            k = self.place_of(name, 'condition')
             if k in found:
                 raise UserError(f'--given has two values of {self.names[k]}')
             found[k] = word == name
@@ -78,6 +76,12 @@ class ImageCondition:
         y = np.zeros(len(self.names), np.float32) if start is None else start.copy()
         y[list(found)] = list(found.values())
         return y
+
+    def place_of(self, text: str, what: str) -> int:
+        """Return the place of a name or, where there is no such name, the index that is meant."""
+        if text in self.names:
+            return self.names.index(text)
+        return index_of_name(text, self.names, what)
 
     def to_entry(self) -> dict[str, Any]:
         """Return the conditions as a checkpoint keeps them."""
@@ -110,6 +114,7 @@ def condition_of_checkpoint(saved: dict[str, Any]) -> ImageCondition:
         and bool(names) == (len(counts) > 1)
         and all(counts)
         and bool(((values == 0) | (values == 1)).all())
+        and len(set(map(tuple, values.tolist()))) == len(counts)
         and not (entry['is_class'] and (values.sum(1) != 1).any())
     )
     if not is_whole:

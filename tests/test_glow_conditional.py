@@ -568,14 +568,15 @@ def test_a_condition_by_its_index(tmp_path, grids):
 def test_classes_of_a_folder(tmp_path, capsys):
     write_folder(tmp_path / 'photos')
     _, *rows = attribute_rows()
-    header = 'image', 'split', 'Odd', 'Even', 'Never'
+    header = 'image', 'split', '2', '0', 'Never'  # names that are numbers, of other places
     table = [(image, split, odd, -odd, -1) for image, split, odd, _ in rows]
     write_table(tmp_path / 'photos', [header, *table])
     best = train_on_photos(tmp_path, '--condition=classes')
     condition = condition_of_checkpoint(glow.load_checkpoint(best))
-    assert condition.is_class and condition.names == ('Odd', 'Even', 'Never')
+    assert condition.is_class and condition.names == ('2', '0', 'Never')
     assert condition.values.tolist() == [[1, 0, 0], [0, 1, 0]] and condition.counts == (8, 8)
-    run('generate', best, '--given=Even')
+    assert condition.parse('2').argmax() == 0 and condition.parse('0').argmax() == 1
+    run('generate', best, '--given=0')
 
     table[-1] = (*table[-1][:2], 1, 1, -1)  # a test image of two classes
     write_table(tmp_path / 'photos', [header, *table])
@@ -661,7 +662,8 @@ def test_more_attributes_than_can_be_summed_over():
         (['--generate', '--given=,'], '--given takes one class'),
         (['--generate', '--given=7', '--n_samples=3'], '--n_samples goes with --z_std'),
         (['--visualize', '--given=11'], 'class 11 is out of range'),
-        (['--visualize', '--given=3', '--vis_attrs=3'], 'takes --given or --vis_attrs, not both'),
+        (['--visualize', '--given=3', '--vis_attrs=3'], 'leave out --vis_attrs and --vis_alphas'),
+        (['--visualize', '--given=3', '--vis_alphas=-2,-1,0,1,2'], 'leave out --vis_attrs and'),
         (['--evaluate', '--given=3'], '--given goes with --generate or --visualize'),
         (['--evaluate', '--condition=3'], 'condition=classes'),
         (['--train', '--condition=3'], 'condition=classes'),
@@ -775,6 +777,7 @@ DAMAGES = {
     'two classes at once': lambda c: {**c, 'values': (c['values'] + c['values'].roll(1, 1))},
     'no class': lambda c: {**c, 'values': 0 * c['values']},
     'one value': lambda c: {**c, 'values': c['values'][:1], 'counts': c['counts'][:1]},
+    'a value twice': lambda c: {**c, 'values': c['values'][[0, *range(9)]]},
     'too many values': lambda c: {
         **c,
         'values': c['values'].repeat(200, 1),
