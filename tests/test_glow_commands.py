@@ -30,6 +30,7 @@ from tiny_data import (
     attribute_rows,
     noise_image,
     write_celeba,
+    write_cifar,
     write_folder,
     write_mnist,
     write_table,
@@ -834,14 +835,16 @@ def test_entries_of_the_wrong_type(change, trained_glow, tmp_path, capsys):
 def test_every_command_of_the_readme(tmp_path, monkeypatch):
     """As written, on small data of the names there. Options at its end make a training small."""
     pages = [SCRIPT.with_name(name).read_text() for name in ('README.md', 'RESULTS.md')]
-    readme = '\n'.join(pages)
+    # code that goes on in the next line
+    text = re.sub(r'(?<!`)`[^`]+`(?!`)', lambda code: code[0].replace('\n', ' '), '\n'.join(pages))
     pattern = r'(?:python|torchrun)[^`\n|]*?glow\.py( --[^h][^`\n|#]*)'  # all except --help
-    commands = list(dict.fromkeys(re.findall(pattern, readme)))
-    for mode in ('train', 'evaluate', 'generate', 'visualize'):
+    commands = list(dict.fromkeys(re.findall(pattern, text)))
+    for mode in ('train', 'evaluate', 'generate', 'visualize', 'given'):
         assert any(mode in command for command in commands), mode
 
     monkeypatch.chdir(tmp_path)
     write_mnist(tmp_path / 'DATA')
+    write_cifar(tmp_path / 'data')
     write_celeba(tmp_path / 'CELEBA')
     write_folder(tmp_path / 'DATA', size=70)
     header, *rows = attribute_rows()
@@ -866,12 +869,24 @@ def make_small(words, faces):
     """
     if any(word.startswith(('--restore_file', '--resume')) for word in words):
         return [word for word in words if not word.startswith('--n_epochs')]
+    if any(word.startswith('--given') for word in words):
+        return [*words, f'--restore_file={run_that_takes(words)}']
     if '--train' not in words:
         return [*words, f'--restore_file={faces}']
     words = [*words, *TINY, '--batch_size=4', '--batch_size_init=8']
     if not any(word.startswith('--dataset') for word in words):
         words += ['--image_size=16', '--batch_size=256']
     return words
+
+
+def run_that_takes(words):
+    """Return the checkpoint of a run in results/ whose conditions are those of ``--given``."""
+    (text,) = re.findall(r'--given=(\S+)', ' '.join(words))
+    names = {name.removeprefix('-') for name in text.split(',')}
+    for path in Path('results').glob('*/best.pt'):
+        if names <= set(glow.load_checkpoint(path)['condition']['names']):
+            return path
+    raise AssertionError(f'no command before {words} trains what is given {names}')
 
 
 def test_the_readmes_python(trained_glow, tmp_path, monkeypatch):
