@@ -230,14 +230,14 @@ def format_table(results: dict) -> str:
         for coupling in COUPLINGS:
             runs = runs_of(results, coupling, permutation)
             scores[coupling] = values_of(runs, 'test')
-            cell = mean_and_error(scores[coupling], 3)
+            cell = mean_and_error(scores[coupling], 4)
             if before:
-                cell += f' ({mean_and_error(before[coupling] - scores[coupling], 3)})'
+                cell += f' ({mean_and_error(before[coupling] - scores[coupling], 4)})'
             cells.append(cell)
             parameters.append(f'{runs[0]["parameters"]:,}')
             minutes.append(f'{values_of(runs, "minutes").mean():.1f}')
 
-        lead = mean_and_error(scores['additive'] - scores['affine'], 3)
+        lead = mean_and_error(scores['additive'] - scores['affine'], 4)
         lines.append([name, *cells, lead, ' and '.join(parameters), ' and '.join(minutes)])
         before = scores
     header = ['', *COUPLINGS, 'how far affine is below', 'parameters', 'CPU minutes']
@@ -246,7 +246,7 @@ def format_table(results: dict) -> str:
 
 def draw(results: dict) -> Figure:
     """Draw the learning curves, each the mean over the seeds."""
-    figure = Figure((7.5, 4.5), layout='constrained')
+    figure = Figure((9, 4.5), layout='constrained')
     axes: Axes = figure.subplots()
     relevant = []
     for k, (permutation, name) in enumerate(PERMUTATIONS.items()):
@@ -254,13 +254,13 @@ def draw(results: dict) -> Figure:
             runs = runs_of(results, coupling, permutation)
             bits = np.mean([run['validation'] for run in runs], axis=0)
             axes.plot(runs[0]['steps'], bits, f'C{k}{style}', label=f'{name}, {coupling}')
-            # The first values are far from all others, and would flatten the curves.
-            relevant += bits[len(bits) // 5 :].tolist()
+            # The first values, and a setback among them, would flatten the curves.
+            relevant += bits[len(bits) // 2 :].tolist()
 
     set_limits(axes, relevant)
     axes.set(xlabel='step', ylabel='bits/dim of validation images')
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc='outside right upper')
     return figure
 
 

@@ -558,9 +558,10 @@ def test_pages_are_written_between_their_marks(tmp_path):
         (results, results.format_table, 'RESULTS.md'),
         (tables, tables.format_table, 'RESULTS.md'),
         (conditional, conditional.format_table, 'RESULTS.md'),
+        (ablation, ablation.format_table, 'RESULTS.md'),
         (faults, faults.markdown, 'tests/README.md'),
     ],
-    ids=['speed', 'processes', 'results', 'tables', 'conditional', 'faults'],
+    ids=['speed', 'processes', 'results', 'tables', 'conditional', 'ablation', 'faults'],
 )
 def test_pages_show_what_was_measured(script, format_block, page):
     path = Path(script.__file__)
@@ -992,10 +993,10 @@ def test_the_table_of_the_ablation_compares_seed_by_seed():
         '| 1x1 convolution',
     ]
     assert lines[1] == (
-        '| shuffle | 3.150 ± 0.150 (0.950 ± 0.050) | 2.600 ± 0.100 (0.600 ± 0.100) '
-        '| 0.550 ± 0.050 | 1,234 and 1,234 | 2.0 and 2.0 |'
+        '| shuffle | 3.1500 ± 0.1500 (0.9500 ± 0.0500) | 2.6000 ± 0.1000 (0.6000 ± 0.1000) '
+        '| 0.5500 ± 0.0500 | 1,234 and 1,234 | 2.0 and 2.0 |'
     )
-    assert '(' not in lines[0] and '2.600 ± 0.100 (0.550 ± 0.050)' in lines[2]
+    assert '(' not in lines[0] and '2.6000 ± 0.1000 (0.5500 ± 0.0500)' in lines[2]
 
     (axes,) = ablation.draw(results).axes
     curves_of = {line.get_label(): line for line in axes.lines}
