@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import ablation
 import conditional
 import curves
 import faults
@@ -36,10 +37,13 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from timing import N_WARMUP, seconds_per_call, time_in_turn
+from tiny_data import attribute_rows, write_folder, write_table
 from torch.distributions import MultivariateNormal
 
 import bnaf
 import glow
+from common.errors import UserError
+from common.files import write_json
 from common.options import resolve_config
 from datasets.tabular import load_table
 
@@ -554,9 +558,10 @@ def test_pages_are_written_between_their_marks(tmp_path):
         (results, results.format_table, 'RESULTS.md'),
         (tables, tables.format_table, 'RESULTS.md'),
         (conditional, conditional.format_table, 'RESULTS.md'),
+        (ablation, ablation.format_table, 'RESULTS.md'),
         (faults, faults.markdown, 'tests/README.md'),
     ],
-    ids=['speed', 'processes', 'results', 'tables', 'conditional', 'faults'],
+    ids=['speed', 'processes', 'results', 'tables', 'conditional', 'ablation', 'faults'],
 )
 def test_pages_show_what_was_measured(script, format_block, page):
     path = Path(script.__file__)
@@ -915,3 +920,112 @@ def test_the_table_of_conditional_densities_says_how_far_bnaf_leads():
     *_, ours, other = conditional.format_table({'results': runs}).splitlines()
     assert ours == '| BNAF | -2.000 ± 1.000 |  | 4.00 |'
     assert other == '| other | -3.500 ± 1.500 | 1.500 ± 0.500 | 1.00 |'
+
+
+# ---------------------------------------------------------------------------------------- ablation
+
+
+@pytest.fixture
+def tiny_ablation(tmp_path, monkeypatch):
+    """The command line of an ablation of tiny models; its results go to the folder out."""
+    write_folder(tmp_path / 'photos')
+    write_table(tmp_path / 'photos', attribute_rows())
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'RESULTS.md').write_text('<!-- what ablation.py wrote --><!-- until here -->')
+    tiny = dict(image_size=8, n_levels=1, depth=1, width=4, batch_size=4)
+    monkeypatch.setattr(ablation, 'MODEL', {**ablation.MODEL, **tiny})
+    return [f'--data_dir={tmp_path}/photos', '--n_steps=2', f'--out={out}']
+
+
+@pytest.mark.slow
+def test_an_ablation_that_is_cut_short_goes_on(tiny_ablation, tmp_path, monkeypatch, capsys):
+    file = tmp_path / 'out' / 'ablation.json'
+
+    def write_and_interrupt(path, content):
+        write_json(path, content)
+        if len(content['runs']) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr(ablation, 'write_json', write_and_interrupt)
+        ablation.main(tiny_ablation)
+    cut_short = json.loads(file.read_text())
+    assert len(cut_short['runs']) == 5 and not (file.parent / 'ablation.png').exists()
+
+    ablation.main(tiny_ablation)
+    measured = json.loads(file.read_text())
+    assert measured['runs'][:5] == cut_short['runs'] and len(measured['runs']) == 12
+    variants = {(run['coupling'], run['permutation'], run['seed']) for run in measured['runs']}
+    assert len(variants) == 12 and all(run['steps'] == [1, 2] for run in measured['runs'])
+    assert len({run['test'] for run in measured['runs']}) == 12
+    assert (file.parent / 'ablation.png').stat().st_size > 10_000
+    table = ablation.format_table(measured)
+    assert capsys.readouterr().out.endswith(table) and table in read(file.parent, 'RESULTS.md')
+
+    # what a worker returned is what the script itself trains
+    run = measured['runs'][-1]
+    variant = {key: run[key] for key in ('coupling', 'permutation', 'seed')}
+    again = ablation.train(measured['settings'], str(tmp_path / 'photos'), variant)
+    assert {**again, 'minutes': 0} == {**run, 'minutes': 0}
+
+
+def ablation_runs(permutation, additive, affine):
+    """Return trainings of two seeds whose test scores are given."""
+    runs = []
+    for coupling, scores in (('additive', additive), ('affine', affine)):
+        for seed, test in enumerate(scores):
+            run = dict(coupling=coupling, permutation=permutation, seed=seed, test=test)
+            curve = dict(steps=[1, 2], validation=[9.0, test])
+            runs.append({**run, **curve, 'parameters': 1234, 'minutes': 2.04})
+    return runs
+
+
+def test_the_table_of_the_ablation_compares_seed_by_seed():
+    runs = ablation_runs('conv1x1', (2.5, 2.7), (2.0, 2.1))[::-1]
+    runs += ablation_runs('reverse', (4.0, 4.2), (3.0, 3.4))
+    runs += ablation_runs('shuffle', (3.0, 3.3), (2.5, 2.7))
+    results = {'n_seeds': 2, 'runs': runs}
+    lines = ablation.format_table(results).splitlines()[2:]
+    assert [line.split(' | ')[0] for line in lines] == [
+        '| reverse',
+        '| shuffle',
+        '| 1x1 convolution',
+    ]
+    assert lines[1] == (
+        '| shuffle | 3.1500 ± 0.1500 (0.9500 ± 0.0500) | 2.6000 ± 0.1000 (0.6000 ± 0.1000) '
+        '| 0.5500 ± 0.0500 | 1,234 and 1,234 | 2.0 and 2.0 |'
+    )
+    assert '(' not in lines[0] and '2.6000 ± 0.1000 (0.5500 ± 0.0500)' in lines[2]
+
+    (axes,) = ablation.draw(results).axes
+    curves_of = {line.get_label(): line for line in axes.lines}
+    assert list(curves_of['shuffle, additive'].get_ydata()) == [9, pytest.approx(3.15)]
+    assert curves_of['shuffle, affine'].get_linestyle() == '-'
+    assert len({line.get_color() for line in axes.lines}) == 3
+
+
+def test_trainings_of_other_settings_are_not_kept(tmp_path, capsys):
+    file = tmp_path / 'ablation.json'
+    assert ablation.load_runs(file, {'n_steps': 2}) == []
+    file.write_text(json.dumps({'settings': {'n_steps': 2}, 'runs': [1]}))
+    assert ablation.load_runs(file, {'n_steps': 2}) == [1]
+    assert ablation.load_runs(file, {'n_steps': 3}) == []
+    assert 'all trainings start anew' in capsys.readouterr().out
+    file.write_text('{')
+    with pytest.raises(UserError, match='ablation.json is damaged: remove it'):
+        ablation.load_runs(file, {})
+
+
+@pytest.mark.parametrize(
+    'words,message',
+    [
+        (['--n_seeds=1'], '--n_seeds has to be 2 at least'),
+        (['--n_steps=0'], '--n_steps and --n_workers have to be 1 at least'),
+        ([], 'ablation.py: error: /none'),
+    ],
+)
+def test_an_ablation_that_cannot_begin(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        ablation.main(['--data_dir=/none', f'--out={tmp_path}', *words])
+    assert message in capsys.readouterr().err
