@@ -78,6 +78,7 @@ from datasets import (
     ImageData,
     ImageSplit,
     condition_of_checkpoint,
+    count_conditions,
     load_photo,
     load_run_images,
     save_grid,
@@ -92,8 +93,16 @@ VALIDATE_STEPS = 500  # validation comes at the end of an epoch, at least so man
 SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
 LOG_STEPS = 20
 TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of --generate without --z_std
-Z_STD, MAX_ROWS = 0.7, 16  # of samples given each class, and for how many of them
+# Of a model with conditions, samples of each class or combination of attributes are drawn
+Z_STD_OF_EACH = 0.7  # the temperature, without --z_std
+MAX_SHOWN = 16  # how many of the classes or combinations
 DZ_SCALE, DZ_IMAGES = 1.6, 30_000  # attribute directions, as in the paper's demo
+# Scores of evaluation that say how often conditions are guessed right, and who guesses
+GUESSERS = {
+    'accuracy_of_bayes_rule': "by Bayes' rule",
+    'accuracy_of_head': 'by the head',
+    'accuracy_of_most_frequent': 'by always guessing the most frequent',
+}
 
 
 @dataclass
@@ -135,7 +144,9 @@ class Config(Options):
     weight_y: float = option(
         'model', 0.01, 'with --condition, weight of the loss of a linear head that guesses y'
     )
-    fixed_top: bool = option('model', False, 'do not learn the last prior: it is N(0, I)')
+    fixed_top: bool = option(
+        'model', False, 'the last prior is N(0, I), and only --condition changes it'
+    )
     checkpoint_grads: bool = option(
         'optimization', False, 'less memory, slower: the backward pass recomputes activations'
     )
@@ -198,12 +209,20 @@ class Request(RunRequest):
     z_std: float = option(
         'output',
         None,
-        'temperature of samples (default: several); '
+        'temperature of samples (default: several, or 0.7 for each class); '
         'with --visualize, a factor of the latents factored out by the splits (default: 1)',
         high=100,
     )
-    n_samples: int = option('output', None, 'samples with --z_std (default: 32)', low=1, high=10**6)
-    given: str = option('output', '', 'what a model with conditions is given: 7, or Smiling,-Male')
+    n_samples: int = option(
+        'output',
+        None,
+        'samples with --z_std (default: 32, or 8 for each class)',
+        low=1,
+        high=10**6,
+    )
+    given: str = option(
+        'output', None, 'what a model with conditions is given: 7, or Smiling,-Male'
+    )
     vis_attrs: list = option('output', None, 'attributes by index or name (default: all)')
     vis_alphas: list[float] = option(
         'output',
@@ -221,11 +240,11 @@ class Request(RunRequest):
         """Raise ``UserError`` where an option has no effect because of the others."""
         if mode == 'generate' and self.z_std is None and self.n_samples is not None:
             raise UserError(
-                '--n_samples goes with --z_std: without it, four samples are drawn at each of '
-                'several temperatures'
+                '--n_samples goes with --z_std: without it, a few samples are drawn at each of '
+                'several temperatures, or for each class'
             )
         is_edit = self.vis_attrs or self.vis_alphas is not Request.vis_alphas
-        if mode == 'visualize' and self.given and is_edit:
+        if mode == 'visualize' and self.given is not None and is_edit:
             raise UserError(
                 '--given changes the conditions: leave out --vis_attrs and --vis_alphas'
             )
@@ -334,12 +353,12 @@ class ChannelAffine(nn.Module):
         """Return log s and b, each of shape (C, 1, 1), or (B, C, 1, 1) if images differ in them."""
         return self.log_s, self.b
 
-    def forward(self, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         log_s, b = self.log_scale_and_shift(*given)
         logdet = log_s.sum((-3, -2, -1)) * x.shape[2] * x.shape[3]
         return torch.addcmul(b, x, log_s.exp()), logdet.expand(len(x))
 
-    def inverse(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         log_s, b = self.log_scale_and_shift(*given)
         logdet = -log_s.sum((-3, -2, -1)) * z.shape[2] * z.shape[3]
         return (z - b) * (-log_s).exp(), logdet.expand(len(z))
@@ -402,13 +421,29 @@ class Invertible1x1Conv(nn.Module):
             w = l.tril(-1) + u.triu(1) + log_s.diag()
         self.w = nn.Parameter(w)
 
+    @staticmethod
+    def weights(layers: list['Invertible1x1Conv']) -> tuple[Tensor, Tensor]:
+        """Return W (K, C, C) and log|det W| (K,) of K layers."""
+        w = torch.stack([layer.w for layer in layers])
+        if not layers[0].plu:
+            # one by one: on a GPU, a batch may go to a library that waits, and cannot be captured
+            return w, torch.stack([torch.linalg.slogdet(layer.w)[1] for layer in layers])
+
+        p = torch.stack([layer.p for layer in layers])
+        sign_s = torch.stack([layer.sign_s for layer in layers])
+        log_s = w.diagonal(dim1=1, dim2=2)
+        u = w.triu(1) + torch.diag_embed(sign_s * log_s.exp())
+        with torch.autocast(w.device.type, enabled=False):
+            l_u = torch.baddbmm(u, w.tril(-1), u)  # L is 1 on its diagonal
+            return p @ l_u, log_s.sum(1)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        w, logdet = channel_weights([self])
+        w, logdet = self.weights([self])
         logdet = x.shape[2] * x.shape[3] * logdet
         return multiply_channels(w[0], x), logdet.expand(len(x))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        w, logdet = channel_weights([self])
+        w, logdet = self.weights([self])
         logdet = -z.shape[2] * z.shape[3] * logdet
         w_inverse = torch.linalg.inv(w.double()).to(w.dtype)
         return multiply_channels(w_inverse[0], z), logdet.expand(len(z))
@@ -423,6 +458,12 @@ class Permutation(nn.Module):
     def __init__(self, order: Tensor) -> None:
         super().__init__()
         self.register_buffer('w', torch.eye(len(order))[order])
+
+    @staticmethod
+    def weights(layers: list['Permutation']) -> tuple[Tensor, Tensor]:
+        """Return W (K, C, C) and log|det W| (K,) of K layers."""
+        w = torch.stack([layer.w for layer in layers])
+        return w, w.new_zeros(len(w))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return multiply_channels(self.w, x), x.new_zeros(len(x))
@@ -443,24 +484,6 @@ class Reverse(Permutation):
 
     def __init__(self, n_channels: int) -> None:
         super().__init__(torch.arange(n_channels).flip(0))
-
-
-def channel_weights(layers: list[Invertible1x1Conv] | list[Permutation]) -> tuple[Tensor, Tensor]:
-    """Return W (K, C, C) and log|det W| (K,) of K layers that mix channels, all of one kind."""
-    w = torch.stack([layer.w for layer in layers])
-    if isinstance(layers[0], Permutation):
-        return w, w.new_zeros(len(w))
-    if not layers[0].plu:
-        # one by one: on a GPU, a batch may go to a library that waits, and cannot be captured
-        return w, torch.stack([torch.linalg.slogdet(layer.w)[1] for layer in layers])
-
-    p = torch.stack([layer.p for layer in layers])
-    sign_s = torch.stack([layer.sign_s for layer in layers])
-    log_s = w.diagonal(dim1=1, dim2=2)
-    u = w.triu(1) + torch.diag_embed(sign_s * log_s.exp())
-    with torch.autocast(w.device.type, enabled=False):
-        l_u = torch.baddbmm(u, w.tril(-1), u)  # L is 1 on its diagonal
-        return p @ l_u, log_s.sum(1)
 
 
 def multiply_channels(w: Tensor, x: Tensor, b: Tensor | None = None) -> Tensor:
@@ -572,9 +595,10 @@ class AffineCoupling(Coupling):
 
 
 class AdditiveCoupling(nn.Module):
-    """Additive coupling (table 1): z_a = x_a + t and z_b = x_b with t = net(x_b); log|det| = 0.
+    """Additive coupling (sec. 3.3): z_a = x_a + t and z_b = x_b with t = net(x_b); log|det| = 0.
 
-    The inverse subtracts the same t, so that an error is never stretched.
+    The inverse subtracts the same t, and stretches no error. It is a ``Coupling`` without s, and so
+    without division and logarithm.
     """
 
     def __init__(self, n_channels: int, width: int) -> None:
@@ -634,19 +658,19 @@ class Prior(ChannelAffine):
         if is_fixed:
             self.requires_grad_(False)
         if n_conditions:
-            self.of_y = nn.Linear(n_conditions, 2 * n_channels, bias=False)
-            nn.init.zeros_(self.of_y.weight)
+            self.linear = nn.Linear(n_conditions, 2 * n_channels, bias=False)
+            nn.init.zeros_(self.linear.weight)
 
     def log_scale_and_shift(self, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if y is None:
             return self.log_s, self.b
         with torch.autocast(y.device.type, enabled=False):
-            log_s, b = self.of_y(y)[..., None, None].chunk(2, dim=1)
+            log_s, b = self.linear(y)[..., None, None].chunk(2, dim=1)
         return self.log_s + log_s, self.b + b
 
-    def log_prob(self, x: Tensor, *given: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Return log p(x), or log p(x | y), in nats: (B, C, H, W) becomes (B,)."""
-        z, logdet = self(x, *given)
+        z, logdet = self(x, y)
         return log_normal(z.flatten(1)) + logdet
 
 
@@ -662,7 +686,8 @@ class ConditionHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mean((2, 3)))
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.mean((2, 3)))
 
 
 class Squeeze(nn.Module):
@@ -788,7 +813,8 @@ class FlowLevel(Sequence):
         actnorms = [step[0] for step in self.steps()]
         log_s = torch.stack([actnorm.log_s for actnorm in actnorms]).flatten(2)  # (K, C, 1)
         b = torch.stack([actnorm.b for actnorm in actnorms]).flatten(2)
-        w, logdet = channel_weights([step[1] for step in self.steps()])
+        permutations = [step[1] for step in self.steps()]
+        w, logdet = permutations[0].weights(permutations)
 
         logdet = n_pixels * (log_s.sum((1, 2)) + logdet)
         with torch.autocast(w.device.type, enabled=False):
@@ -840,8 +866,8 @@ class Glow(nn.Module):
         fixed_top: the last prior is N(0, I), but for what depends on y.
 
     z has the shape (B, C H W): the halves factored out by the splits, finest first, and the rest.
-    Raises ``ValueError`` where conditions y, of shape (B, Y), are missing or have another shape.
-    Only training uses TF32, in the coupling networks; all else is computed in float32.
+    Conditions y, of shape (B, Y), are 0 or 1, in any type. Only training uses TF32, in the coupling
+    networks; all else is computed in float32.
     """
 
     def __init__(
@@ -895,14 +921,14 @@ class Glow(nn.Module):
         return parts, x, logdet
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.require_conditions(y, len(x))
+        y = self.as_conditions(y, len(x))
         parts, last, logdet = self.run_levels(x)
         z, logdet_prior = self.prior(last, y)
         return torch.cat([part.flatten(1) for part in (*parts, z)], dim=1), logdet + logdet_prior
 
     @without_tf32()
     def inverse(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.require_conditions(y, len(z))
+        y = self.as_conditions(y, len(z))
         parts = z.split([math.prod(shape) for shape in self.z_shapes], dim=1)
         *parts, x = [part.unflatten(1, shape) for part, shape in zip(parts, self.z_shapes)]
         x, logdet = self.prior.inverse(x, y)
@@ -931,19 +957,27 @@ class Glow(nn.Module):
                 f'log_prob takes uint8 images of shape (B, {c}, {h}, {w}), '
                 f'not {x.dtype} of shape {tuple(x.shape)}'
             )
-        self.require_conditions(y, len(x))
+        y = self.as_conditions(y, len(x))
         x, logdet_bins = self.dequantize(x, u)
         parts, last, logdet = self.run_levels(x)
         log_p = log_normal(torch.cat([part.flatten(1) for part in parts], dim=1))
         log_p = log_p + self.prior.log_prob(last, y) + logdet + logdet_bins
         return log_p, last
 
-    def require_conditions(self, y: Tensor | None, n: int) -> None:
-        """Raise ``ValueError`` unless there are conditions of n images if the model takes any."""
+    def as_conditions(self, y: Tensor | np.ndarray | None, n: int) -> Tensor | None:
+        """Return the conditions of n images, numbers of any type, in that of the weights.
+
+        Raises ``ValueError`` where they are missing, too much or of another shape than (n, Y).
+        """
+        if y is not None:
+            y = torch.as_tensor(y).to(self.prior.log_s)
         shape = None if y is None else tuple(y.shape)
         wanted = (n, self.n_conditions) if self.n_conditions else None
         if shape != wanted:
-            raise ValueError(f'the conditions of this model are of shape {wanted}, not {shape}')
+            found = 'none' if shape is None else f'those of shape {shape}'
+            takes = 'no conditions' if wanted is None else f'conditions y of shape {wanted}'
+            raise ValueError(f'the model takes {takes}, and was given {found}')
+        return y
 
     @torch.no_grad()
     def sample(
@@ -1028,8 +1062,8 @@ class Objective(nn.Module):
     """The training objective: -log2 p(x) / ``n_values``, averaged over the batch.
 
     Given conditions y it is that of p(x | y), plus ``weight_y`` times the bits that the model's
-    head needs for y, as in the official code. These have their part in the gradient alone: the
-    value is always that of bits/dim, and can be compared with those of evaluation.
+    head needs for y, as in the official code. The latter are part of the gradient and not of the
+    value, so that curves of training and validation compare.
 
     DistributedDataParallel wraps it, so that the loss is computed inside ``forward``.
     """
@@ -1084,11 +1118,11 @@ def build_model(config: Config, input_dims: tuple[int, ...]) -> Glow:
         config.depth,
         config.width,
         config.n_bits,
-        config.coupling,
-        'plain_conv1x1' if config.plain_conv1x1 else config.permutation,
-        config.checkpoint_grads,
-        n_conditions,
-        config.fixed_top,
+        coupling=config.coupling,
+        permutation='plain_conv1x1' if config.plain_conv1x1 else config.permutation,
+        checkpoint_grads=config.checkpoint_grads,
+        n_conditions=n_conditions,
+        fixed_top=config.fixed_top,
     )
     return model.to(memory_format=torch.channels_last)
 
@@ -1359,17 +1393,17 @@ def average_over_images(
     split: ImageSplit,
     batch_size: int,
     process: Process,
-    score: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    n_scores: int = 1,
-) -> tuple[list[float], list[float]]:
+    score: Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]],
+    names: tuple[str, ...] = ('bits_per_dim',),
+) -> tuple[dict[str, float], dict[str, float]]:
     """Return the mean of each score over all images, and two standard errors of each.
 
-    ``score`` maps images, noise and conditions to the scores of each image, (B, ``n_scores``).
+    ``score`` maps images, noise and conditions to scores of these ``names``, each of shape (B,).
     Image i always gets the same noise, so that the result depends neither on ``batch_size`` nor
     on the number of processes that share the work.
     """
     n_images = len(split.images)
-    sums = torch.zeros(2, n_scores, dtype=torch.float64, device=process.device)
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=process.device)
     own = np.arange(n_images)[process.rank :: process.world_size]
     for start in range(0, len(own), batch_size):
         indices = own[start : start + batch_size]
@@ -1379,12 +1413,14 @@ def average_over_images(
             generator = seeded_generator('cpu', Stream.EVALUATION, int(i))
             noise.append(torch.rand(x.shape[1:], generator=generator))
         u = torch.stack(noise).to(process.device)
-        scores = score(x, u, conditions_of(split, indices, process.device)).double()
-        sums += torch.stack([scores.sum(0), scores.square().sum(0)])
+        scores = score(x, u, conditions_of(split, indices, process.device))
+        values = torch.stack([scores[name].double() for name in names])
+        sums += torch.stack([values.sum(1), values.square().sum(1)])
 
     mean, mean_square = process.sum(sums) / n_images
     variance = (mean_square - mean.square()).clamp(min=0)
-    return mean.tolist(), (2 * (variance / n_images).sqrt()).tolist()
+    errors = 2 * (variance / n_images).sqrt()
+    return dict(zip(names, mean.tolist())), dict(zip(names, errors.tolist()))
 
 
 def bits_per_dim(
@@ -1392,11 +1428,11 @@ def bits_per_dim(
 ) -> tuple[float, float]:
     """Return the mean bits/dim of all images, and two standard errors of it."""
 
-    def score(x: Tensor, u: Tensor, y: Tensor | None) -> Tensor:
-        return to_bits(model.log_prob(x, u, y), n_values)[:, None]
+    def score(x: Tensor, u: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+        return {'bits_per_dim': to_bits(model.log_prob(x, u, y), n_values)}
 
-    (mean,), (error,) = average_over_images(split, batch_size, process, score)
-    return mean, error
+    means, errors = average_over_images(split, batch_size, process, score)
+    return means['bits_per_dim'], errors['bits_per_dim']
 
 
 def to_bits(log_p: Tensor, n_values: int) -> Tensor:
@@ -1411,11 +1447,12 @@ def log_joint(model: Glow, last: Tensor, condition: ImageCondition) -> Tensor:
     is all that Bayes' rule needs.
     """
     counts = torch.tensor(condition.counts, dtype=torch.float64)
+    log_p_y = (counts / counts.sum()).log().to(last.device)
     columns = []
-    for value, log_p_y in zip(condition.values, (counts / counts.sum()).log()):
-        y = torch.from_numpy(value).to(last).expand(len(last), -1)
-        columns.append(model.prior.log_prob(last, y).double() + log_p_y.item())
-    return torch.stack(columns, dim=1)
+    for value in torch.from_numpy(condition.values).to(last):
+        y = value.expand(len(last), -1)
+        columns.append(model.prior.log_prob(last, y).double())
+    return torch.stack(columns, dim=1) + log_p_y
 
 
 @torch.no_grad()
@@ -1453,7 +1490,7 @@ def sample_grid(
     return rows
 
 
-def sample_each(
+def sample_each_condition(
     model: Glow,
     condition: ImageCondition,
     z_std: float,
@@ -1463,16 +1500,22 @@ def sample_each(
 ) -> tuple[list[np.ndarray], list[str]]:
     """Return rows of eight, with n samples given each class or combination of attributes.
 
-    The labels of the rows are returned too. Of many, the first ``MAX_ROWS`` are drawn.
+    The labels of the rows are returned too. At most ``MAX_SHOWN`` of them are drawn.
     """
-    values = condition.values[:MAX_ROWS]
+    values = condition.values[:MAX_SHOWN]
     rows, labels = [], []
     samples_of_each = sample_grid(model, [z_std] * len(values), n, seed, device, values)
     for value, samples in zip(values, samples_of_each):
-        own_rows = [samples[i : i + 8] for i in range(0, n, 8)]
+        own_rows = in_rows_of_eight(samples)
         rows += own_rows
-        labels += [condition.label(value)] + [''] * (len(own_rows) - 1)
+        label = condition.label(value).replace(',', '\n')  # a line for each attribute
+        labels += [label] + [''] * (len(own_rows) - 1)
     return rows, labels
+
+
+def in_rows_of_eight(samples: np.ndarray) -> list[np.ndarray]:
+    """Return samples in rows of eight. The last row may be shorter."""
+    return [samples[i : i + 8] for i in range(0, len(samples), 8)]
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -1507,7 +1550,6 @@ class Training:
     ) -> None:
         self.config, self.data, self.process = config, data, process
         self.input_dims = [*data.train.images.shape[1:], len(data.condition.names)]
-        self.condition = data.condition.to_entry()
         self.model = build_model(config, self.input_dims).to(process.device)
         self.step, self.n_seen = 0, 0
         self.n_skipped, self.skips_in_a_row = torch.zeros(
@@ -1538,6 +1580,7 @@ class Training:
         # not those of the checkpoint: the run goes on with these images
         self.fingerprint, self.files = data.fingerprint, data.files
         self.split_bounds = data.split_bounds
+        self.condition = data.condition.to_entry()
 
         n_per_first_step = config.batch_size * self.first_world_size
         self.n_per_step = config.batch_size * process.world_size
@@ -1595,7 +1638,9 @@ class Training:
             with warn_on_error('picture'):
                 model, seed, device = self.average.module, self.config.seed, self.process.device
                 if self.data.condition.names:
-                    rows, labels = sample_each(model, self.data.condition, Z_STD, 8, seed, device)
+                    rows, labels = sample_each_condition(
+                        model, self.data.condition, Z_STD_OF_EACH, 8, seed, device
+                    )
                 else:
                     temperatures = (0.0, 0.25, 0.7, 1.0)
                     rows = sample_grid(model, temperatures, 8, seed, device)
@@ -1710,28 +1755,30 @@ def evaluate(
 ) -> None:
     """Print the scores on the whole test split, and save them as results.json in the run's folder.
 
-    They are bits/dim and, for a model with conditions, those of ``score_with_conditions``.
+    They are bits/dim and, for a model with conditions, those of ``score_conditions``.
     """
-    batch_size, condition = 4 * config.batch_size, data.condition
-    names = ['bits_per_dim']
+    condition, n_images = data.condition, len(data.test.images)
+    names: tuple[str, ...] = ('bits_per_dim',)
     if condition.names:
-        names += ['bits_per_dim_without_conditions', 'accuracy_of_bayes_rule', 'accuracy_of_head']
+        names += ('bits_per_dim_without_conditions', *GUESSERS)
 
-    def score(x: Tensor, u: Tensor, y: Tensor | None) -> Tensor:
-        if y is None:
-            return to_bits(model.log_prob(x, u), data.n_values)[:, None]
-        return score_with_conditions(model, condition, data.n_values, x, u, y)
+    def score(x: Tensor, u: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+        log_p, last = model.log_prob_and_last(x, u, y)
+        scores = {'bits_per_dim': to_bits(log_p, data.n_values)}
+        if y is not None:
+            scores |= score_conditions(model, condition, data.n_values, log_p, last, y)
+        return scores
 
-    means, errors = average_over_images(data.test, batch_size, process, score, len(names))
+    batch_size = 4 * config.batch_size
+    means, errors = average_over_images(data.test, batch_size, process, score, names)
     if process.rank > 0:
         return
     if not config.weight_y:
-        names, means = names[:3], means[:3]  # the head was not trained
+        means.pop('accuracy_of_head', None)  # it was not trained
 
-    n_images = len(data.test.images)
     results = {
-        **dict(zip(names, means)),
-        'two_standard_errors': errors[0],
+        **means,
+        'two_standard_errors': errors['bits_per_dim'],
         'n_images': n_images,
         'values_per_image': data.n_values,
         'n_bits': config.n_bits,
@@ -1742,40 +1789,57 @@ def evaluate(
     }
     write_json(saved['path'].with_name('results.json'), results)
     given = f', given {condition.description}' if condition.names else ''
+    bits, error = means['bits_per_dim'], errors['bits_per_dim']
     print(
-        f'{config.dataset} test{given}: {means[0]:.4f} ± {errors[0]:.4f} bits/dim at '
-        f'{config.n_bits} bits ({n_images} images, two standard errors)'
+        f'{config.dataset} test{given}: {bits:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
+        f'({n_images} images, two standard errors)'
     )
     if condition.names:
-        print(f'not given {condition.description}: {means[1]:.4f} ± {errors[1]:.4f} bits/dim')
-        guesses = []
-        for guesser, accuracy, error in zip(("Bayes' rule", 'the head'), means[2:], errors[2:]):
-            guesses.append(f'{accuracy:.1%} ± {error:.1%} by {guesser}')
-        print(f'right guesses of {condition.description}: {", ".join(guesses)}')
+        print_scores_of_conditions(condition, means, errors)
 
 
-def score_with_conditions(
-    model: Glow, condition: ImageCondition, n_values: int, x: Tensor, u: Tensor, y: Tensor
-) -> Tensor:
-    """Return four scores of each image, (B, 4).
+def print_scores_of_conditions(
+    condition: ImageCondition, means: dict[str, float], errors: dict[str, float]
+) -> None:
+    """Print what ``score_conditions`` has found."""
+    name = 'bits_per_dim_without_conditions'
+    print(f'not given {condition.description}: {means[name]:.4f} ± {errors[name]:.4f} bits/dim')
+    guesses = []
+    for name, guesser in GUESSERS.items():
+        if name in means:
+            guesses.append(f'{means[name]:.1%} ± {errors[name]:.1%} {guesser}')
+    each = '' if condition.is_class or len(condition.names) == 1 else ', of each on average'
+    print(f'right guesses of {condition.description}{each}: {", ".join(guesses)}')
 
-    They are bits/dim given y; those of p(x), the sum of p(x | y) p(y) over all y of training
-    images; and how much of y Bayes' rule and the head guess right, from 0 to 1.
+
+def score_conditions(
+    model: Glow,
+    condition: ImageCondition,
+    n_values: int,
+    log_p: Tensor,
+    last: Tensor,
+    y: Tensor,
+) -> dict[str, Tensor]:
+    """Return what the last latents of images tell of their conditions y, given log p(x | y).
+
+    Without conditions, bits/dim are those of p(x), the sum of p(x | y) p(y) over all y of training
+    images. The accuracy of a guess is 1 for the right class and 0 for others; of attributes, it is
+    the share that is right.
     """
-    log_p, last = model.log_prob_and_last(x, u, y)
     joint = log_joint(model, last, condition)
-    log_p_alone = log_p - model.prior.log_prob(last, y) + joint.logsumexp(1)
-    logits = model.head(last)
+    log_p_of_x = log_p - model.prior.log_prob(last, y) + joint.logsumexp(1)
+    scores = {'bits_per_dim_without_conditions': to_bits(log_p_of_x, n_values)}
 
-    by_rule = torch.from_numpy(condition.values).to(y.device)[joint.argmax(1)]
+    logits = model.head(last)
     by_head = logits > 0
     if condition.is_class:
         by_head = F.one_hot(logits.argmax(1), len(condition.names))
-    scores = [to_bits(log_p, n_values), to_bits(log_p_alone, n_values)]
-    for guess in (by_rule, by_head):
+    values = torch.from_numpy(condition.values).to(y.device)
+    most_frequent = int(np.argmax(condition.counts))
+    for name, guess in zip(GUESSERS, (values[joint.argmax(1)], by_head, values[most_frequent])):
         is_right = guess == y
-        scores.append(is_right.all(1) if condition.is_class else is_right.double().mean(1))
-    return torch.stack([score.double() for score in scores], dim=1)
+        scores[name] = is_right.all(1) if condition.is_class else is_right.double().mean(1)
+    return scores
 
 
 def generate(
@@ -1791,18 +1855,22 @@ def generate(
     Without ``--given``, a model with conditions draws a row for each class, or for each
     combination of attributes.
     """
-    y = condition.parse(request.given) if request.given else None
+    y = None if request.given is None else condition.parse(request.given)
+    if y is not None and not (condition.values == y).all(1).any():
+        print(f'note: no training image is {condition.label(y)}')
     z_std, labels = request.z_std, []
     if condition.names and y is None:
-        z_std = Z_STD if z_std is None else z_std
-        n = request.n_samples or 8
-        rows, labels = sample_each(model, condition, z_std, n, config.seed, device)
+        z_std = Z_STD_OF_EACH if z_std is None else z_std
+        n, n_values = request.n_samples or 8, len(condition.values)
+        if n_values > MAX_SHOWN:
+            print(f'note: the first {MAX_SHOWN} of {n_values}; add --given for another one')
+        rows, labels = sample_each_condition(model, condition, z_std, n, config.seed, device)
     elif z_std is None:
         rows = sample_grid(model, TEMPERATURES, 4, config.seed, device, y)
         labels = [f'T = {temperature:g}' for temperature in TEMPERATURES]
     else:
         samples = sample_grid(model, [z_std], request.n_samples or 32, config.seed, device, y)[0]
-        rows = [samples[i : i + 8] for i in range(0, len(samples), 8)]
+        rows = in_rows_of_eight(samples)
 
     name = 'generated_samples_at_z_std_' + ('range' if z_std is None else f'{z_std:g}')
     if y is not None:
@@ -1812,12 +1880,18 @@ def generate(
 
 def file_name_part(given: str) -> str:
     """Return conditions as part of a file's name."""
-    return 'given_' + re.sub(r'[^\w,-]', '_', given)[:100]
+    name = re.sub(r'[^\w,-]', '_', given)
+    if len(name) > 100:  # a name that is cut differs by a digest
+        name = f'{name[:90]}_{digest([given])[:9]}'
+    return f'given_{name}'
 
 
 @torch.no_grad()
 def encode(
-    model: Glow, images: np.ndarray, device: torch.device, y: Tensor | None = None
+    model: Glow,
+    images: np.ndarray,
+    device: torch.device,
+    y: Tensor | np.ndarray | None = None,
 ) -> Tensor:
     """Return the latents (N, D) of uint8 images (N, C, H, W), given their conditions (N, Y).
 
@@ -1834,7 +1908,7 @@ def middles_of_bins(model: Glow, images: np.ndarray, device: torch.device) -> Te
 
 
 @torch.no_grad()
-def decode(model: Glow, z: Tensor, y: Tensor | None = None) -> np.ndarray:
+def decode(model: Glow, z: Tensor, y: Tensor | np.ndarray | None = None) -> np.ndarray:
     """Return the uint8 images (N, C, H, W) of latents (N, D), given conditions (N, Y)."""
     x, _ = model.inverse(z, y)
     images, _ = model.dequantize.inverse(x)
@@ -1924,13 +1998,16 @@ def change_conditions(
     condition = data.condition
     condition.parse(request.given, np.zeros(len(condition.names)))  # before anything is computed
     images, y = images_to_change(model, data, config, device, request, 8)
-    others = [condition.parse(request.given, start) for start in y.cpu().numpy()]
+    own = y.cpu().numpy()
+    others = [condition.parse(request.given, start) for start in own]
     other_y = torch.from_numpy(np.stack(others)).to(device)
 
     z = scale_splits(model, encode(model, images, device, y), request.z_std)
     rows = [decode(model, z, y), decode(model, z, other_y)]
+    row_labels = ['unchanged', 'given ' + request.given.replace(',', '\n')]
+    column_labels = list(map(condition.label, own)) if condition.is_class else []
     name = edit_name(request, file_name_part(request.given))
-    save_grid(path.with_name(name), rows, ['unchanged', f'given {request.given}'])
+    save_grid(path.with_name(name), rows, row_labels, column_labels)
 
 
 def images_to_change(
@@ -2053,7 +2130,9 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
                 print(f'note: {note}')
 
     if mode == 'train':
-        saved = train(data, config, request, process, saved)
+        if 'weight_y' in options and not config.condition:
+            raise UserError('--weight_y goes with --condition')
+        saved = train(count_conditions(data), config, request, process, saved)
         if saved is None:
             return
     path, device = saved['path'], process.device
@@ -2067,7 +2146,7 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         elif process.rank == 0 and mode == 'generate':
             generate(model, condition_of_checkpoint(saved), path, config, device, request)
         elif process.rank == 0 and mode == 'visualize':
-            show = change_conditions if request.given else visualize
+            show = visualize if request.given is None else change_conditions
             show(model, data, path, config, device, request)
         elif process.rank == 0:
             check(model, data, config, device)

@@ -1,5 +1,6 @@
-"""What a model of images is given of each image: its class, or some of its attributes."""
+"""The conditions of a model of images: the class of each image, or some of its attributes."""
 
+import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import UserError, index_of_name
+from common.errors import UserError
 
 CLASSES = 'classes'  # of --condition: the classes of a data set, not attributes by name
 MAX_CONDITIONS = 10  # attributes, so that at most 1,024 combinations of them are summed over
@@ -58,12 +59,15 @@ class ImageCondition:
         if self.is_class:
             if len(words) != 1:
                 raise UserError(f'--given takes one class, such as --given={self.names[-1]}')
-            return np.eye(len(self.names), dtype=np.float32)[self.place_of(words[0], 'class')]
+            k = self.find(words[0])
+            if not self.values[:, k].any():
+                raise UserError(f'no training image is of class {self.names[k]}')
+            return np.eye(len(self.names), dtype=np.float32)[k]
 
         found: dict[int, bool] = {}
         for word in words:
-            name = word if word in self.names else word.removeprefix('-')
-            k = self.place_of(name, 'condition')
+            name = word if word in self.names else word.removeprefix('-').strip()
+            k = self.find(name)
             if k in found:
                 raise UserError(f'--given has two values of {self.names[k]}')
             found[k] = word == name
@@ -77,11 +81,14 @@ class ImageCondition:
         y[list(found)] = list(found.values())
         return y
 
-    def place_of(self, text: str, what: str) -> int:
-        """Return the place of a name or, where there is no such name, the index that is meant."""
-        if text in self.names:
-            return self.names.index(text)
-        return index_of_name(text, self.names, what)
+    def find(self, name: str) -> int:
+        """Return the place of a name; raise ``UserError`` where there is no such name."""
+        if name not in self.names:
+            near: Sequence[str] = self.names
+            if len(near) > MAX_CONDITIONS:
+                near = difflib.get_close_matches(name, near, n=MAX_CONDITIONS, cutoff=0)
+            raise UserError(f'--given={name}: the model knows {", ".join(near)}')
+        return self.names.index(name)
 
     def to_entry(self) -> dict[str, Any]:
         """Return the conditions as a checkpoint keeps them."""
@@ -95,10 +102,16 @@ class ImageCondition:
 
 def make_condition(names: Sequence[str], y: np.ndarray, is_class: bool) -> ImageCondition:
     """Return the conditions of training images that have the values ``y`` (N, Y), boolean."""
-    values, counts = np.unique(y, axis=0, return_counts=True)
-    order = np.argsort(values.argmax(1) if is_class else -counts, kind='stable')
-    values, counts = values[order].astype(np.float32), counts[order]
-    return ImageCondition(tuple(names), is_class, values, tuple(counts.tolist()))
+    if is_class:
+        counts = y.sum(0)
+        values = np.eye(len(names))[counts > 0]
+        counts = counts[counts > 0]
+    else:
+        values, counts = np.unique(y, axis=0, return_counts=True)
+        order = np.argsort(-counts, kind='stable')
+        values, counts = values[order], counts[order]
+    counts = tuple(counts.tolist())
+    return ImageCondition(tuple(names), is_class, values.astype(np.float32), counts)
 
 
 def condition_of_checkpoint(saved: dict[str, Any]) -> ImageCondition:

@@ -127,7 +127,7 @@ class ImageSplit:
     Attributes:
         images: (N, C, H, W), uint8, memory-mapped if they come from a cache.
         attributes: (N, A), boolean; A is 0 where the data set has none.
-        conditions: (N, Y), float32, what a model is given of each image; None without conditions.
+        conditions: (N, Y), float32, 0 or 1, that a model is given; None without conditions.
     """
 
     images: np.ndarray
@@ -151,7 +151,7 @@ class ImageData:
         split_bounds: The two numbers by which a folder was split (``split_by_hash``), or none.
         files: A row (path hash, size in bytes) for each image of a folder, int64, (N, 2).
         notes: What has changed since a run was trained on the images, in one line each.
-        condition: What a model is given of each image.
+        condition: What the conditions of each image are called, and how frequent they are.
     """
 
     train: ImageSplit
@@ -268,8 +268,8 @@ def choose_condition(data: ImageData, words: Sequence[str], source: str) -> Imag
 
     Raises ``UserError`` where the images have no such classes or attributes, or do not differ.
     """
-    train = data.train.attributes
-    if list(words) == [CLASSES]:
+    train, is_class = data.train.attributes, list(words) == [CLASSES]
+    if is_class:
         chosen = list(range(train.shape[1]))
         differing = data.differing(None, len(train), source)
         if not (train.sum(1) == 1).all():
@@ -285,7 +285,13 @@ def choose_condition(data: ImageData, words: Sequence[str], source: str) -> Imag
                 f'--condition={",".join(words)}: give up to {MAX_CONDITIONS} different attributes'
             )
     names = [data.attribute_names[i] for i in chosen]
-    return make_condition(names, train[:, chosen], is_class=list(words) == [CLASSES])
+    for name in names:
+        if ',' in name or name.startswith('-'):
+            raise UserError(
+                f'--condition: {name!r} cannot be told apart in --given: rename it, without commas '
+                'and a minus in front'
+            )
+    return make_condition(names, train[:, chosen], is_class)
 
 
 def with_conditions(data: ImageData, condition: ImageCondition, source: str) -> ImageData:
@@ -298,7 +304,7 @@ def with_conditions(data: ImageData, condition: ImageCondition, source: str) -> 
     missing = [name for name in condition.names if name not in data.attribute_names]
     if missing:
         raise UserError(
-            f'the model is given {missing[0]!r}, which the images of {source} have no more'
+            f'the model is given {missing[0]!r}, which the images of {source} no longer have'
         )
     chosen = [data.attribute_names.index(name) for name in condition.names]
 
@@ -315,6 +321,21 @@ def with_conditions(data: ImageData, condition: ImageCondition, source: str) -> 
         test=with_own(data.test),
         condition=condition,
     )
+
+
+def count_conditions(data: ImageData) -> ImageData:
+    """Return a data set whose p(y) is how frequent y is among its own training images.
+
+    Raises ``UserError`` where y is the same in all of them.
+    """
+    old = data.condition
+    if not old.names:
+        return data
+    assert data.train.conditions is not None
+    condition = make_condition(old.names, data.train.conditions.astype(bool), old.is_class)
+    if len(condition.values) < 2:
+        raise UserError(f'{old.description} is now the same in all training images')
+    return replace(data, condition=condition)
 
 
 def describe_change(config: ImageOptions, files: torch.Tensor, saved: dict[str, Any]) -> str:
@@ -558,7 +579,7 @@ def draw_grid(
 
     Arguments:
         rows: Arrays (n, C, H, W) of uint8; the first row has the most images.
-        row_labels: One for each row, or none.
+        row_labels: One for each row, of one line or several, or none.
         column_labels: One for each image of the first row, or none.
     """
     height, width = rows[0].shape[2:]
@@ -568,8 +589,8 @@ def draw_grid(
     column_step = width + GRID_MARGIN
 
     font = ImageFont.load_default(GRID_FONT_SIZE)
-    row_labels = [truncate(label) for label in row_labels]
-    label_widths = [int(font.getlength(label)) for label in row_labels]
+    lines_of_rows = [[truncate(line) for line in label.split('\n')] for label in row_labels]
+    label_widths = [int(font.getlength(line)) for lines in lines_of_rows for line in lines]
     left = top = GRID_MARGIN
     if row_labels:
         left += max(label_widths) + 2 * GRID_MARGIN
@@ -584,9 +605,9 @@ def draw_grid(
             canvas.paste(enlarge(image, zoom), corner)
 
     draw = ImageDraw.Draw(canvas)
-    for i, label in enumerate(row_labels):
+    for i, lines in enumerate(lines_of_rows):
         position = (left - 2 * GRID_MARGIN, top + i * row_step + height // 2)
-        draw.text(position, label, 'black', font, anchor='rm')
+        draw.text(position, '\n'.join(lines), 'black', font, anchor='rm', align='right')
     for j, label in enumerate(column_labels):
         position = (left + j * column_step + width // 2, top - GRID_MARGIN - 2)
         draw.text(position, label, 'black', font, anchor='ms')

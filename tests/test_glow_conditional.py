@@ -31,13 +31,13 @@ PHOTOS = ['--dataset=folder', '--image_size=8', '--n_levels=1', '--batch_size=8'
 def of_three_classes(seed=0, **options):
     """Return a perturbed model of three classes, and its conditions, of which two are frequent."""
     model = perturbed(tiny_glow(n_conditions=3, **options), 0.1, seed)
-    return model, ImageCondition(tuple('abc'), True, np.eye(3), (5, 4, 1))
+    return model, ImageCondition(tuple('abc'), True, np.eye(3, dtype=np.float32), (5, 4, 1))
 
 
 def of_two_attributes():
     """Return a perturbed model of two attributes, and its conditions: no image has both."""
     model = perturbed(tiny_glow(n_conditions=2), 0.1)
-    values = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    values = np.array([[0, 0], [1, 0], [0, 1]], np.float32)
     return model, ImageCondition(('Round', 'Red'), False, values, (7, 2, 1))
 
 
@@ -52,7 +52,7 @@ def noisy_images(n):
 
 def rows_of(condition, n):
     """Return conditions of n images: each value in turn."""
-    values = torch.from_numpy(condition.values)
+    values = torch.from_numpy(condition.values).double()
     return values[torch.arange(n) % len(values)]
 
 
@@ -60,7 +60,7 @@ def log_probs(model, condition, x, u):
     """Return log p(x | y) for each value of y in turn, (B, K)."""
     columns = []
     for value in condition.values:
-        y = torch.from_numpy(value).expand(len(x), -1)
+        y = torch.from_numpy(value).to(u).expand(len(x), -1)
         columns.append(model.log_prob(x, u, y))
     return torch.stack(columns, dim=1)
 
@@ -95,7 +95,7 @@ def test_the_density_given_conditions_integrates_to_one(make):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(3000, 16, dtype=torch.float64, generator=generator)
     for value in condition.values:
-        y = torch.from_numpy(value).expand(len(noise), -1)
+        y = torch.from_numpy(value).to(noise).expand(len(noise), -1)
         with torch.no_grad():
             x, logdet_inverse = model.inverse(1.2 * noise, y)
             z, logdet = model(x, y)
@@ -123,24 +123,25 @@ def test_scores_of_images_with_conditions_by_hand(make):
     x, u = noisy_images(12)
     y = rows_of(condition, 12)
     with torch.no_grad():
-        scores = glow.score_with_conditions(model, condition, 32, x, u, y)
+        given, last = model.log_prob_and_last(x, u, y)
+        scores = glow.score_conditions(model, condition, 32, given, last, y)
         log_p = log_probs(model, condition, x, u)
-        given = model.log_prob(x, u, y)
-        _, last = model.log_prob_and_last(x, u, y)
         logits = model.head(last)
+    bits, *accuracies = scores.values()
+    assert list(scores) == ['bits_per_dim_without_conditions', *glow.GUESSERS]
     alone = (log_p + log_shares(condition)).logsumexp(1)
-    assert_close(scores[:, 0], -given / (32 * math.log(2)), atol=1e-9)
-    assert_close(scores[:, 1], -alone / (32 * math.log(2)), atol=1e-6)
+    assert_close(bits, -alone / (32 * math.log(2)), atol=1e-6)
 
     best = (log_p + log_shares(condition)).argmax(1)
-    guesses = [torch.from_numpy(condition.values)[best], (logits > 0).double()]
+    values = torch.from_numpy(condition.values)
+    guesses = [values[best], (logits > 0).double(), values[:1].expand(12, -1)]
     if condition.is_class:
         guesses[1] = F.one_hot(logits.argmax(1), 3).double()
-    for guess, score in zip(guesses, scores.T[2:]):
+    for guess, score in zip(guesses, accuracies, strict=True):
         rights = (guess == y).double()
         expected = rights.amin(1) if condition.is_class else rights.mean(1)
-        assert torch.equal(score, expected)
-        assert 0 < score.mean() < 1
+        assert torch.equal(score.double(), expected)
+        assert 0 < score.double().mean() < 1
 
 
 @pytest.mark.parametrize('fixed_top', [False, True])
@@ -156,7 +157,7 @@ def test_without_conditions_a_fixed_prior_is_the_standard_normal(fixed_top):
 def test_a_fixed_prior_is_not_among_what_is_learned():
     free, fixed = tiny_glow(n_conditions=3), tiny_glow(n_conditions=3, fixed_top=True)
     assert free.n_parameters - fixed.n_parameters == 2 * 8  # log s and b of eight channels
-    assert fixed.prior.of_y.weight.requires_grad
+    assert fixed.prior.linear.weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -172,17 +173,28 @@ def test_a_fixed_prior_is_not_among_what_is_learned():
 )
 def test_conditions_that_do_not_fit_have_no_density(n_conditions, y):
     model = tiny_glow(n_conditions=n_conditions)
-    wanted = r'\(2, 3\)' if n_conditions else 'None'
-    with pytest.raises(ValueError, match=f'conditions of this model are of shape {wanted}, not'):
+    wanted = r'conditions y of shape \(2, 3\)' if n_conditions else 'no conditions'
+    with pytest.raises(ValueError, match=f'the model takes {wanted}, and was given'):
         model.log_prob(random_images(2, 1, 4, 4), None, y)
-    with pytest.raises(ValueError, match=f'of shape {wanted}, not'):
+    with pytest.raises(ValueError, match=f'the model takes {wanted}, and was given'):
         model.sample(2, y=y)
+
+
+@pytest.mark.parametrize('convert', [torch.Tensor.numpy, torch.Tensor.bool, torch.Tensor.long])
+def test_conditions_may_have_any_type(convert):
+    model, condition = of_three_classes()
+    x, u = noisy_images(3)
+    y = rows_of(condition, 3)
+    z, _ = model(u, y)
+    for function, *args in ((model.log_prob, x, u), (model, u), (model.inverse, z)):
+        results = [function(*args, y=some) for some in (y, convert(y))]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_samples_depend_on_their_conditions():
     model, condition = of_three_classes()
     with torch.no_grad():
-        model.prior.of_y.weight[8:] *= 10  # shifts of the last latent
+        model.prior.linear.weight[8:] *= 10  # shifts of the last latent
     y = torch.from_numpy(condition.values)
     model.float()
     one, other, again = (
@@ -217,7 +229,7 @@ def test_the_objective_by_hand(make, weight_y):
     objective = bits - weight_y * log_q.mean() / math.log(2)
     expected = torch.autograd.grad(objective, list(model.parameters()), materialize_grads=True)
     torch.testing.assert_close(gradients, list(expected))
-    assert model.prior.of_y.weight.grad.abs().min() > 0
+    assert model.prior.linear.weight.grad.abs().min() > 0
     assert model.head.weight.grad.any() == model.head.bias.grad.any() == bool(weight_y)
 
 
@@ -229,7 +241,7 @@ def test_a_step_learns_what_depends_on_the_conditions(options):
         run.take_step()
     for model in (run.model, run.average.module):
         prior, head = model.prior, model.head
-        assert prior.of_y.weight.all() and head.weight.any() and head.bias.all()
+        assert prior.linear.weight.all() and head.weight.any() and head.bias.all()
         assert prior.log_s.any() == prior.b.any() == (not config.fixed_top)
 
 
@@ -358,14 +370,16 @@ def test_shares_of_two_processes_have_the_scores_of_one(trained, monkeypatch):
     monkeypatch.setattr(glow.dist, 'all_reduce', lambda sums: None)
 
     def score(x, u, y):
-        return glow.score_with_conditions(model, data.condition, 64, x, u, y)
+        log_p, last = model.log_prob_and_last(x, u, y)
+        return glow.score_conditions(model, data.condition, 64, log_p, last, y)
 
+    names = tuple(glow.GUESSERS)
     shares = [
-        glow.average_over_images(data.test, 50, glow.Process(rank, 2, CPU), score, 4)[0]
+        glow.average_over_images(data.test, 50, glow.Process(rank, 2, CPU), score, names)[0]
         for rank in (0, 1)
     ]
-    whole, _ = glow.average_over_images(data.test, 33, single_process(glow), score, 4)
-    np.testing.assert_allclose(np.sum(shares, axis=0), whole, rtol=1e-6)
+    whole, _ = glow.average_over_images(data.test, 33, single_process(glow), score, names)
+    assert {name: shares[0][name] + shares[1][name] for name in names} == pytest.approx(whole)
 
 
 def test_samples_of_every_class(trained, grids):
@@ -411,17 +425,38 @@ def test_of_many_combinations_the_most_frequent_are_shown():
     model = tiny_glow(n_conditions=5).eval()
     y = np.random.default_rng(0).random((500, 5)) < 0.4
     condition = make_condition('abcde', y, is_class=False)
-    assert len(condition.values) > glow.MAX_ROWS
-    rows, labels = glow.sample_each(model, condition, 0.7, 2, 0, CPU)
-    assert len(rows) == len(labels) == glow.MAX_ROWS
-    assert labels == [condition.label(value) for value in condition.values[: glow.MAX_ROWS]]
-    assert min(condition.counts[: glow.MAX_ROWS]) >= max(condition.counts[glow.MAX_ROWS :])
+    assert len(condition.values) > glow.MAX_SHOWN
+    rows, labels = glow.sample_each_condition(model, condition, 0.7, 2, 0, CPU)
+    assert len(rows) == len(labels) == glow.MAX_SHOWN
+    shown = condition.values[: glow.MAX_SHOWN]
+    assert labels == [condition.label(value).replace(',', '\n') for value in shown]
+    assert min(condition.counts[: glow.MAX_SHOWN]) >= max(condition.counts[glow.MAX_SHOWN :])
+
+
+def test_a_row_for_each_of_many_combinations_is_a_note(monkeypatch, trained, capsys):
+    monkeypatch.setattr(glow, 'MAX_SHOWN', 9)
+    run('generate', trained)
+    assert 'note: the first 9 of 10; add --given for another one' in capsys.readouterr().out
+
+
+def test_the_temperature_of_images_under_another_class(trained, grids):
+    run('visualize', trained, '--given=3', '--z_std=0.5')
+    ((name, (scaled, given), *_),) = grids
+    assert name == 'manipulated_sample_given_3_z_std_0.5.png'
+    model, data = model_and_data(trained)
+    y = torch.from_numpy(data.test.conditions[:8])
+    z = glow.encode(model, data.test.images[:8], CPU, y)
+    z[:, : -math.prod(model.z_shapes[-1])] *= 0.5
+    three = torch.from_numpy(data.condition.parse('3')).expand(8, -1)
+    assert np.array_equal(scaled, glow.decode(model, z, y))
+    assert np.array_equal(given, glow.decode(model, z, three))
 
 
 def test_images_under_another_class(trained, grids):
     run('visualize', trained, '--given=3')
-    ((name, (unchanged, given), labels),) = grids
+    ((name, (unchanged, given), labels, columns),) = grids
     assert name == 'manipulated_sample_given_3.png' and labels == ['unchanged', 'given 3']
+    assert columns == [str(k) for k in load_images('digits').test.attributes[:8].argmax(1)]
     _, data = model_and_data(trained)
     assert np.array_equal(unchanged, data.test.images[:8])
     is_three = data.test.attributes[:8, 3]
@@ -443,6 +478,30 @@ def test_a_photo_is_given_what_it_looks_like(words, trained, grids, tmp_path, ca
     assert name.startswith('manipulated_img_photo_')
     assert np.array_equal(rows[0][0], data.test.images[i])
     assert len(rows) == 2 and len(rows[0]) == (1 if 'given' in words[0] else 2)
+
+
+def test_a_photo_is_more_likely_of_a_frequent_class(trained, tmp_path):
+    model, data = model_and_data(trained)
+    photo = tmp_path / 'photo.png'
+    Image.fromarray(data.test.images[0, 0]).save(photo)
+    config = glow.load_checkpoint(trained)['config']
+    request = glow.Request(vis_img=str(photo))
+    for k in (2, 6):
+        counts = tuple(10**15 if i == k else 1 for i in range(10))
+        skewed = replace(data, condition=replace(data.condition, counts=counts))
+        _, y = glow.images_to_change(model, skewed, config, CPU, request, 1)
+        assert y.argmax() == k
+
+
+def test_autocast_rounds_neither_the_prior_nor_the_head():
+    model, condition = of_three_classes()
+    prior, head = model.prior.float(), model.head.float()
+    x, y = torch.randn(3, 8, 1, 1), rows_of(condition, 3).float()
+    results = []
+    for is_enabled in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=is_enabled):
+            results.append((*prior(x, y), *prior.inverse(x, y), head(x)))
+    assert all(map(torch.equal, *results))
 
 
 def test_edits_keep_the_class(trained, grids):
@@ -502,7 +561,7 @@ def test_a_head_that_was_not_trained_has_no_accuracy(tmp_path, capsys):
     results = json.loads(only(tmp_path.rglob('results.json')).read_text())
     text = capsys.readouterr().out
     assert 'accuracy_of_bayes_rule' in results and 'accuracy_of_head' not in results
-    assert "by Bayes' rule\n" in text and 'by the head' not in text
+    assert "by Bayes' rule, " in text and 'by the head' not in text
     model, _ = model_and_data(only(tmp_path.rglob('best.pt')))
     assert not model.head.weight.any()
 
@@ -525,8 +584,18 @@ def test_scores_of_attributes(trained_on_photos, capsys):
     run('evaluate', trained_on_photos)
     assert 'folder test, given Late, Odd: ' in capsys.readouterr().out
     results = json.loads(trained_on_photos.with_name('results.json').read_text())
-    for name in ('accuracy_of_bayes_rule', 'accuracy_of_head'):
-        assert results[name] * 4 in (0, 1, 2, 3, 4)  # two attributes of two images
+    model, data = model_and_data(trained_on_photos)
+    most_frequent = data.condition.values[0]
+    rights = data.test.conditions == most_frequent
+    assert results['accuracy_of_most_frequent'] == rights.mean()
+
+    seeds = [glow.seeded_generator('cpu', glow.Stream.EVALUATION, i) for i in range(2)]
+    u = torch.stack([torch.rand(3, 8, 8, generator=seed) for seed in seeds])
+    with torch.no_grad():
+        y = torch.from_numpy(data.test.conditions)
+        _, last = model.log_prob_and_last(torch.from_numpy(data.test.images), u, y)
+        guesses = model.head(last) > 0
+    assert results['accuracy_of_head'] == (guesses == y).double().mean().item()
 
 
 def test_samples_given_attributes(trained_on_photos, grids):
@@ -534,8 +603,9 @@ def test_samples_given_attributes(trained_on_photos, grids):
     run('generate', trained_on_photos, '--given=-Odd,Late', '--z_std=0.7')
     (_, rows, labels), (name, given_rows, _) = grids
     _, data = model_and_data(trained_on_photos)
-    assert set(labels) == {'Late,Odd', 'Late,-Odd', '-Late,Odd', '-Late,-Odd'}
-    assert labels == [data.condition.label(value) for value in data.condition.values]
+    assert set(labels) == {'Late\nOdd', 'Late\n-Odd', '-Late\nOdd', '-Late\n-Odd'}
+    names = [label.replace('\n', ',') for label in labels]
+    assert names == [data.condition.label(value) for value in data.condition.values]
     assert name == 'generated_samples_at_z_std_0.7_given_Late,-Odd.png'
     assert len(rows) == 4 and sum(map(len, given_rows)) == 32
 
@@ -543,7 +613,7 @@ def test_samples_given_attributes(trained_on_photos, grids):
 def test_images_keep_the_attributes_that_are_left_out(trained_on_photos, grids):
     run('visualize', trained_on_photos, '--given=-Odd')
     run('visualize', trained_on_photos, '--given=-Late,-Odd')
-    (name, (unchanged, given), _), (_, (_, both), _) = grids
+    (name, (unchanged, given), *_), (_, (_, both), *_) = grids
     assert name == 'manipulated_sample_given_-Odd.png'
     model, data = model_and_data(trained_on_photos)
     assert data.test.conditions.tolist() == [[1, 0], [1, 1]]
@@ -561,8 +631,27 @@ def test_a_condition_by_its_index(tmp_path, grids):
     assert condition_of_checkpoint(glow.load_checkpoint(best)).names == ('Odd',)
     grids.clear()
     run('generate', best, '--given=-Odd')
-    run('generate', best, '--given=0')
+    run('generate', best, '--given=Odd')
     assert [name.partition('given')[2] for name, *_ in grids] == ['_-Odd.png', '_Odd.png']
+
+
+def test_what_no_training_image_shows_is_noted(trained_on_photos, monkeypatch, capsys):
+    saved = glow.load_checkpoint(trained_on_photos)
+    condition = condition_of_checkpoint(saved)
+    model = glow.restore_model(saved, CPU)
+    without = replace(condition, values=condition.values[1:], counts=condition.counts[1:])
+    missing = condition.label(condition.values[0])
+    for known, expected in ((condition, ''), (without, f'note: no training image is {missing}')):
+        request = glow.Request(given=missing, z_std=0.7)
+        glow.generate(model, known, trained_on_photos, saved['config'], CPU, request)
+        assert capsys.readouterr().out.partition('wrote')[0].strip() == expected
+
+
+def test_names_of_files_that_are_cut_differ():
+    given = ','.join(f'attribute_{k}' for k in range(10))
+    names = {glow.file_name_part(text) for text in (given, given[:-1] + '8', 'a/b', '../a')}
+    assert len(names) == 4 and all(len(name) < 120 for name in names)
+    assert all(Path(name).name == name for name in names)
 
 
 def test_classes_of_a_folder(tmp_path, capsys):
@@ -576,12 +665,35 @@ def test_classes_of_a_folder(tmp_path, capsys):
     assert condition.is_class and condition.names == ('2', '0', 'Never')
     assert condition.values.tolist() == [[1, 0, 0], [0, 1, 0]] and condition.counts == (8, 8)
     assert condition.parse('2').argmax() == 0 and condition.parse('0').argmax() == 1
+    with pytest.raises(UserError, match='no training image is of class Never'):
+        condition.parse('Never')
     run('generate', best, '--given=0')
 
     table[-1] = (*table[-1][:2], 1, 1, -1)  # a test image of two classes
     write_table(tmp_path / 'photos', [header, *table])
     line = refusal_line(glow, capsys, '--evaluate', f'--restore_file={best}')
     assert 'do not have exactly one class each' in line
+
+
+def test_conditions_of_changed_images_are_counted_anew(tmp_path, capsys):
+    write_photos(tmp_path / 'photos')
+    best = train_on_photos(tmp_path, '--condition=Late,Odd')
+    table = tmp_path / 'photos' / 'attributes.csv'
+    head_of_table, *rows = table.read_text().splitlines()
+    before = condition_of_checkpoint(glow.load_checkpoint(best))
+    rows[0] = rows[0].replace('-1,1,1,1', '1,-1,-1,1')
+    table.write_text('\n'.join([head_of_table, *rows]))
+    words = [f'--restore_file={best}', '--n_epochs=2', '--accept_changed_data']
+    glow.main(['--train', *words])
+    _, data = model_and_data(best.with_name('checkpoint.pt'))
+    assert sum(data.condition.counts) == 16 and data.condition.counts != before.counts
+    for value, count in zip(data.condition.values, data.condition.counts, strict=True):
+        assert (data.train.conditions == value).all(1).sum() == count
+
+    same = [','.join([*row.split(',')[:2], '1', '1', '1', '1']) for row in rows]
+    table.write_text('\n'.join([head_of_table, *same]))
+    line = refusal_line(glow, capsys, '--train', *words[:1], '--n_epochs=3', words[2])
+    assert 'Late, Odd is now the same in all training images' in line
 
 
 def with_names(*names):
@@ -633,6 +745,25 @@ def test_bad_trainings(words, part, trained_on_photos, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
+def test_the_weight_of_no_condition(tmp_path, capsys):
+    words = training_words(tmp_path / 'out', '--weight_y=1')
+    assert '--weight_y goes with --condition' in refusal_line(glow, capsys, *words)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_names_that_given_could_not_tell_apart(tmp_path, capsys):
+    write_folder(tmp_path / 'photos')
+    load_images('folder', tmp_path / 'photos', 8)
+    _, *rows = attribute_rows()
+    for name in ('Odd, or so', '-Odd'):
+        table = [('image', 'split', name, 'Even'), *((*row[:3], -row[2]) for row in rows)]
+        write_table(tmp_path / 'photos', table)
+        places = [f'--data_dir={tmp_path}/photos', f'--output_dir={tmp_path}/out']
+        for word in ('--condition=classes', '--condition=0'):
+            line = refusal_line(glow, capsys, '--train', *PHOTOS, *places, word)
+            assert f'{name!r} cannot be told apart in --given: rename it' in line
+
+
 def test_images_that_have_no_attributes(tmp_path, capsys):
     write_folder(tmp_path / 'photos')
     places = [f'--data_dir={tmp_path}/photos', f'--output_dir={tmp_path}/out']
@@ -656,12 +787,14 @@ def test_more_attributes_than_can_be_summed_over():
 @pytest.mark.parametrize(
     'words, part',
     [
-        (['--generate', '--given=11'], 'class 11 is out of range: there are 0 to 9'),
-        (['--generate', '--given=seven'], "unknown class 'seven'"),
+        (['--generate', '--given=11'], '--given=11: the model knows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9'),
+        (['--generate', '--given=seven'], '--given=seven: the model knows 0, 1, 2'),
         (['--generate', '--given=1,2'], '--given takes one class, such as --given=9'),
         (['--generate', '--given=,'], '--given takes one class'),
+        (['--generate', '--given='], '--given takes one class'),
+        (['--visualize', '--given='], '--given takes one class'),
         (['--generate', '--given=7', '--n_samples=3'], '--n_samples goes with --z_std'),
-        (['--visualize', '--given=11'], 'class 11 is out of range'),
+        (['--visualize', '--given=11'], '--given=11: the model knows 0, 1'),
         (['--visualize', '--given=3', '--vis_attrs=3'], 'leave out --vis_attrs and --vis_alphas'),
         (['--visualize', '--given=3', '--vis_alphas=-2,-1,0,1,2'], 'leave out --vis_attrs and'),
         (['--evaluate', '--given=3'], '--given goes with --generate or --visualize'),
@@ -682,9 +815,10 @@ def test_bad_commands_for_a_checkpoint_of_classes(words, part, trained, capsys):
     [
         (['--generate', '--given=Odd'], '--given says nothing of Late: add Late or -Late'),
         (['--generate', '--given=Odd,-Odd,Late'], '--given has two values of Odd'),
-        (['--generate', '--given=Odd,Lake'], "unknown condition 'Lake': the nearest are Late"),
-        (['--visualize', '--given=Odd,-1'], '--given has two values of Odd'),
-        (['--visualize', '--given=-Odder'], "unknown condition 'Odder': the nearest are Odd"),
+        (['--generate', '--given=Odd,Lake'], '--given=Lake: the model knows Late, Odd'),
+        (['--visualize', '--given=Odd,- Odd'], '--given has two values of Odd'),
+        (['--visualize', '--given=-Odder'], '--given=Odder: the model knows Late, Odd'),
+        (['--visualize', '--given=0'], '--given=0: the model knows Late, Odd'),
         (['--evaluate', '--condition=Odd,Late'], 'condition=Late,Odd'),
     ],
 )
@@ -850,7 +984,7 @@ def other_width(saved, key, n):
         lambda saved: {'input_dims': [*saved['input_dims'][:3], 0]},
         lambda saved: {'input_dims': [*saved['input_dims'][:3], 2**16 - 1]},
         lambda saved: {'input_dims': saved['input_dims'][:3]},
-        lambda saved: other_width(saved, 'prior.of_y.weight', 9),
+        lambda saved: other_width(saved, 'prior.linear.weight', 9),
         lambda saved: other_width(saved, 'head.weight', 9),
         lambda saved: {'condition': ImageCondition().to_entry()},
         lambda saved: {'config': {**saved['config'], 'translate': 8}},

@@ -27,6 +27,7 @@ SHAPES = {
 GLOW_OPTIONS = [{}, dict(bf16=True), dict(checkpoint_grads=True), dict(plain_conv1x1=True)]
 GLOW_OPTIONS += [dict(coupling='additive', permutation='shuffle', fixed_top=True, translate=2)]
 GLOW_OPTIONS += [dict(condition=['classes'], weight_y=1.0)]
+GLOW_OPTIONS += [dict(condition=['classes'], weight_y=1.0, bf16=True)]
 CASES = [('glow', options) for options in GLOW_OPTIONS]
 CASES += [('glow', dict(plain_conv1x1=True, depth=20))]
 CASES += [('bnaf', {}), ('bnaf', dict(residual='normal')), ('bnaf', dict(checkpoint_grads=True))]

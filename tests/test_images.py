@@ -1019,6 +1019,14 @@ def test_grid_shows_every_pixel_whole(size, c, zoom):
     assert (rest == 255).all()  # the shorter row ends in white
 
 
+def test_labels_of_several_lines():
+    row = np.zeros((1, 3, 32, 32), np.uint8)
+    one, two = (images.draw_grid([row], [label]) for label in ('Male', 'Male\n-Smiling'))
+    wide = images.draw_grid([row], ['-Smiling'])
+    assert one.height == two.height and one.width < two.width == wide.width
+    assert not np.array_equal(np.asarray(two), np.asarray(wide))
+
+
 def test_shifts_move_whole_images():
     x = torch.zeros(50, 1, 8, 8, dtype=torch.uint8)
     x[:, :, 3:5, 3:5] = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)
