@@ -1808,7 +1808,7 @@ def print_scores_of_conditions(
     for name, guesser in GUESSERS.items():
         if name in means:
             guesses.append(f'{means[name]:.1%} ± {errors[name]:.1%} {guesser}')
-    each = '' if condition.is_class or len(condition.names) == 1 else ', of each on average'
+    each = '' if condition.is_class or len(condition.names) == 1 else ', on average'
     print(f'right guesses of {condition.description}{each}: {", ".join(guesses)}')
 
 

@@ -54,7 +54,9 @@ BNAF = 'python bnaf.py --train'
 RECIPES = {
     'faces': Recipe('drawn faces, 32x32, 5 bits'),
     'faces_bf16': Recipe('drawn faces, 32x32, 5 bits, in bf16'),
-    'digits': Recipe(command='python glow.py --train --dataset=digits'),
+    'faces_given': Recipe('drawn faces, 32x32, 5 bits, given two attributes'),
+    'digits': Recipe('digits, 8x8, 4 bits'),
+    'digits_given': Recipe('digits, 8x8, 4 bits, given the class'),
     'mnist': Recipe('MNIST, 32x32, 8 bits'),
     'photos': Recipe('10,000 photos of faces, 32x32, 5 bits'),
     '8gaussians': Recipe('8gaussians'),

@@ -160,7 +160,8 @@ def describe_data(run: Run) -> str:
 def describe_model(run: Run) -> str:
     config = run.config
     if run.script is glow:
-        text = f'Glow: {config.n_levels} splits, depth {config.depth}, width {config.width}'
+        splits = 'split' if config.n_levels == 1 else 'splits'
+        text = f'Glow: {config.n_levels} {splits}, depth {config.depth}, width {config.width}'
         for option, default in (('coupling', 'affine'), ('permutation', 'conv1x1')):
             value = getattr(config, option)
             if value != default:

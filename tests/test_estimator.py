@@ -398,7 +398,7 @@ def test_explain_finds_spoilt_cells(monkeypatch):
 
 def test_the_readmes_python(tmp_path, monkeypatch):
     readme = Path(bnaf.__file__).with_name('README.md').read_text()
-    code, _ = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
+    code, *_ = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     table = people_table(200)
     table.to_csv('my.csv', index=False)

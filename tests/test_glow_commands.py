@@ -889,11 +889,28 @@ def run_that_takes(words):
     raise AssertionError(f'no command before {words} trains what is given {names}')
 
 
+def python_of_the_readme():
+    """Return its blocks of Python. The first is of bnaf.py."""
+    readme = SCRIPT.with_name('README.md').read_text()
+    return re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
+
+
+def test_the_readmes_python_of_conditions():
+    """It goes on from the block before, with a model of the digits given their classes."""
+    saved = glow.load_checkpoint(SCRIPT.parent / 'tests' / 'checkpoints' / 'glow_3.pt')
+    model, data = glow.restore_model(saved, CPU), load_run_images(saved['config'], saved)
+    images = data.test.images[:2]
+    names = dict(torch=torch, glow=glow, model=model, data=data, images=images, device=CPU)
+    exec(python_of_the_readme()[-1], names)
+    assert names['log_p'].shape == (2,) and names['samples'].shape == (2, 1, 8, 8)
+    back = glow.decode(model, names['z'], names['y'])
+    assert (back // 16 == images // 16).all()
+
+
 def test_the_readmes_python(trained_glow, tmp_path, monkeypatch):
     """As written, but for the checkpoint: the row of images begins and ends with the test images
     that it is to begin and end with, in their bins."""
-    readme = SCRIPT.with_name('README.md').read_text()
-    _, code = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)  # the first is of bnaf.py
+    _, code, _ = python_of_the_readme()
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code.replace('results/RUN/best.pt', str(trained_glow)), names)
