@@ -616,15 +616,6 @@ class AdditiveCoupling(nn.Module):
         return torch.cat([x_a, x_b], dim=1), z.new_zeros(len(z))
 
 
-COUPLINGS = {'affine': AffineCoupling, 'additive': AdditiveCoupling}
-PERMUTATIONS = {
-    'conv1x1': Invertible1x1Conv,
-    'plain_conv1x1': partial(Invertible1x1Conv, plu=False),
-    'shuffle': Shuffle,
-    'reverse': Reverse,
-}
-
-
 class Split(Coupling):
     """The end of a level: half the channels become noise given the others (sec. 3.6 of RealNVP).
 
@@ -726,6 +717,15 @@ class Sequence(nn.ModuleList):
             z, logdet_layer = layer.inverse(z)
             logdet = logdet + logdet_layer
         return z, logdet
+
+
+COUPLINGS = {'affine': AffineCoupling, 'additive': AdditiveCoupling}
+PERMUTATIONS = {
+    'conv1x1': Invertible1x1Conv,
+    'plain_conv1x1': partial(Invertible1x1Conv, plu=False),
+    'shuffle': Shuffle,
+    'reverse': Reverse,
+}
 
 
 class FlowStep(Sequence):
