@@ -31,7 +31,7 @@ PHOTOS = ['--dataset=folder', '--image_size=8', '--n_levels=1', '--batch_size=8'
 def of_three_classes(seed=0, **options):
     """Return a perturbed model of three classes, and its conditions, of which two are frequent."""
     model = perturbed(tiny_glow(n_conditions=3, **options), 0.1, seed)
-    return model, ImageCondition(tuple('abc'), True, np.eye(3, dtype=np.float32), (5, 4, 1))
+    return model, ImageCondition(tuple('abc'), True, np.eye(3, dtype=np.float32), (4, 5, 1))
 
 
 def of_two_attributes():
@@ -134,7 +134,11 @@ def test_scores_of_images_with_conditions_by_hand(make):
 
     best = (log_p + log_shares(condition)).argmax(1)
     values = torch.from_numpy(condition.values)
-    guesses = [values[best], (logits > 0).double(), values[:1].expand(12, -1)]
+    guesses = [
+        values[best],
+        (logits > 0).double(),
+        values[[np.argmax(condition.counts)]].expand(12, -1),
+    ]
     if condition.is_class:
         guesses[1] = F.one_hot(logits.argmax(1), 3).double()
     for guess, score in zip(guesses, accuracies, strict=True):

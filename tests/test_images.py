@@ -1021,10 +1021,12 @@ def test_grid_shows_every_pixel_whole(size, c, zoom):
 
 def test_labels_of_several_lines():
     row = np.zeros((1, 3, 32, 32), np.uint8)
-    one, two = (images.draw_grid([row], [label]) for label in ('Male', 'Male\n-Smiling'))
-    wide = images.draw_grid([row], ['-Smiling'])
-    assert one.height == two.height and one.width < two.width == wide.width
-    assert not np.array_equal(np.asarray(two), np.asarray(wide))
+    labels = ('Male', '-Smiling', 'Male\n-Smiling')
+    first, second, both = (images.draw_grid([row], [label]) for label in labels)
+    assert first.height == both.height and first.width < second.width == both.width
+    ink = [(255 - np.asarray(picture)).sum(dtype=int) for picture in (first, second, both)]
+    of_the_image = 128 * 128 * 3 * 255
+    assert ink[2] - of_the_image == pytest.approx(ink[0] + ink[1] - 2 * of_the_image, rel=0.02)
 
 
 def test_shifts_move_whole_images():
