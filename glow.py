@@ -24,7 +24,6 @@ import contextlib
 import logging
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -77,10 +76,12 @@ from datasets import (
     ImageCondition,
     ImageData,
     ImageSplit,
+    arrange_in_rows,
     condition_of_checkpoint,
     count_conditions,
     load_photo,
     load_run_images,
+    name_for_file,
     save_grid,
     shift_randomly,
 )
@@ -1506,16 +1507,11 @@ def sample_each_condition(
     rows, labels = [], []
     samples_of_each = sample_grid(model, [z_std] * len(values), n, seed, device, values)
     for value, samples in zip(values, samples_of_each):
-        own_rows = in_rows_of_eight(samples)
+        own_rows = arrange_in_rows(samples)
         rows += own_rows
         label = condition.label(value).replace(',', '\n')  # a line for each attribute
         labels += [label] + [''] * (len(own_rows) - 1)
     return rows, labels
-
-
-def in_rows_of_eight(samples: np.ndarray) -> list[np.ndarray]:
-    """Return samples in rows of eight. The last row may be shorter."""
-    return [samples[i : i + 8] for i in range(0, len(samples), 8)]
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -1870,20 +1866,12 @@ def generate(
         labels = [f'T = {temperature:g}' for temperature in TEMPERATURES]
     else:
         samples = sample_grid(model, [z_std], request.n_samples or 32, config.seed, device, y)[0]
-        rows = in_rows_of_eight(samples)
+        rows = arrange_in_rows(samples)
 
     name = 'generated_samples_at_z_std_' + ('range' if z_std is None else f'{z_std:g}')
     if y is not None:
-        name += f'_{file_name_part(condition.label(y))}'
+        name += f'_{name_for_file(condition.label(y))}'
     save_grid(path.with_name(f'{name}.png'), rows, labels)
-
-
-def file_name_part(given: str) -> str:
-    """Return conditions as part of a file's name."""
-    name = re.sub(r'[^\w,-]', '_', given)
-    if len(name) > 100:  # a name that is cut differs by a digest
-        name = f'{name[:90]}_{digest([given])[:9]}'
-    return f'given_{name}'
 
 
 @torch.no_grad()
@@ -2006,7 +1994,7 @@ def change_conditions(
     rows = [decode(model, z, y), decode(model, z, other_y)]
     row_labels = ['unchanged', 'given ' + request.given.replace(',', '\n')]
     column_labels = list(map(condition.label, own)) if condition.is_class else []
-    name = edit_name(request, file_name_part(request.given))
+    name = edit_name(request, name_for_file(request.given))
     save_grid(path.with_name(name), rows, row_labels, column_labels)
 
 
@@ -2132,7 +2120,8 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
     if mode == 'train':
         if 'weight_y' in options and not config.condition:
             raise UserError('--weight_y goes with --condition')
-        saved = train(count_conditions(data), config, request, process, saved)
+        data = count_conditions(data)  # those of a checkpoint may be of other images
+        saved = train(data, config, request, process, saved)
         if saved is None:
             return
     path, device = saved['path'], process.device

@@ -1,6 +1,7 @@
 """The conditions of a model of images: the class of each image, or some of its attributes."""
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.files import digest
 
 CLASSES = 'classes'  # of --condition: the classes of a data set, not attributes by name
 MAX_CONDITIONS = 10  # attributes, so that at most 1,024 combinations of them are summed over
@@ -133,6 +135,14 @@ def condition_of_checkpoint(saved: dict[str, Any]) -> ImageCondition:
     if not is_whole:
         raise UserError(f'{saved["path"]} is damaged: its conditions do not fit each other')
     return ImageCondition(tuple(names), entry['is_class'], values.numpy(), tuple(counts))
+
+
+def name_for_file(given: str) -> str:
+    """Return conditions, as ``--given`` takes them, as part of the name of a file."""
+    name = re.sub(r'[^\w,-]', '_', given)
+    if len(name) > 100:  # names that are cut differ by a digest
+        name = f'{name[:90]}_{digest([given])[:9]}'
+    return f'given_{name}'
 
 
 def are_printable(names: Collection[str]) -> bool:

@@ -556,6 +556,11 @@ def is_image_array(array: np.ndarray, shape: tuple[int, ...]) -> bool:
 # ---------------------------------------------------------------------------------- grids of images
 
 
+def arrange_in_rows(images: np.ndarray, n: int = 8) -> list[np.ndarray]:
+    """Return images in rows of n. The last row may be shorter."""
+    return [images[i : i + n] for i in range(0, len(images), n)]
+
+
 def save_grid(
     path: str | Path,
     rows: Sequence[np.ndarray],

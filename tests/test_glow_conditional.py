@@ -20,7 +20,13 @@ import glow
 from common import checkpoints
 from common.errors import UserError
 from common.tensors import load_tensors, save_tensors
-from datasets import ImageCondition, condition_of_checkpoint, load_images, load_run_images
+from datasets import (
+    ImageCondition,
+    condition_of_checkpoint,
+    load_images,
+    load_run_images,
+    name_for_file,
+)
 from datasets.image_conditions import make_condition
 from datasets.images import choose_condition, with_conditions
 
@@ -653,7 +659,7 @@ def test_what_no_training_image_shows_is_noted(trained_on_photos, monkeypatch, c
 
 def test_names_of_files_that_are_cut_differ():
     given = ','.join(f'attribute_{k}' for k in range(10))
-    names = {glow.file_name_part(text) for text in (given, given[:-1] + '8', 'a/b', '../a')}
+    names = {name_for_file(text) for text in (given, given[:-1] + '8', 'a/b', '../a')}
     assert len(names) == 4 and all(len(name) < 120 for name in names)
     assert all(Path(name).name == name for name in names)
 
