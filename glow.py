@@ -2109,6 +2109,8 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
     config = resolve_config(Config, options, DEFAULTS, saved, MODE_OPTIONS[mode])
     if mode == 'train' and config.compile:
         require_compiler()
+    if mode == 'train' and 'weight_y' in options and not config.condition:
+        raise UserError('--weight_y goes with --condition')
     data = None
     if mode != 'generate':
         may_differ = mode != 'train' or request.accept_changed_data
@@ -2118,8 +2120,6 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
                 print(f'note: {note}')
 
     if mode == 'train':
-        if 'weight_y' in options and not config.condition:
-            raise UserError('--weight_y goes with --condition')
         data = count_conditions(data)  # those of a checkpoint may be of other images
         saved = train(data, config, request, process, saved)
         if saved is None:
