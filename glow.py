@@ -1375,9 +1375,8 @@ def training_batch(
     if config.translate:
         x = shift_randomly(x, config.translate, generator)
     u = torch.rand(x.shape, device=device, generator=generator)
-    if data.train.conditions is None:
-        return x, u
-    return x, u, to_device(data.train.conditions[indices], device)
+    y = conditions_of(data.train, indices, device)
+    return (x, u) if y is None else (x, u, y)
 
 
 def conditions_of(
@@ -1386,7 +1385,7 @@ def conditions_of(
     """Return the conditions (B, Y) of some images, or None for a model without conditions."""
     if split.conditions is None:
         return None
-    return torch.from_numpy(split.conditions[indices]).to(device)
+    return to_device(split.conditions[indices], device)
 
 
 @torch.no_grad()

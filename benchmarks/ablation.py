@@ -15,10 +15,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -41,6 +38,7 @@ import glow
 from common.errors import UserError, exit_on_user_error
 from common.files import write_json
 from datasets import ImageData, ImageSplit, load_run_images
+from datasets.images import exit_with_parent
 
 HERE = Path(__file__).resolve().parent
 PERMUTATIONS = {'reverse': 'reverse', 'shuffle': 'shuffle', 'conv1x1': '1x1 convolution'}
@@ -120,7 +118,7 @@ def score(run: glow.Training, split: ImageSplit) -> float:
 def worker_processes(n: int) -> Iterator[Executor]:
     """Give processes that take tasks, and end them at once where an exception comes first."""
     spawn = multiprocessing.get_context('spawn')
-    executor = ProcessPoolExecutor(n, spawn, initializer=follow_parent)
+    executor = ProcessPoolExecutor(n, spawn, initializer=exit_with_parent)
     try:
         yield executor
     except BaseException:
@@ -129,17 +127,6 @@ def worker_processes(n: int) -> Iterator[Executor]:
         raise
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def follow_parent() -> None:
-    """Let this process end with the one that started it, even where that one is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and is for that one
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 # ----------------------------------------------------------------------------------------- results
