@@ -909,7 +909,10 @@ class Glow(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def run_levels(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return the latents factored out by the splits, the last latent, and log|det|."""
+        """Return the latents of the splits, each of shape (B, D), the last one, and log|det|.
+
+        The last one is as its level returns it, (B, C, H, W).
+        """
         is_training = self.training and torch.is_grad_enabled()
         parts, logdet = [], x.new_zeros(len(x))
         with contextlib.nullcontext() if is_training else without_tf32():
@@ -918,14 +921,14 @@ class Glow(nn.Module):
                 logdet = logdet + logdet_level
                 if level is not self.levels[-1]:
                     z_a, x = x.chunk(2, dim=1)
-                    parts.append(z_a)
+                    parts.append(z_a.flatten(1))
         return parts, x, logdet
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self.as_conditions(y, len(x))
         parts, last, logdet = self.run_levels(x)
         z, logdet_prior = self.prior(last, y)
-        return torch.cat([part.flatten(1) for part in (*parts, z)], dim=1), logdet + logdet_prior
+        return torch.cat([*parts, z.flatten(1)], dim=1), logdet + logdet_prior
 
     @without_tf32()
     def inverse(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -961,7 +964,7 @@ class Glow(nn.Module):
         y = self.as_conditions(y, len(x))
         x, logdet_bins = self.dequantize(x, u)
         parts, last, logdet = self.run_levels(x)
-        log_p = log_normal(torch.cat([part.flatten(1) for part in parts], dim=1))
+        log_p = log_normal(torch.cat(parts, dim=1))
         log_p = log_p + self.prior.log_prob(last, y) + logdet + logdet_bins
         return log_p, last
 
@@ -1279,11 +1282,10 @@ def upgrade_from_2(saved: dict[str, Any]) -> dict[str, Any]:
     The prior was the last layer of the last level, and training images of mnist were shifted.
     """
     require_entries(saved, {'config': dict, 'input_dims': [int], 'model': dict, 'average': dict})
-    config = {'translate': int(saved['config'].get('dataset') == 'mnist'), **saved['config']}
-    n_levels = config.get('n_levels', Config.n_levels)
-    depth = config.get('depth', Config.depth)
-    require_entries(dict(n_levels=n_levels, depth=depth), dict(n_levels=int, depth=int))
-    former_name = f'levels.{n_levels}.{depth + 1}.'
+    config = {'n_levels': Config.n_levels, 'depth': Config.depth, **saved['config']}
+    config.setdefault('translate', int(config.get('dataset') == 'mnist'))
+    require_entries(config, {'n_levels': int, 'depth': int})
+    former_name = f'levels.{config["n_levels"]}.{config["depth"] + 1}.'
     weights = {}
     for part in ('model', 'average'):
         values = saved[part].items()
@@ -2119,7 +2121,8 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
                 print(f'note: {note}')
 
     if mode == 'train':
-        data = count_conditions(data)  # those of a checkpoint may be of other images
+        if saved is not None:
+            data = count_conditions(data)  # the checkpoint's may be of other images
         saved = train(data, config, request, process, saved)
         if saved is None:
             return

@@ -13,8 +13,8 @@ from common.errors import UserError
 from common.files import digest
 
 CLASSES = 'classes'  # of --condition: the classes of a data set, not attributes by name
-MAX_CONDITIONS = 10  # attributes, so that at most 1,024 combinations of them are summed over
-MAX_VALUES = 1024
+MAX_CONDITIONS = 10  # attributes: all combinations of them are summed over
+MAX_VALUES = 2**MAX_CONDITIONS
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers import only
+from tiny_models import training_words
 
 import glow
 from common.options import as_typed
@@ -19,7 +20,6 @@ NAMES = {
     'n_bits_x',
     'eps_std',
 }
-TINY = ['--dataset=digits', '--depth=1', '--width=8', '--n_epochs=1', '--batch_size=256']
 
 
 def translations():
@@ -55,12 +55,11 @@ def option_choices(name):
 def test_an_option_of_the_official_code_trains(option, tmp_path):
     """It is kept in the checkpoint, and the model is read back and scored."""
     words = option.split()
-    places = [f'--output_dir={tmp_path}', f'--data_dir={tmp_path}']
     training = [] if '--generate' in words else words
-    glow.main(['--train', *TINY, '--condition=classes', *training, *places])
+    glow.main(training_words(tmp_path, '--condition=classes', '--batch_size=256', *training))
     best = only(tmp_path.glob('*/best.pt'))
     if not training:
-        glow.main([*words, places[0]])
+        glow.main([*words, f'--output_dir={tmp_path}'])
         assert only(tmp_path.glob('*/generated_samples_at_z_std_0.7.png'))
         return
 
