@@ -95,6 +95,7 @@ from datasets.anomalies import (
     score_columns,
     score_quantiles,
 )
+from datasets.baseline import gaussian_log_prob
 from datasets.columns import parse_given, repeat_conditions
 from datasets.inputs import condition_frame, input_frame
 from datasets.learned import draw_learned
@@ -125,7 +126,7 @@ from datasets.toy import ENERGIES, SAMPLERS
 
 NAME = 'bnaf'
 ITEMS = 'rows'
-RESIDUALS = ('none', 'normal', 'gated')
+RESIDUALS = {'none': None, 'normal': 'normal', 'gated': 'gated'}
 EPOCH_BATCHES = 100  # of data that is drawn anew at each step
 SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
 LOG_STEPS = 20
@@ -168,7 +169,16 @@ class Config(Options):
     n_hidden: int = option('model', 1, 'inner layers of a flow, hidden to hidden', high=2**6)
     hidden_dim: int = option('model', 10, 'hidden units per variable', low=1, high=2**12)
     residual: str = option(
-        'model', 'gated', ', '.join(RESIDUALS) + '; none on the last flow', choices=RESIDUALS
+        'model',
+        'gated',
+        'of all flows but the last: ' + ', '.join(RESIDUALS),
+        choices=tuple(RESIDUALS),
+    )
+    last_residual: str = option(
+        'model',
+        'none',
+        'of the last flow, likewise; without one it does not reach all of space',
+        choices=tuple(RESIDUALS),
     )
     checkpoint_grads: bool = option(
         'optimization', False, 'less memory, slower: the backward pass recomputes activations'
@@ -266,8 +276,8 @@ MODE_OPTIONS = {
     'visualize': {'data_dir', *TABLE_PATHS, 'seed', 'inverse_tol', 'vis_dims', 'given'},
     'check': {'data_dir', *TABLE_PATHS, 'inverse_tol'},
 }
-# The defaults above are the official ones for tables, but for n_hidden (0 there). These are the
-# official ones for problems in the plane.
+# The defaults above are those of the official code for tables, but for n_hidden (0 there). These
+# are its defaults for problems in the plane.
 TOY = dict(
     n_flows=1,
     n_hidden=2,
@@ -277,12 +287,44 @@ TOY = dict(
     lr=0.1,
     early_stop=200,
 )
-DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys((*SAMPLERS, *ENERGIES), TOY)
+# Hidden units per column of the published tables: recovered from the numbers of parameters in
+# table 2 of the paper. The official code does not have them.
+PUBLISHED = dict(power=40, gas=40, hepmass=20, miniboone=5, bsds300=20)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys((*SAMPLERS, *ENERGIES), TOY),
+    **{name: dict(hidden_dim=hidden_dim) for name, hidden_dim in PUBLISHED.items()},
+}
+# Those of your own tables, found by benchmarks/defaults.py, and besides by the number of training
+# rows: the first limit that is above it counts.
+OWN_TABLE = dict(last_residual='gated', n_hidden=0, lr=0.02, lr_patience=5, early_stop=20)
+OWN_TABLES: dict[float, dict[str, Any]] = {
+    1_000: dict(OWN_TABLE, hidden_dim=10, batch_size=20),
+    20_000: dict(OWN_TABLE, hidden_dim=20, batch_size=100),
+    math.inf: dict(OWN_TABLE, hidden_dim=20, batch_size=200),
+}
+
+
+def own_table_defaults(n_rows: int) -> dict[str, Any]:
+    """Return the defaults of a table of the user's own that has so many training rows."""
+    return next(defaults for limit, defaults in OWN_TABLES.items() if n_rows < limit)
+
+
+def fit_to_table(config: Config, options: dict[str, Any], n_rows: int) -> Config:
+    """Return a config with the defaults of a table of the user's own for what is not given.
+
+    Arguments:
+        config: the options of a training.
+        options: those of them that were given.
+        n_rows: the number of training rows.
+    """
+    defaults = own_table_defaults(n_rows)
+    return replace(config, **{**defaults, **{k: options[k] for k in defaults.keys() & options}})
 
 
 # ------------------------------------------------------------------------------------------ layers
 
-REACH = 5.0  # of a flow without a residual at first, in standard deviations of the noise
+REACH = 5.0  # of the last flow at first, in standard deviations of the noise
+GATE_OF_LAST, GATE_OF_OTHERS = 1.0, -1.0  # at first, where the last flow has a residual, too
 FARTHEST = 1e6  # in standardised units: where the inverse gives up looking for a root
 ROUGH_TOL = 1e-4  # in the same units: of the inverse's search in float32
 ROUGH_STEPS = 15  # of this search, at most
@@ -398,13 +440,16 @@ class BlockFlow(nn.Module):
 
     @torch.no_grad()
     def widen_range(self) -> None:
-        """Let each output range over about +-``REACH`` as its own variable goes from -inf to inf.
+        """Let the part of f in each output range over about ±``REACH``.
 
-        A sum of tanhs is bounded, and what it does not reach cannot be sampled.
+        That is where the part goes as its own variable goes from -inf to inf. A sum of tanhs is
+        bounded, and without a residual what it does not reach cannot be sampled.
         """
         last = self.linears[-1]
-        _, diagonal = last.weights(last.bias.dtype)
-        last.log_g.add_(math.log(REACH) - diagonal.sum(2).log())
+        dtype = last.bias.dtype
+        _, diagonal = last.weights(dtype)
+        log_s = 0.0 if self.residual is None else self.log_shares(self.parameters_in(dtype))[0]
+        last.log_g.add_(math.log(REACH) - log_s - diagonal.sum(2).log())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # a density is never rounded
@@ -985,7 +1030,7 @@ class BNAF(Sequence):
 
     A model of data maps rows x (B, ``data_dim``) to latents z ~ N(0, I), given their contexts
     (B, ``context_dim``) if there are any: the density is p(x | context). A model that is matched
-    to an energy maps noise to rows. The last flow has no residual.
+    to an energy maps noise to rows.
 
     Arguments:
         data_dim: the number of variables.
@@ -995,6 +1040,8 @@ class BNAF(Sequence):
         residual: of all flows but the last: None, ``'normal'`` or ``'gated'``.
         checkpoint_grads: recompute activations in the backward pass.
         context_dim: the size of the context, 0 for a density without conditions.
+        last_residual: of the last flow, likewise. The paper's has none, so that its range is
+            bounded; with one, every row has an inverse, and the tails of x are those of z, scaled.
     """
 
     def __init__(
@@ -1006,16 +1053,33 @@ class BNAF(Sequence):
         residual: str | None = 'gated',
         checkpoint_grads: bool = False,
         context_dim: int = 0,
+        last_residual: str | None = None,
     ) -> None:
         layers: list[nn.Module] = []
         for k in range(n_flows):
             if k:
                 layers.append(Flip())
-            own = residual if k < n_flows - 1 else None
+            own = residual if k < n_flows - 1 else last_residual
             options = checkpoint_grads, context_dim
             layers.append(BlockFlow(data_dim, n_hidden, hidden_dim, own, *options))
         super().__init__(layers)
         self.data_dim, self.context_dim = data_dim, context_dim
+        if last_residual is not None:
+            self.limit_tails()
+
+    @torch.no_grad()
+    def limit_tails(self) -> None:
+        """Start with flows that hardly stretch the tails of what is sampled.
+
+        Far from the data, tanhs are constant, and a gated flow scales its variables by 1 - s. Its
+        inverse divides by that, flow after flow. So all flows but the last start near the identity.
+        f reaches as far in the last as it would without a residual.
+        """
+        *others, last = [layer for layer in self if isinstance(layer, BlockFlow)]
+        for flow in (*others, last):
+            if flow.residual == 'gated':
+                flow.gate.fill_(GATE_OF_LAST if flow is last else GATE_OF_OTHERS)
+        last.widen_range()
 
     @property
     def n_parameters(self) -> int:
@@ -1149,15 +1213,15 @@ def build_model(config: Config, input_dims: tuple[int, ...]) -> BNAF:
     """Build the model of a config, seeded by it, for rows of D columns given C values: (D, C)."""
     torch.manual_seed(config.seed)
     data_dim, context_dim = input_dims
-    residual = None if config.residual == 'none' else config.residual
     return BNAF(
         data_dim,
         config.n_flows,
         config.n_hidden,
         config.hidden_dim,
-        residual,
+        RESIDUALS[config.residual],
         config.checkpoint_grads,
         context_dim,
+        RESIDUALS[config.last_residual],
     )
 
 
@@ -1376,10 +1440,17 @@ def upgrade_from_3(saved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def upgrade_from_4(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint of format 4 as that of format 5."""
+    require_entries(saved, {'units': dict})
+    ranges: list[list[float]] = [[] for _ in saved['units']['columns']]  # not known
+    return {**saved, 'units': {**saved['units'], 'ranges': ranges}}
+
+
 PLATEAU = {'best': float, 'num_bad_epochs': int, 'cooldown_counter': int}  # changes in training
 CHECKPOINT = CheckpointFormat(
     script=f'{NAME}.py',
-    number=4,
+    number=5,
     config_class=Config,
     least_dims=(1, 0),  # D columns, given C values
     fields={
@@ -1392,6 +1463,7 @@ CHECKPOINT = CheckpointFormat(
             'features': [str],
             'conditions': [{'name': str, 'mean': float, 'std': float, 'categories': [str]}],
             'quantiles': [[float]],
+            'ranges': [[float]],
         },
         'fingerprint': str,
         'first_world_size': int,
@@ -1413,7 +1485,7 @@ CHECKPOINT = CheckpointFormat(
     },
     build_model=build_model,
     build_optimizer=build_optimizer,
-    upgrades={1: upgrade_from_1, 2: upgrade_from_2, 3: upgrade_from_3},
+    upgrades={1: upgrade_from_1, 2: upgrade_from_2, 3: upgrade_from_3, 4: upgrade_from_4},
 )
 
 
@@ -1744,6 +1816,8 @@ def evaluate(
 
     results = summarise(losses, data, request.input, config)
     if not request.input:
+        if data.train is not None:
+            results |= compare_with_gaussian(losses, data)
         results = {**results, 'step': saved['step'], 'checkpoint': saved['path'].name}
         write_json(saved['path'].with_name('results.json'), results)
     if request.explain:
@@ -1772,6 +1846,24 @@ def summarise(losses: Tensor, data: TableData, input_file: str, config: Config) 
     given = f', given {names}' if names else ''
     print(f'{name}{given}: {summary} ({n_rows:,} {items}, two standard errors)')
     return {**results, 'dataset': name, 'n_rows': n_rows, 'two_standard_errors': error}
+
+
+def compare_with_gaussian(losses: Tensor, data: TableData) -> dict[str, Any]:
+    """Print how far the flow is above a Gaussian on the test split; return both as plain values.
+
+    The Gaussian is fitted to the training and the validation rows, as the flow is.
+    """
+    known = np.concatenate([data.train, data.validation])
+    log_p = gaussian_log_prob(known, data.test, len(data.columns)) - np.log(data.std).sum()
+    lead = -losses.numpy() - log_p
+    mean, lead_mean = log_p.mean(), lead.mean()
+    error = 2 * lead.std() / math.sqrt(len(lead))
+    side = 'above' if lead_mean >= 0 else 'below'
+    print(
+        f'a Gaussian fitted to the same rows: {mean:.4f} nats; the flow is {abs(lead_mean):.4f} ± '
+        f'{error:.4f} nats {side} it'
+    )
+    return {'gaussian_log_likelihood_nats': mean, 'two_standard_errors_of_difference': error}
 
 
 def cell_gains(
@@ -1838,11 +1930,15 @@ def sample_rows(
     given = [] if contexts is None else [contexts[:1000]]
     again, _ = from_noise(to_noise(head, *given)[0], *given)
     error = (again - head).abs().max().item()
+    rows = x.cpu().numpy()
     lost = f'{n_lost:,} more draws lay beyond what the flow reaches; ' if n_lost else ''
-    print(f'{n:,} samples, {speed:,.0f} per second; {lost}round trip within {error:.0e}')
+    outside = ''
+    if len(data.ranges):
+        outside = f'{data.is_outside(rows).sum():,} outside the range of the training rows; '
+    print(f'{n:,} samples, {speed:,.0f} per second; {lost}{outside}round trip within {error:.0e}')
 
     log_p = log_p.cpu().numpy() - np.log(data.std).sum()
-    return data.to_own_units(x.cpu().numpy()), log_p
+    return data.to_own_units(rows), log_p
 
 
 def given_conditions(text: str, data: TableData, n: int) -> tuple[Any, np.ndarray]:
@@ -1991,6 +2087,12 @@ def check(model: BNAF, data: TableData, config: Config) -> None:
 
 # -------------------------------------------------------------------------------------------- main
 
+
+def name_of_size(limit: float) -> str:
+    """Return which tables of the user's own are meant by a limit of ``OWN_TABLES``."""
+    return f'your table, fewer than {limit:,} rows' if limit < math.inf else 'your table, more rows'
+
+
 COMMAND_LINE = CommandLine(
     script=f'{NAME}.py',
     description=(__doc__ or '').partition('Notation')[0],
@@ -1998,7 +2100,7 @@ COMMAND_LINE = CommandLine(
     mode_options=MODE_OPTIONS,
     config_class=Config,
     request_class=Request,
-    defaults=DEFAULTS,
+    defaults={**DEFAULTS, **{name_of_size(limit): values for limit, values in OWN_TABLES.items()}},
 )
 
 
@@ -2026,6 +2128,10 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
     data = load_run_table(config, saved, needs_rows=needs_rows)
 
     if mode == 'train':
+        if saved is None and is_own_table(config.dataset):
+            config = fit_to_table(config, options, len(data.train))
+            if process.rank == 0:
+                print_defaults(config, options, data)
         if process.rank == 0:
             for note in data.notes:
                 print(f'note: {note}')
@@ -2050,6 +2156,15 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         print(f'the model is {path}: step {saved["step"]}, validation {score}')
 
 
+def print_defaults(config: Config, options: dict[str, Any], data: TableData) -> None:
+    """Print the options that a table of the user's own has by its size, as they are typed."""
+    names = [name for name in own_table_defaults(len(data.train)) if name not in options]
+    words = ' '.join(f'--{name}={getattr(config, name)}' for name in names)
+    if words:
+        n_rows, n_columns = len(data.train), len(data.columns)
+        print(f'defaults for {n_rows:,} training rows of {n_columns} columns: {words}')
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     with exit_on_user_error(NAME):
@@ -2065,8 +2180,6 @@ def main(argv: list[str] | None = None) -> None:
 
 # ------------------------------------------------------------------------------------ scikit-learn
 
-FEW = 1_000  # rows, below which an estimator is smaller and ends its training earlier
-OF_FEW_ROWS = dict(hidden_dim=4, batch_size=50, early_stop=30, ema_decay=0.99)
 BUILDING = threading.Lock()  # of torch's random generator, which all threads share
 
 
@@ -2085,7 +2198,8 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         n_flows: flows, with the variables flipped between them.
         n_hidden: inner layers of a flow.
         hidden_dim: hidden units per variable.
-        residual: ``'gated'``, ``'normal'`` or ``'none'``; none on the last flow.
+        residual: of all flows but the last: ``'gated'``, ``'normal'`` or ``'none'``.
+        last_residual: of the last flow, likewise.
         checkpoint_grads: take less memory and more time.
         no_cuda_graph: launch the kernels of a step one by one, on a GPU.
         n_epochs: epochs, at most.
@@ -2101,8 +2215,8 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         device: ``'cpu'`` or ``'cuda'``; by default a GPU if there is one.
         verbose: whether to show a progress bar.
 
-    These are the options of ``python bnaf.py --train``, with its defaults. Those that are None have
-    these too or, of fewer than 1,000 rows, the values of ``OF_FEW_ROWS``.
+    These are the options of ``python bnaf.py --train``, with its defaults. Those that are None
+    depend on the number of rows, as ``OWN_TABLES`` says.
 
     Attributes:
         model_: the ``BNAF``, in float64, of standardised rows.
@@ -2119,20 +2233,21 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         drop: list[str | int] | None = None,
         dequantize: bool = False,
         n_flows: int = 5,
-        n_hidden: int = 1,
+        n_hidden: int | None = None,
         hidden_dim: int | None = None,
         residual: str = 'gated',
+        last_residual: str | None = None,
         checkpoint_grads: bool = False,
         no_cuda_graph: bool = False,
         n_epochs: int = 1000,
         n_epochs_warmup: float = 0.0,
         batch_size: int | None = None,
-        lr: float = 1e-2,
-        lr_patience: int = 20,
+        lr: float | None = None,
+        lr_patience: int | None = None,
         min_lr: float = 5e-4,
         early_stop: int | None = None,
         grad_norm_clip: float = 0.1,
-        ema_decay: float | None = None,
+        ema_decay: float = 0.998,
         seed: int = 0,
         device: str = '',
         verbose: bool = False,
@@ -2145,6 +2260,7 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         self.n_hidden = n_hidden
         self.hidden_dim = hidden_dim
         self.residual = residual
+        self.last_residual = last_residual
         self.checkpoint_grads = checkpoint_grads
         self.no_cuda_graph = no_cuda_graph
         self.n_epochs = n_epochs
@@ -2167,7 +2283,8 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         """
         with raise_value_errors():
             frame = input_frame(self, X, is_new=True)
-            config = self.build_config(len(frame))
+            options = self.given_options()
+            config = Config(**options)
             data = table_from_frame(
                 frame,
                 'X',
@@ -2181,6 +2298,7 @@ class BNAFDensity(DensityMixin, BaseEstimator):
             for note in data.notes:
                 warnings.warn(as_parameters(note), stacklevel=2)
 
+            config = fit_to_table(config, options, len(data.train))
             process = Process(0, 1, local_device(self.device, 0, 1, None))
             with BUILDING, torch.random.fork_rng(devices=[]):
                 run = Training(config, data, process)
@@ -2264,22 +2382,19 @@ class BNAFDensity(DensityMixin, BaseEstimator):
 
     # What these methods are made of
 
-    def build_config(self, n_rows: int) -> Config:
-        """Return the options of a training on so many rows.
+    def given_options(self) -> dict[str, Any]:
+        """Return the parameters that are options of a training, without those that are None.
 
-        Raises ``UserError`` for a parameter of another type than its option, or out of bounds.
+        Raises ``UserError`` for a parameter of another type than its option.
         """
         if self.device not in ('', 'cpu', 'cuda'):
             raise UserError(f"device={self.device!r} is none of '', 'cpu' and 'cuda'")
         options: dict[str, Any] = {'dataset': ''}
         for field in dataclasses.fields(Config):
-            if not hasattr(self, field.name):
-                continue
-            value = getattr(self, field.name)
-            if field.name in OF_FEW_ROWS and value is None:
-                value = OF_FEW_ROWS[field.name] if n_rows < FEW else field.default
-            options[field.name] = as_option(field, value)
-        return Config(**options)
+            value = getattr(self, field.name, None)
+            if value is not None:
+                options[field.name] = as_option(field, value)
+        return options
 
     def use_checkpoint(self, saved: dict[str, Any]) -> None:
         """Take the model and the units from the content of a checkpoint."""
@@ -2353,7 +2468,7 @@ def as_option(field: dataclasses.Field, value: Any) -> Any:
 
     A list of columns may be any sequence, or a single column.
     """
-    if field.type is list and value is not None:
+    if field.type is list:
         return [str(item) for item in np.atleast_1d(np.array(value, dtype=object)).tolist()]
     kinds = {bool: (bool, np.bool_), int: numbers.Integral, float: numbers.Real}
     is_flag = isinstance(value, (bool, np.bool_))

@@ -68,12 +68,9 @@ RECIPES = {
     'u3': Recipe('u3'),
     'u4': Recipe('u4'),
     'breast_cancer': Recipe('breast cancer, of scikit-learn'),
-    'breast_cancer_small': Recipe('breast cancer, as few rows'),
     'miniboone_part': Recipe('validation rows of MINIBOONE'),
     'bsds300_6_epochs': Recipe('BSDS300'),
-    # For a GPU. celeba_a and celeba_b are two of the large models of RESULTS.md. The units per
-    # column of the tables are those with which the numbers of parameters agree with table 2 of
-    # the BNAF paper.
+    # For a GPU. celeba_a and celeba_b are two of the large models of RESULTS.md.
     'mnist_large': Recipe(
         command=f'{GLOW} --dataset=mnist --n_levels=2 --depth=32 --width=256 --batch_size=64 '
         '--n_epochs=50'
@@ -89,11 +86,11 @@ RECIPES = {
     'photos_b': Recipe(
         command=f'{GLOW} --dataset=folder --n_levels=3 --depth=24 --width=256 --batch_size=32'
     ),
-    'power': Recipe(command=f'{BNAF} --dataset=power --hidden_dim=40'),
-    'gas': Recipe(command=f'{BNAF} --dataset=gas --hidden_dim=40'),
-    'hepmass': Recipe(command=f'{BNAF} --dataset=hepmass --hidden_dim=20'),
-    'miniboone': Recipe(command=f'{BNAF} --dataset=miniboone --hidden_dim=5'),
-    'bsds300': Recipe(command=f'{BNAF} --dataset=bsds300 --hidden_dim=20'),
+    'power': Recipe(command=f'{BNAF} --dataset=power'),
+    'gas': Recipe(command=f'{BNAF} --dataset=gas'),
+    'hepmass': Recipe(command=f'{BNAF} --dataset=hepmass'),
+    'miniboone': Recipe(command=f'{BNAF} --dataset=miniboone'),
+    'bsds300': Recipe(command=f'{BNAF} --dataset=bsds300'),
 }
 FACE_ATTRIBUTES = 'Black_Hair,Blond_Hair,Eyeglasses,Male,Pale_Skin,Smiling'
 

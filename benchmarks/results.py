@@ -31,6 +31,7 @@ import bnaf
 import glow
 from common.errors import UserError, one_line
 from common.options import as_typed
+from datasets.own_tables import is_own_table
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {'glow.py': glow, 'bnaf.py': bnaf}
@@ -170,21 +171,26 @@ def describe_model(run: Run) -> str:
             text += f', given {",".join(config.condition)}'
         return f'{text}, bf16' if config.bf16 else text
     flows = 'flow' if config.n_flows == 1 else 'flows'
-    layers = f'{config.n_hidden + 1} hidden layers of {config.hidden_dim} per column'
+    n_layers = config.n_hidden + 1
+    layers = 'layer' if n_layers == 1 else 'layers'
+    layers = f'{n_layers} hidden {layers} of {config.hidden_dim} per column'
     return f'BNAF: {config.n_flows} {flows}, {layers}'
 
 
 def training_command(script: ModuleType, config: glow.Config | bnaf.Config, world_size: int) -> str:
     """Return the command that trains with a config, without the data set's defaults.
 
-    Of paths only the names are kept, and ``DATA`` stands for the folder of the data.
+    Of paths only the names are kept, and ``DATA`` stands for the folder of the data. For a table of
+    the user's own, options whose defaults depend on its rows are always given.
     """
     launcher = 'python' if world_size == 1 else f'torchrun --nproc_per_node={world_size}'
     words = [launcher, f'{script.NAME}.py', '--train']
     defaults = script.DEFAULTS.get(config.dataset, {})
+    always = bnaf.own_table_defaults(0) if is_own_table(config.dataset) else {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if value == defaults.get(field.name, field.default):
+        is_default = value == defaults.get(field.name, field.default)
+        if is_default and field.name not in always:
             continue
         if field.type is bool:
             words.append(f'--{field.name}')

@@ -226,7 +226,11 @@ def defaults_table(defaults: Defaults) -> str:
     """Return the lines of ``--help`` that say which defaults a data set changes."""
     datasets_of: dict[str, list[str]] = {}
     for name, values in defaults.items():
-        text = ' '.join(f'{key}={value:.3g}' for key, value in values.items())
+        words = [
+            f'{key}={value:.3g}' if isinstance(value, float) else f'{key}={value}'
+            for key, value in values.items()
+        ]
+        text = ' '.join(words)
         datasets_of.setdefault(text, []).append(name)
 
     lines = ['Defaults are in brackets. These data sets change some of them:']

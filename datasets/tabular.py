@@ -198,10 +198,15 @@ class TableData:
     # (0, D) if not known.
     quantiles: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
 
+    # The lowest and the highest value of each column in the training rows, standardised: (2, D).
+    # (0, D) if not known, and where there are new rows at each step.
+    ranges: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+
     def __post_init__(self) -> None:
-        """Give quantiles that are not known their shape; by default, all columns are used."""
-        if not len(self.quantiles):
-            object.__setattr__(self, 'quantiles', np.empty((0, len(self.columns))))
+        """Give what is not known its shape; by default, all columns are used."""
+        for name in ('quantiles', 'ranges'):
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, np.empty((0, len(self.columns))))
         if not self.features:
             object.__setattr__(self, 'features', self.columns)
 
@@ -226,6 +231,14 @@ class TableData:
     def to_own_units(self, rows: np.ndarray) -> np.ndarray:
         """Return standardised rows (N, D) or (N, D + C) in the table's own units, (N, D)."""
         return rows[..., : len(self.columns)] * self.std + self.mean
+
+    def is_outside(self, rows: np.ndarray) -> np.ndarray:
+        """Return which of the standardised rows (N, D) leave the range of the training rows, (N,).
+
+        Those do that have a value below or above all of its column. The ranges must be known.
+        """
+        lowest, highest = self.ranges
+        return ((rows < lowest) | (rows > highest)).any(axis=1)
 
     def quantize(self, rows: np.ndarray) -> np.ndarray:
         """Return rows in the table's own units, with discrete columns on their levels: (N, D).
@@ -451,6 +464,7 @@ def table_units(data: TableData) -> dict[str, list]:
         'features': list(data.features),
         'conditions': conditions,
         'quantiles': data.quantiles.T.tolist(),
+        'ranges': data.ranges.T.tolist(),
     }
 
 
@@ -462,11 +476,11 @@ def table_from_units(
     Its values have the types that ``table_units`` gives them. Raises ``UserError`` unless they are
     the units of ``n_columns`` columns, and of conditions that are ``n_context`` numbers.
     """
-    quantiles, entries, features = units['quantiles'], units['conditions'], units['features']
+    entries, features = units['conditions'], units['features']
     names = [*units['columns'], *(entry['name'] for entry in entries)]
-    per_column = [units[name] for name in ('columns', 'mean', 'std', 'steps', 'levels')]
+    per_column = ('columns', 'mean', 'std', 'steps', 'levels', 'quantiles', 'ranges')
     is_valid = (
-        all(len(values) == n_columns for values in [*per_column, quantiles])
+        all(len(units[name]) == n_columns for name in per_column)
         and len(features) <= MAX_COLUMNS
         and ''.join(features).isprintable()
         and len(set(features)) == len(features)
@@ -475,7 +489,8 @@ def table_from_units(
         and np.isfinite([units['mean'], units['std'], units['steps']]).all()
         and min(units['std']) > 0
         and all(is_increasing(values) for values in units['levels'])
-        and has_valid_quantiles(quantiles)
+        and do_not_decrease(units['quantiles'], len(QUANTILE_LEVELS))
+        and do_not_decrease(units['ranges'], 2)
         and all(is_valid_condition(entry) for entry in entries)
         and sum(len(entry['categories']) or 1 for entry in entries) == n_context
     )
@@ -491,7 +506,8 @@ def table_from_units(
         steps=np.array(units['steps']),
         levels=tuple(np.array(values) for values in units['levels']),
         features=tuple(features),
-        quantiles=np.array(quantiles).T,
+        quantiles=np.array(units['quantiles']).T,
+        ranges=np.array(units['ranges']).T,
         conditions=tuple(condition_from_units(entry) for entry in entries),
     )
 
@@ -501,14 +517,14 @@ def is_increasing(values: list[float]) -> bool:
     return bool(np.isfinite(values).all() and (np.diff(values) > 0).all())
 
 
-def has_valid_quantiles(quantiles: list[list[float]]) -> bool:
-    """Return whether all columns have quantiles that do not decrease, or none has quantiles."""
-    lengths = {len(values) for values in quantiles}
+def do_not_decrease(columns: list[list[float]], n: int) -> bool:
+    """Return whether each column has n finite values that do not decrease, or none has any."""
+    lengths = {len(values) for values in columns}
     if lengths == {0}:
         return True
-    if lengths != {len(QUANTILE_LEVELS)}:
+    if lengths != {n}:
         return False
-    values = np.array(quantiles)
+    values = np.array(columns)
     return bool(np.isfinite(values).all() and (values[:, 1:] >= values[:, :-1]).all())
 
 
@@ -733,6 +749,7 @@ def standardise_table(
         steps=steps,
         levels=levels,
         quantiles=column_quantiles(train_rows[:, : len(columns)]),
+        ranges=column_ranges(train_rows[:, : len(columns)]),
     )
 
 
@@ -748,6 +765,11 @@ def column_quantiles(rows: np.ndarray) -> np.ndarray:
     stride = -(-len(rows) // MAX_QUANTILE_ROWS)
     some = np.asarray(rows[::stride], np.float64)
     return np.quantile(some, QUANTILE_LEVELS, axis=0)
+
+
+def column_ranges(rows: np.ndarray) -> np.ndarray:
+    """Return the lowest and the highest value of each column of rows (N, D), as (2, D) float64."""
+    return np.stack([rows.min(axis=0), rows.max(axis=0)]).astype(np.float64)
 
 
 def table_fingerprint(
@@ -1080,6 +1102,7 @@ def load_published_table(name: str, data_dir: Path) -> TableData:
         std=np.ones(n_columns),
         test_index=np.arange(len(test)),
         quantiles=column_quantiles(train),
+        ranges=column_ranges(train),
         fingerprint=digest([name, CACHE_VERSION, counts, path.name, path.stat().st_size]),
     )
 

@@ -26,6 +26,7 @@ from helpers import (
 )
 
 import bnaf
+from common.options import resolve_config
 from common.runs import select_checkpoint
 from datasets import learned, tabular
 
@@ -280,6 +281,101 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
     assert 'diverged' in line and 'lower --lr' in line
     saved = bnaf.load_checkpoint(only(tmp_path.rglob('*.pt')))
     assert saved['step'] == 0  # as good as a new model
+
+
+# ------------------------------------------------------------------- defaults of tables, and peers
+
+
+def test_defaults_of_a_table_depend_on_its_rows(tmp_path, monkeypatch, capsys):
+    small = dict(hidden_dim=3, batch_size=20, last_residual='gated')
+    more = dict(hidden_dim=5, batch_size=40, last_residual='none')
+    monkeypatch.setattr(bnaf, 'OWN_TABLES', {81: small, math.inf: more})
+    for n, n_train, defaults in ((100, 80, small), (102, 82, more)):
+        write_rows(tmp_path / f'{n}.csv', n)
+        words = [f'--dataset={tmp_path}/{n}.csv', f'--output_dir={tmp_path}', '--n_epochs=1']
+        bnaf.main(['--train', *words, '--batch_size=30'])
+        config = load_last_config(tmp_path, n)
+        assert {**defaults, 'batch_size': 30}.items() <= vars(config).items()
+        line = f'defaults for {n_train} training rows of 4 columns: '
+        line += f'--hidden_dim={config.hidden_dim} --last_residual={config.last_residual}\n'
+        assert line in capsys.readouterr().out
+
+    # a run goes on as it began, whatever the defaults are by then
+    monkeypatch.setattr(bnaf, 'OWN_TABLES', {math.inf: dict(more, hidden_dim=7)})
+    last = only(tmp_path.glob('bnaf_100_*/checkpoint.pt'))
+    bnaf.main(['--train', f'--restore_file={last}', '--n_epochs=2'])
+    assert load_last_config(tmp_path, 100).hidden_dim == 3
+    assert 'defaults for' not in capsys.readouterr().out
+
+
+def load_last_config(folder, name):
+    """Return the config of the only run on a table of that name."""
+    return bnaf.load_checkpoint(only(folder.glob(f'bnaf_{name}_*/checkpoint.pt')))['config']
+
+
+def test_only_your_own_tables_are_measured(tmp_path, capsys):
+    words = ['--dataset=rings', '--n_epochs=1', '--hidden_dim=2', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', *words])
+    config = load_last_config(tmp_path, 'rings')
+    assert config.last_residual == 'none' and config.early_stop == bnaf.TOY['early_stop']
+    out = capsys.readouterr().out
+    assert 'defaults for' not in out and 'Gaussian' not in out
+
+
+# The non-zero weights by which the ratios of table 2 in the paper were reached.
+OF_PAPER = {
+    'power': 181_264,
+    'gas': 308_884,
+    'hepmass': 516_814,
+    'miniboone': 170_284,
+    'bsds300': 4_461_034,
+}
+
+
+@pytest.mark.parametrize('name', OF_PAPER)
+def test_published_tables_have_the_parameters_of_the_paper(name):
+    _, n_columns, _ = tabular.TABLES[name]
+    config = resolve_config(bnaf.Config, {'dataset': name}, bnaf.DEFAULTS, None, ())
+    assert bnaf.build_model(config, (n_columns, 0)).n_parameters == OF_PAPER[name]
+    assert config.last_residual == 'none'
+
+
+def test_a_model_is_compared_with_a_gaussian(trained_bnaf, capsys):
+    bnaf.main(['--evaluate', f'--restore_file={trained_bnaf}'])
+    out = capsys.readouterr().out
+    pattern = r'a Gaussian .* rows: (\S+) nats; the flow is (\S+) ± (\S+) nats (\w+) it'
+    value, lead, error, side = re.search(pattern, out).groups()
+    result = read_results(trained_bnaf)
+    assert float(value) == pytest.approx(result['gaussian_log_likelihood_nats'], abs=1e-4)
+    difference = result['log_likelihood_nats'] - result['gaussian_log_likelihood_nats']
+    assert float(lead) * {'above': 1, 'below': -1}[side] == pytest.approx(difference, abs=1e-3)
+
+    # the table is a Gaussian: height and weight, which are related, and age
+    age = 0.5 * math.log(2 * math.pi * math.e * 12**2)
+    others = math.log(2 * math.pi * math.e) + math.log(10) + math.log(5)
+    assert float(value) == pytest.approx(-age - others, abs=0.4)
+    assert 0 < float(error) < 1
+
+
+def test_how_many_samples_leave_the_range_of_the_data_is_said(trained_bnaf, tmp_path, capsys):
+    words = [f'--restore_file={trained_bnaf}', '--n_samples=500', f'--output={tmp_path}/s.csv']
+    for z_std, least, most in ((0.1, 0, 0), (5, 400, 500)):
+        bnaf.main(['--generate', *words, f'--z_std={z_std}', '--overwrite'])
+        out = capsys.readouterr().out
+        n_outside = int(re.search(r'; (\d+) outside the range of the training rows;', out)[1])
+        assert least <= n_outside <= most
+
+        data = tabular.load_run_table(*saved_run(trained_bnaf))
+        train = data.to_own_units(data.train)
+        samples = pd.read_csv(tmp_path / 's.csv')[list(data.columns)].to_numpy()
+        is_outside = (samples < train.min(0) - 1e-4) | (samples > train.max(0) + 1e-4)
+        assert is_outside.any(axis=1).sum() == n_outside
+
+
+def saved_run(path):
+    """Return the config and the content of a checkpoint."""
+    saved = bnaf.load_checkpoint(path)
+    return saved['config'], saved
 
 
 # ------------------------------------------------------------------------------- scores and samples

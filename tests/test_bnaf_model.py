@@ -29,6 +29,7 @@ FLOWS = {
     'Flip': lambda d: bnaf.Flip(),
     'BNAF': lambda d: bnaf.BNAF(d, 3, 1, 4),
     'BNAF normal': lambda d: bnaf.BNAF(d, 2, 0, 5, 'normal'),
+    'BNAF to the end': lambda d: bnaf.BNAF(d, 3, 1, 4, last_residual='gated'),
 }
 
 SHAPES = [
@@ -726,6 +727,61 @@ def test_damaged_checkpoints_of_format_2(damage, tmp_path):
     with pytest.raises(UserError, match='damaged.pt') as error:
         bnaf.load_checkpoint(tmp_path / 'damaged.pt')
     assert '\n' not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------- tails
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('residual', ['normal', 'gated'])
+def test_with_a_residual_on_the_last_flow_every_z_has_an_x(residual):
+    torch.manual_seed(0)
+    model = bnaf.BNAF(3, 4, 1, 5, last_residual=residual).double()
+    z = torch.cat([6 * randn(2000, 3), torch.tensor([[1e3, -1e3, 0.0]], dtype=torch.float64)])
+    x, logdet = model.inverse(z)
+    assert x.isfinite().all() and logdet.isfinite().all()
+    assert_close(model(x)[0], z, atol=1e-7)
+
+    of_paper = bnaf.BNAF(3, 4, 1, 5).double()
+    assert of_paper.inverse(z)[0].isnan().any()  # beyond the range of its last tanhs
+
+
+@torch.no_grad()
+def test_tails_are_hardly_stretched_at_first():
+    """Far out the slope of x is that of all gates together, 13."""
+    torch.manual_seed(0)
+    model = bnaf.BNAF(4, 5, 1, 5, last_residual='gated').double()
+    others, last = torch.tensor([bnaf.GATE_OF_OTHERS, bnaf.GATE_OF_LAST]).double()
+    slope = 1 / (torch.sigmoid(-others) ** 4 * torch.sigmoid(-last)).item()
+    assert slope < 14
+
+    far = torch.tensor([[1e4, 1e4, 1e4, 1e4], [2e4, 2e4, 2e4, 2e4]], dtype=torch.float64)
+    near, farther = model.inverse(far)[0]
+    assert_close((farther - near) / 1e4, torch.full((4,), slope).double(), atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('residual', [None, 'normal', 'gated'])
+def test_what_f_adds_reaches_as_far_whatever_the_residual(residual):
+    torch.manual_seed(0)
+    flow = bnaf.BNAF(1, 1, 0, 20, last_residual=residual).double()[0]
+    x = torch.tensor([[-1e4], [1e4]], dtype=torch.float64)
+    z, _ = flow(x)
+    _, rest = flow.add_residual(x.new_zeros(1), x.new_zeros(1), x.new_zeros(1))
+    low, high = (z - rest * x).flatten().tolist()
+    assert high - low == pytest.approx(2 * bnaf.REACH, rel=0.02)
+
+
+def test_paper_and_own_form_begin_with_the_same_weights():
+    """A seed gives the weights that it gave before the last flow could have a residual."""
+    models = []
+    for last_residual in ('none', 'gated'):
+        config = bnaf.Config(n_flows=3, hidden_dim=4, last_residual=last_residual)
+        models.append(bnaf.build_model(config, (3, 0)))
+    paper, own = (dict(model.named_parameters()) for model in models)
+    assert own.keys() - paper.keys() == {'4.gate'}
+    for name in paper.keys() - {'0.gate', '2.gate', '4.linears.2.log_g'}:
+        assert torch.equal(paper[name], own[name]), name
 
 
 # ----------------------------------------------------------------------------------- trained models

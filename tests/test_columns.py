@@ -894,20 +894,23 @@ def test_units_are_kept(visitors):
     restored = table_from_units(units, 2, 6, 'x.pt')
     assert restored.conditions == data.conditions and restored.n_context == 6
     np.testing.assert_array_equal(restored.quantiles, data.quantiles)
+    np.testing.assert_array_equal(restored.ranges, data.ranges)
     rows = read_rows(visitors, restored)
     np.testing.assert_array_equal(rows[data.test_index], data.test)
 
     assert restored.features == data.features
     assert restored.used_features == ('age', 'sex', 'city', 'height', 'weight')
 
-    restored = table_from_units({**units, 'conditions': [], 'quantiles': [[], []]}, 2, 0, 'x.pt')
-    assert restored.conditions == () and restored.quantiles.shape == (0, 2)
-    assert table_units(restored)['quantiles'] == [[], []]
+    unknown = {'conditions': [], 'quantiles': [[], []], 'ranges': [[], []]}
+    restored = table_from_units({**units, **unknown}, 2, 0, 'x.pt')
+    assert restored.conditions == ()
+    assert restored.quantiles.shape == restored.ranges.shape == (0, 2)
+    assert unknown.items() <= table_units(restored).items()
 
 
 def damaged_units(units):
     """Yield units in which one thing is wrong."""
-    for key in ('columns', 'mean', 'std', 'steps', 'levels', 'quantiles'):
+    for key in ('columns', 'mean', 'std', 'steps', 'levels', 'quantiles', 'ranges'):
         yield {**units, key: units[key][:1]}
     for value in (np.nan, np.inf, 0.0, -1.0):
         yield {**units, 'std': [1.0, value]}
@@ -924,6 +927,8 @@ def damaged_units(units):
     quantiles = units['quantiles'][0]
     for bad in (quantiles[::-1], quantiles[:5], [], [*quantiles[:-1], np.inf]):
         yield {**units, 'quantiles': [quantiles, bad]}
+    for bad in ([1.0, -1.0], [0.0], [-1.0, 0.0, 1.0], [-1.0, np.nan], []):
+        yield {**units, 'ranges': [[-1.0, 1.0], bad]}
 
     conditions = units['conditions']
     yield {**units, 'conditions': []}
@@ -945,7 +950,7 @@ def test_damaged_units(visitors):
     units = table_units(load_visitors(visitors, condition=['age', 'sex']))
     table_from_units(units, 2, 3, 'x.pt')
     cases = list(damaged_units(units))
-    assert len(cases) == 31
+    assert len(cases) == 37
     for case in cases:
         assert 'x.pt is damaged' in refusal(table_from_units, case, 2, 3, 'x.pt'), case
 
@@ -960,6 +965,19 @@ def test_quantiles(visitors):
 
     rows = np.arange(250_001.0)[:, None]
     np.testing.assert_allclose(column_quantiles(rows)[:, 0], QUANTILE_LEVELS * 250_000, atol=3)
+
+
+def test_ranges_of_the_training_rows(visitors):
+    data = load_visitors(visitors, condition=['age', 'sex'])
+    lowest, highest = data.ranges
+    np.testing.assert_array_equal(lowest, data.train[:, :2].min(axis=0))
+    np.testing.assert_array_equal(highest, data.train[:, :2].max(axis=0))
+    assert not data.is_outside(data.train[:, :2]).any()
+
+    rows = np.zeros((5, 2))
+    rows[1, 0], rows[2, 1], rows[3] = lowest[0] - 1e-6, highest[1] + 1e-6, highest
+    assert data.is_outside(rows).tolist() == [False, True, True, False, False]
+    assert load_table('moons').ranges.shape == (0, 2)  # its rows are new at each step
 
 
 class RunConfig:

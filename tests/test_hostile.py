@@ -787,6 +787,9 @@ BAD_UNITS = [
     {'quantiles': [[0.0] * 20] * 2},
     {'quantiles': [[math.nan] * 21] * 2},
     {'quantiles': [[1.0] + [0.0] * 20] * 2},
+    {'ranges': [[-1.0, 1.0]]},
+    {'ranges': [[1.0, -1.0]] * 2},
+    {'ranges': [[-1.0, math.inf]] * 2},
 ]
 BAD_COLUMN_OPTIONS = ['a', ['\33[31m'], [3], [['a']], {'a': 1}, deep_list()]
 

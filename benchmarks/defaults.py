@@ -1,0 +1,241 @@
+"""How good the defaults of bnaf.py are for tables of your own, beside each option changed alone.
+
+    python benchmarks/defaults.py --miniboone=DIR       an hour and a half on two idle cores
+
+The tables are those of known_tables.py, of 120 to 50,000 rows, each with three seeds. The score is
+the log-likelihood of rows that play no part in the training. Where the density is known, its own
+score is subtracted, so that 0 is the best there can be.
+
+Each training has a process of one thread. It enters defaults.json when it is done: called again,
+the script goes on with what is missing. In the end it writes a table in benchmarks/README.md.
+``DIR`` holds val.npy and test.npy of MINIBOONE; without it, that table is left out.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from concurrent.futures import as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# bnaf.py is in the folder above this one.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ablation import worker_processes
+from known_tables import draw_table
+from pages import insert, table
+from timing import cpu_name, progress
+
+import bnaf
+from common.errors import UserError, exit_on_user_error
+from common.files import write_json
+
+HERE = Path(__file__).resolve().parent
+
+# Tables and the rows to learn from, nine tenths of which train.
+FEW = {
+    'Gaussian': 200,
+    'iris': 120,
+    'mixture': 300,
+    'digits': 300,
+    'one-sided': 400,
+    'heavy tails': 500,
+    'skewed': 500,
+    'MINIBOONE': 500,
+    'curved': 1_000,
+}
+MORE = {
+    'digits': 1_500,
+    'mixture': 2_000,
+    'MINIBOONE': 3_284,
+    'heavy tails': 5_000,
+    'curved': 10_000,
+}
+MANY = {'mixture': 30_000, 'curved': 50_000}
+SIZES = {'few': FEW, 'more': MORE, 'many': MANY}
+
+# What is changed, one option at a time.
+CHANGES: dict[str, dict[str, tuple]] = {
+    'few': dict(
+        last_residual=('none', 'normal'),
+        n_flows=(3, 8),
+        n_hidden=(1,),
+        hidden_dim=(4, 20),
+        batch_size=(10, 50),
+        lr=(0.01, 0.04),
+        early_stop=(10, 40),
+    ),
+    'more': dict(
+        last_residual=('none',),
+        n_hidden=(1,),
+        hidden_dim=(10,),
+        batch_size=(50, 200),
+        lr=(0.01,),
+    ),
+    'many': dict(
+        last_residual=('none',),
+        n_hidden=(1,),
+        hidden_dim=(10,),
+    ),
+}
+
+
+class Job(NamedTuple):
+    """A training: its table, the rows to learn from, the seed, and the options of the estimator."""
+
+    table: str
+    n_rows: int
+    seed: int
+    options: dict
+
+
+def fit(job: Job, miniboone: Path | None) -> dict:
+    """Fit a model; return how far below the best it scores, in nats, and its CPU seconds."""
+    torch.set_num_threads(1)
+    rows, test, log_p = draw_table(job.table, job.n_rows, job.seed, miniboone)
+    start = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        model = bnaf.BNAFDensity(seed=job.seed, **job.options).fit(rows)
+    seconds = time.process_time() - start
+
+    gap = (log_p - model.score_samples(test)).mean()
+    return {**job._asdict(), 'gap': float(gap), 'seconds': seconds}
+
+
+def options_of_size(size: str) -> dict:
+    """Return the options that may be changed, with their defaults for tables of a size."""
+    n_train = max(SIZES[size].values()) * 9 // 10
+    return {'n_flows': bnaf.Config.n_flows, **bnaf.own_table_defaults(n_train)}
+
+
+def settings_of_size(size: str) -> dict[str, dict]:
+    """Return the defaults and every change of them, by a name."""
+    defaults = options_of_size(size)
+    settings = {'default': defaults}
+    for name, values in CHANGES[size].items():
+        for value in values:
+            settings[f'{name}={value}'] = {**defaults, name: value}
+    return settings
+
+
+def all_jobs(sizes: list[str], n_seeds: int, with_miniboone: bool) -> list[Job]:
+    """Return all trainings, seed by seed."""
+    jobs = []
+    for size in sizes:
+        for seed in range(n_seeds):
+            for name, n_rows in SIZES[size].items():
+                if name == 'MINIBOONE' and not with_miniboone:
+                    continue
+                jobs += [Job(name, n_rows, seed, o) for o in settings_of_size(size).values()]
+    return jobs
+
+
+def measure(args: argparse.Namespace, file: Path) -> dict:
+    """Fit what ``file`` does not hold yet, and keep it there; return the content of the file."""
+    runs = []
+    if file.exists():
+        try:
+            runs = json.loads(file.read_text())['runs']
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{file} is damaged: remove it to train anew') from error
+    results = {'cpu': cpu_name(), 'torch': torch.__version__, 'n_seeds': args.n_seeds, 'runs': runs}
+
+    done = [Job(*(run[name] for name in Job._fields)) for run in runs]
+    jobs = all_jobs(args.sizes, args.n_seeds, args.miniboone is not None)
+    missing = [job for job in jobs if job not in done]
+    with worker_processes(args.n_workers) as executor:
+        trainings = [executor.submit(fit, job, args.miniboone) for job in missing]
+        for training in as_completed(trainings):
+            run = training.result()
+            runs.append(run)
+            write_json(file, results)
+            progress(f'{run["table"]} {run["n_rows"]}: {run["gap"]:.3f}, {run["seconds"]:.1f} s')
+    return results
+
+
+# ------------------------------------------------------------------------------------------- table
+
+
+def gaps_of(results: dict, name: str, n_rows: int, options: dict) -> np.ndarray:
+    """Return the gap of each seed, in the order of seeds."""
+    return values_of(results, name, n_rows, options, 'gap')
+
+
+def values_of(results: dict, name: str, n_rows: int, options: dict, key: str) -> np.ndarray:
+    """Return a value of the training of each seed, in the order of seeds."""
+    runs = {
+        run['seed']: run[key]
+        for run in results['runs']
+        if (run['table'], run['n_rows'], run['options']) == (name, n_rows, options)
+    }
+    return np.array([runs[seed] for seed in sorted(runs) if seed < results['n_seeds']])
+
+
+def format_table(results: dict, size: str) -> str:
+    """Return a line per setting: the gap of the default, and how far others are below it."""
+    settings = settings_of_size(size)
+    defaults = settings['default']
+    tables = [
+        (name, n) for name, n in SIZES[size].items() if len(gaps_of(results, name, n, defaults))
+    ]
+    lines = []
+    for setting, options in settings.items():
+        cells, differences, seconds = [], [], []
+        for name, n in tables:
+            own, of_default = (gaps_of(results, name, n, o) for o in (options, defaults))
+            seconds.append(values_of(results, name, n, options, 'seconds').mean())
+            difference = own - of_default
+            differences.append(difference.mean())
+            values = own if setting == 'default' else difference
+            cells.append(f'{values.mean():{"" if setting == "default" else "+"}.3f}')
+        mean = '' if setting == 'default' else f'{np.mean(differences):+.3f}'
+        label = setting if setting == 'default' else f'`--{setting}`'
+        lines.append([label, *cells, mean, f'{np.mean(seconds):.1f}'])
+    header = ['', *(f'{name}, {n:,} rows' for name, n in tables), 'mean', 'CPU seconds']
+    return table(header, lines)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--miniboone', type=Path, metavar='DIR', help='val.npy and test.npy')
+    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES))
+    parser.add_argument('--n_seeds', type=int, default=3, help='trainings per setting')
+    parser.add_argument('--n_workers', type=int, default=2, help='trainings at the same time')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        metavar='DIR',
+        help='where defaults.json goes, and the tables if DIR has a README.md (default: '
+        'benchmarks/)',
+    )
+    args = parser.parse_args(argv)
+    if args.n_seeds < 1 or args.n_workers < 1:
+        parser.error('--n_seeds and --n_workers have to be 1 at least')
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is missing, and show all."""
+    args = parse_args(argv)
+    folder = args.out or HERE
+    folder.mkdir(parents=True, exist_ok=True)
+    with exit_on_user_error('defaults'):
+        results = measure(args, folder / 'defaults.json')
+    text = '\n'.join(format_table(results, size) for size in args.sizes)
+    if (folder / 'README.md').exists():
+        insert(folder / 'README.md', 'defaults.py', text)
+    print(text, end='')
+
+
+if __name__ == '__main__':
+    main()
