@@ -287,14 +287,14 @@ TOY = dict(
     lr=0.1,
     early_stop=200,
 )
-# Hidden units per column of the published tables: recovered from the numbers of parameters in
-# table 2 of the paper. The official code does not have them.
+# Hidden units per column of the published tables. They and the one inner layer are not in the
+# official code, but recovered from the ratios of parameters in table 2 of the paper.
 PUBLISHED = dict(power=40, gas=40, hepmass=20, miniboone=5, bsds300=20)
 DEFAULTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys((*SAMPLERS, *ENERGIES), TOY),
     **{name: dict(hidden_dim=hidden_dim) for name, hidden_dim in PUBLISHED.items()},
 }
-# Those of your own tables, found by benchmarks/defaults.py, and besides by the number of training
+# Those of your own tables, found by benchmarks/defaults.py. Some depend on the number of training
 # rows: the first limit that is above it counts.
 OWN_TABLE = dict(last_residual='gated', n_hidden=0, lr=0.02, lr_patience=5, early_stop=20)
 OWN_TABLES: dict[float, dict[str, Any]] = {
@@ -318,7 +318,8 @@ def fit_to_table(config: Config, options: dict[str, Any], n_rows: int) -> Config
         n_rows: the number of training rows.
     """
     defaults = own_table_defaults(n_rows)
-    return replace(config, **{**defaults, **{k: options[k] for k in defaults.keys() & options}})
+    missing = {name: value for name, value in defaults.items() if name not in options}
+    return replace(config, **missing)
 
 
 # ------------------------------------------------------------------------------------------ layers
@@ -2128,13 +2129,13 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
     data = load_run_table(config, saved, needs_rows=needs_rows)
 
     if mode == 'train':
+        notes = [f'note: {note}' for note in data.notes]
         if saved is None and is_own_table(config.dataset):
             config = fit_to_table(config, options, len(data.train))
-            if process.rank == 0:
-                print_defaults(config, options, data)
+            notes = [describe_defaults(config, data), *notes]
         if process.rank == 0:
-            for note in data.notes:
-                print(f'note: {note}')
+            for note in notes:
+                print(note)
         saved = train(data, config, request, process, saved)
         if saved is None:
             return
@@ -2156,13 +2157,11 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         print(f'the model is {path}: step {saved["step"]}, validation {score}')
 
 
-def print_defaults(config: Config, options: dict[str, Any], data: TableData) -> None:
-    """Print the options that a table of the user's own has by its size, as they are typed."""
-    names = [name for name in own_table_defaults(len(data.train)) if name not in options]
+def describe_defaults(config: Config, data: TableData) -> str:
+    """Return the options that a table of the user's own has by its size, as they are typed."""
+    names = own_table_defaults(len(data.train))
     words = ' '.join(f'--{name}={getattr(config, name)}' for name in names)
-    if words:
-        n_rows, n_columns = len(data.train), len(data.columns)
-        print(f'defaults for {n_rows:,} training rows of {n_columns} columns: {words}')
+    return f'options for {len(data.train):,} training rows of {len(data.columns)} columns: {words}'
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -287,8 +287,8 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
 
 
 def test_defaults_of_a_table_depend_on_its_rows(tmp_path, monkeypatch, capsys):
-    small = dict(hidden_dim=3, batch_size=20, last_residual='gated')
-    more = dict(hidden_dim=5, batch_size=40, last_residual='none')
+    small = dict(batch_size=20, hidden_dim=3, last_residual='gated')
+    more = dict(batch_size=40, hidden_dim=5, last_residual='none')
     monkeypatch.setattr(bnaf, 'OWN_TABLES', {81: small, math.inf: more})
     for n, n_train, defaults in ((100, 80, small), (102, 82, more)):
         write_rows(tmp_path / f'{n}.csv', n)
@@ -296,7 +296,7 @@ def test_defaults_of_a_table_depend_on_its_rows(tmp_path, monkeypatch, capsys):
         bnaf.main(['--train', *words, '--batch_size=30'])
         config = load_last_config(tmp_path, n)
         assert {**defaults, 'batch_size': 30}.items() <= vars(config).items()
-        line = f'defaults for {n_train} training rows of 4 columns: '
+        line = f'options for {n_train} training rows of 4 columns: --batch_size=30 '
         line += f'--hidden_dim={config.hidden_dim} --last_residual={config.last_residual}\n'
         assert line in capsys.readouterr().out
 
@@ -305,7 +305,7 @@ def test_defaults_of_a_table_depend_on_its_rows(tmp_path, monkeypatch, capsys):
     last = only(tmp_path.glob('bnaf_100_*/checkpoint.pt'))
     bnaf.main(['--train', f'--restore_file={last}', '--n_epochs=2'])
     assert load_last_config(tmp_path, 100).hidden_dim == 3
-    assert 'defaults for' not in capsys.readouterr().out
+    assert 'options for' not in capsys.readouterr().out
 
 
 def load_last_config(folder, name):
@@ -319,7 +319,7 @@ def test_only_your_own_tables_are_measured(tmp_path, capsys):
     config = load_last_config(tmp_path, 'rings')
     assert config.last_residual == 'none' and config.early_stop == bnaf.TOY['early_stop']
     out = capsys.readouterr().out
-    assert 'defaults for' not in out and 'Gaussian' not in out
+    assert 'options for' not in out and 'Gaussian' not in out
 
 
 # The non-zero weights by which the ratios of table 2 in the paper were reached.
