@@ -35,6 +35,7 @@ from common.errors import UserError, exit_on_user_error
 from common.files import write_json
 
 HERE = Path(__file__).resolve().parent
+DEFAULT = 'default'
 
 # Tables and the rows to learn from, nine tenths of which train.
 FEW = {
@@ -116,10 +117,10 @@ def options_of_size(size: str) -> dict:
 def settings_of_size(size: str) -> dict[str, dict]:
     """Return the defaults and every change of them, by a name."""
     defaults = options_of_size(size)
-    settings = {'default': defaults}
+    settings = {DEFAULT: defaults}
     for name, values in CHANGES[size].items():
         for value in values:
-            settings[f'{name}={value}'] = {**defaults, name: value}
+            settings[f'`--{name}={value}`'] = {**defaults, name: value}
     return settings
 
 
@@ -161,42 +162,48 @@ def measure(args: argparse.Namespace, file: Path) -> dict:
 # ------------------------------------------------------------------------------------------- table
 
 
-def gaps_of(results: dict, name: str, n_rows: int, options: dict) -> np.ndarray:
-    """Return the gap of each seed, in the order of seeds."""
-    return values_of(results, name, n_rows, options, 'gap')
-
-
-def values_of(results: dict, name: str, n_rows: int, options: dict, key: str) -> np.ndarray:
-    """Return a value of the training of each seed, in the order of seeds."""
+def values_of(results: dict, size: str, setting: str, name: str, key: str) -> np.ndarray:
+    """Return a value of the trainings of a setting on a table, in the order of seeds."""
+    options, n_rows = settings_of_size(size)[setting], SIZES[size][name]
     runs = {
         run['seed']: run[key]
         for run in results['runs']
         if (run['table'], run['n_rows'], run['options']) == (name, n_rows, options)
     }
-    return np.array([runs[seed] for seed in sorted(runs) if seed < results['n_seeds']])
+    return np.array([runs[seed] for seed in range(results['n_seeds']) if seed in runs])
 
 
-def format_table(results: dict, size: str) -> str:
-    """Return a line per setting: the gap of the default, and how far others are below it."""
-    settings = settings_of_size(size)
-    defaults = settings['default']
-    tables = [
-        (name, n) for name, n in SIZES[size].items() if len(gaps_of(results, name, n, defaults))
-    ]
+def format_table(results: dict) -> str:
+    """Return a table for each size that was measured."""
+    blocks = []
+    for size, tables in SIZES.items():
+        measured = [name for name in tables if len(values_of(results, size, DEFAULT, name, 'gap'))]
+        if measured:
+            blocks.append(format_size(results, size, measured))
+    return '\n'.join(blocks)
+
+
+def format_size(results: dict, size: str, tables: list[str]) -> str:
+    """Return a line per setting: the gap of the default, and by how much the others are worse."""
     lines = []
-    for setting, options in settings.items():
-        cells, differences, seconds = [], [], []
-        for name, n in tables:
-            own, of_default = (gaps_of(results, name, n, o) for o in (options, defaults))
-            seconds.append(values_of(results, name, n, options, 'seconds').mean())
-            difference = own - of_default
-            differences.append(difference.mean())
-            values = own if setting == 'default' else difference
-            cells.append(f'{values.mean():{"" if setting == "default" else "+"}.3f}')
-        mean = '' if setting == 'default' else f'{np.mean(differences):+.3f}'
-        label = setting if setting == 'default' else f'`--{setting}`'
-        lines.append([label, *cells, mean, f'{np.mean(seconds):.1f}'])
-    header = ['', *(f'{name}, {n:,} rows' for name, n in tables), 'mean', 'CPU seconds']
+    for setting in settings_of_size(size):
+        gaps, differences, seconds = [], [], []
+        for name in tables:
+            gap = values_of(results, size, setting, name, 'gap')
+            gaps.append(gap.mean())
+            differences.append((gap - values_of(results, size, DEFAULT, name, 'gap')).mean())
+            seconds.append(values_of(results, size, setting, name, 'seconds').mean())
+
+        if setting == DEFAULT:
+            cells = [f'{gap:.3f}' for gap in gaps] + ['']
+        else:
+            cells = [f'{difference:+.3f}' for difference in differences]
+            cells.append(f'{np.mean(differences):+.3f}')
+        lines.append([setting, *cells, f'{np.mean(seconds):.1f}'])
+
+    names = [f'{name}, {SIZES[size][name]:,} rows' for name in tables]
+    words = ' '.join(f'--{name}={value}' for name, value in options_of_size(size).items())
+    header = [f'default: `{words}`', *names, 'mean', 'CPU seconds']
     return table(header, lines)
 
 
@@ -231,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with exit_on_user_error('defaults'):
         results = measure(args, folder / 'defaults.json')
-    text = '\n'.join(format_table(results, size) for size in args.sizes)
+    text = format_table(results)
     if (folder / 'README.md').exists():
         insert(folder / 'README.md', 'defaults.py', text)
     print(text, end='')

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -18,7 +19,9 @@ from pathlib import Path
 import ablation
 import conditional
 import curves
+import defaults
 import faults
+import known_tables
 import numpy as np
 import pandas as pd
 import processes
@@ -31,6 +34,7 @@ import torch
 from contenders import count_parameters, has_options, invert_by_bisection, make_config
 from helpers import CPU, only
 from pages import insert, significant
+from scipy import stats
 from sklearn.utils import Bunch
 from speed_report import CHECKPOINT_TIME, check_figures, target_of, targets_section, targets_table
 from tensorboardX import SummaryWriter
@@ -559,9 +563,19 @@ def test_pages_are_written_between_their_marks(tmp_path):
         (tables, tables.format_table, 'RESULTS.md'),
         (conditional, conditional.format_table, 'RESULTS.md'),
         (ablation, ablation.format_table, 'RESULTS.md'),
+        (defaults, defaults.format_table, 'benchmarks/README.md'),
         (faults, faults.markdown, 'tests/README.md'),
     ],
-    ids=['speed', 'processes', 'results', 'tables', 'conditional', 'ablation', 'faults'],
+    ids=[
+        'speed',
+        'processes',
+        'results',
+        'tables',
+        'conditional',
+        'ablation',
+        'defaults',
+        'faults',
+    ],
 )
 def test_pages_show_what_was_measured(script, format_block, page):
     path = Path(script.__file__)
@@ -595,7 +609,7 @@ def test_a_row_holds_what_the_folder_of_its_run_says(evaluated_run, tmp_path, ca
     for name in ('', 'a name=', 'a name='):  # the last takes the place of the one before
         results.main([f'{name}{evaluated_run}', f'--out={tmp_path}', '--machine=one core'])
     rows = json.loads(read(tmp_path, 'results.json'))
-    assert list(rows) == ['mine, BNAF: 2 flows, 2 hidden layers of 4 per column', 'a name']
+    assert list(rows) == ['mine, BNAF: 2 flows, 1 hidden layer of 4 per column', 'a name']
 
     row = rows['a name']
     scores = json.loads(read(evaluated_run, 'results.json'))
@@ -605,8 +619,9 @@ def test_a_row_holds_what_the_folder_of_its_run_says(evaluated_run, tmp_path, ca
     model = bnaf.restore_model(saved, CPU)
     assert row['parameters'] == model.n_parameters
     assert row['command'] == (
-        'python bnaf.py --train --dataset=mine.npy --n_flows=2 --hidden_dim=4 --n_epochs=3 '
-        '--batch_size=10 --lr=0.005'
+        'python bnaf.py --train --dataset=mine.npy --n_flows=2 --n_hidden=0 --hidden_dim=4 '
+        '--last_residual=gated --n_epochs=3 --batch_size=10 --lr=0.005 --lr_patience=5 '
+        '--early_stop=20'
     )
 
     table = results.format_table(rows)
@@ -667,6 +682,18 @@ def test_commands_give_back_their_configs(script, options):
     elsewhere = replace(config, data_dir='/somewhere/else')
     line = results.training_command(script, elsewhere, world_size=2)
     assert line.startswith('torchrun --nproc_per_node=2 ') and '--data_dir=DATA' in line
+
+
+def test_commands_on_own_tables_say_what_depends_on_the_rows():
+    """Also where a value is the default of other data."""
+    config = bnaf.Config(dataset='/x/my.csv', batch_size=200, lr=0.01)
+    line = results.training_command(bnaf, config, world_size=1)
+    assert ' --dataset=my.csv ' in line and ' --batch_size=200 ' in line
+    _, options, _ = bnaf.parse_args(shlex.split(line)[2:])
+    n_rows = 100
+    assert bnaf.fit_to_table(bnaf.Config(**options), options, n_rows) == replace(
+        config, dataset='my.csv'
+    )
 
 
 def config_of(script, words):
@@ -920,6 +947,82 @@ def test_the_table_of_conditional_densities_says_how_far_bnaf_leads():
     *_, ours, other = conditional.format_table({'results': runs}).splitlines()
     assert ours == '| BNAF | -2.000 ± 1.000 |  | 4.00 |'
     assert other == '| other | -3.500 ± 1.500 | 1.500 ± 0.500 | 1.00 |'
+
+
+# ---------------------------------------------------------------------------------------- defaults
+
+SMALL_KNOWN = {
+    'Gaussian': lambda: known_tables.GaussianTable(3),
+    'heavy tails': lambda: known_tables.GaussianTable(3, marginal=stats.t(3)),
+    'skewed': lambda: known_tables.GaussianTable(3, marginal=stats.lognorm(0.6), every=2),
+    'one-sided': lambda: known_tables.GaussianTable(3, marginal=stats.gamma(1.5)),
+    'mixture': known_tables.MixtureTable,
+    'curved': known_tables.CurvedTable,
+}
+
+
+@pytest.mark.parametrize('name', SMALL_KNOWN)
+def test_known_densities_integrate_to_one(name):
+    """By importance sampling from a wider distribution of the same mean and correlation."""
+    assert SMALL_KNOWN.keys() == known_tables.KNOWN.keys()
+    known, rng = SMALL_KNOWN[name](), np.random.default_rng(0)
+    rows = known.rows(rng, 20_000)
+    proposal = stats.multivariate_t(rows.mean(axis=0), 0.8 * np.cov(rows.T), df=3)
+    points = proposal.rvs(100_000, random_state=rng)
+    with np.errstate(all='ignore'):
+        weights = np.exp(
+            np.nan_to_num(known.log_prob(points), nan=-np.inf) - proposal.logpdf(points)
+        )
+    error = weights.std() / math.sqrt(len(weights))
+    assert error < 0.03 and weights.mean() == pytest.approx(1, abs=4 * error)
+
+
+def test_real_tables_are_split_without_overlap(tmp_path):
+    for name in known_tables.REAL:
+        rows, test, log_p = known_tables.draw_table(name, 100, 1)
+        assert len(rows) == 100 and len(test) == len(log_p) > 40 and not log_p.any()
+        assert len(np.unique(np.concatenate([rows, test]), axis=0)) == 100 + len(test)
+
+    np.save(tmp_path / 'val.npy', np.arange(30.0).reshape(10, 3))
+    np.save(tmp_path / 'test.npy', np.ones((4, 3)))
+    rows, test, _ = known_tables.draw_table('MINIBOONE', 6, 0, tmp_path)
+    assert rows.shape == (6, 3) and (test == 1).all() and len(np.unique(rows)) == 18
+
+
+@pytest.mark.slow
+def test_trainings_of_the_defaults_are_made_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'README.md').write_text('<!-- what defaults.py wrote --><!-- until here -->')
+    own = dict(bnaf.OWN_TABLE, hidden_dim=2, batch_size=20, early_stop=1)
+    monkeypatch.setattr(bnaf, 'OWN_TABLES', {math.inf: own})
+    monkeypatch.setattr(defaults, 'SIZES', {'few': {'curved': 40, 'MINIBOONE': 40}, 'more': {}})
+    monkeypatch.setattr(defaults, 'CHANGES', {'few': {'n_flows': (1,)}, 'more': {}})
+    words = ['--sizes', 'few', '--n_seeds=2', f'--out={tmp_path}']
+    defaults.main(words)
+    measured = json.loads(read(tmp_path, 'defaults.json'))
+    runs = {(run['options']['n_flows'], run['seed']): run for run in measured['runs']}
+    assert sorted(runs) == [(1, 0), (1, 1), (5, 0), (5, 1)]  # and none without --miniboone
+
+    # what a worker returned is what a user gets
+    rows, test, log_p = known_tables.draw_table('curved', 40, 1)
+    model = bnaf.BNAFDensity(**own, n_flows=1, seed=1).fit(rows)
+    assert runs[1, 1]['gap'] == pytest.approx((log_p - model.score_samples(test)).mean())
+
+    difference = np.mean([runs[1, seed]['gap'] - runs[5, seed]['gap'] for seed in (0, 1)])
+    table = defaults.format_table(measured)
+    assert f'| `--n_flows=1` | {difference:+.3f} | {difference:+.3f} |' in table
+    assert capsys.readouterr().out.endswith(table) and table in read(tmp_path, 'README.md')
+
+    monkeypatch.setattr(defaults, 'fit', None)
+    defaults.main(words)
+    assert json.loads(read(tmp_path, 'defaults.json')) == measured
+
+
+def test_a_damaged_file_of_the_defaults_is_refused(tmp_path, capsys):
+    for content in ('{', '[]', '{}'):
+        (tmp_path / 'defaults.json').write_text(content)
+        with pytest.raises(SystemExit, match='2'):
+            defaults.main([f'--out={tmp_path}'])
+        assert 'defaults.json is damaged: remove it' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- ablation
