@@ -1933,10 +1933,11 @@ def sample_rows(
     error = (again - head).abs().max().item()
     rows = x.cpu().numpy()
     lost = f'{n_lost:,} more draws lay beyond what the flow reaches; ' if n_lost else ''
-    outside = ''
+    beyond = ''
     if len(data.ranges):
-        outside = f'{data.is_outside(rows).sum():,} outside the range of the training rows; '
-    print(f'{n:,} samples, {speed:,.0f} per second; {lost}{outside}round trip within {error:.0e}')
+        n_beyond = data.is_outside(rows).sum()
+        beyond = f'{n_beyond:,} with a value beyond those of the training rows; '
+    print(f'{n:,} samples, {speed:,.0f} per second; {lost}{beyond}round trip within {error:.0e}')
 
     log_p = log_p.cpu().numpy() - np.log(data.std).sum()
     return data.to_own_units(rows), log_p

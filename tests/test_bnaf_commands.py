@@ -362,7 +362,7 @@ def test_how_many_samples_leave_the_range_of_the_data_is_said(trained_bnaf, tmp_
     for z_std, least, most in ((0.1, 0, 0), (5, 400, 500)):
         bnaf.main(['--generate', *words, f'--z_std={z_std}', '--overwrite'])
         out = capsys.readouterr().out
-        n_outside = int(re.search(r'; (\d+) outside the range of the training rows;', out)[1])
+        n_outside = int(re.search(r'; (\d+) with a value beyond those of the training', out)[1])
         assert least <= n_outside <= most
 
         data = tabular.load_run_table(*saved_run(trained_bnaf))
