@@ -2162,7 +2162,9 @@ def describe_defaults(config: Config, data: TableData) -> str:
     """Return the options that a table of the user's own has by its size, as they are typed."""
     names = own_table_defaults(len(data.train))
     words = ' '.join(f'--{name}={getattr(config, name)}' for name in names)
-    return f'options for {len(data.train):,} training rows of {len(data.columns)} columns: {words}'
+    n_columns = len(data.columns)
+    columns = 'column' if n_columns == 1 else 'columns'
+    return f'options for {len(data.train):,} training rows of {n_columns} {columns}: {words}'
 
 
 def main(argv: list[str] | None = None) -> None:
