@@ -177,7 +177,7 @@ class Config(Options):
     last_residual: str = option(
         'model',
         'none',
-        'of the last flow, likewise; without one it does not reach all of space',
+        'of the last flow, one of these: without it, noise beyond some range has no row',
         choices=tuple(RESIDUALS),
     )
     checkpoint_grads: bool = option(
@@ -296,12 +296,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # Those of your own tables, found by benchmarks/defaults.py. Some depend on the number of training
 # rows: the first limit that is above it counts.
-OWN_TABLE = dict(last_residual='gated', n_hidden=0, lr=0.02, lr_patience=5, early_stop=20)
+OF_ANY_SIZE = dict(last_residual='gated', n_hidden=0, lr=0.02, lr_patience=5, early_stop=20)
 OWN_TABLES: dict[float, dict[str, Any]] = {
-    1_000: dict(OWN_TABLE, hidden_dim=10, batch_size=20),
-    20_000: dict(OWN_TABLE, hidden_dim=20, batch_size=100),
-    math.inf: dict(OWN_TABLE, hidden_dim=20, batch_size=200),
+    1_000: dict(OF_ANY_SIZE, hidden_dim=10, batch_size=20),
+    20_000: dict(OF_ANY_SIZE, hidden_dim=20, batch_size=100),
+    math.inf: dict(OF_ANY_SIZE, hidden_dim=20, batch_size=200),
 }
+TABLE_OPTIONS = tuple(OWN_TABLES[math.inf])
 
 
 def own_table_defaults(n_rows: int) -> dict[str, Any]:
@@ -309,7 +310,7 @@ def own_table_defaults(n_rows: int) -> dict[str, Any]:
     return next(defaults for limit, defaults in OWN_TABLES.items() if n_rows < limit)
 
 
-def fit_to_table(config: Config, options: dict[str, Any], n_rows: int) -> Config:
+def with_table_defaults(config: Config, options: dict[str, Any], n_rows: int) -> Config:
     """Return a config with the defaults of a table of the user's own for what is not given.
 
     Arguments:
@@ -324,7 +325,7 @@ def fit_to_table(config: Config, options: dict[str, Any], n_rows: int) -> Config
 
 # ------------------------------------------------------------------------------------------ layers
 
-REACH = 5.0  # of the last flow at first, in standard deviations of the noise
+REACH = 5.0  # of a flow that is not to be exceeded, at first, in deviations of the noise
 GATE_OF_LAST, GATE_OF_OTHERS = 1.0, -1.0  # at first, where the last flow has a residual, too
 FARTHEST = 1e6  # in standardised units: where the inverse gives up looking for a root
 ROUGH_TOL = 1e-4  # in the same units: of the inverse's search in float32
@@ -441,15 +442,17 @@ class BlockFlow(nn.Module):
 
     @torch.no_grad()
     def widen_range(self) -> None:
-        """Let the part of f in each output range over about ±``REACH``.
+        """Scale f so that its share of each output runs from about -``REACH`` to ``REACH``.
 
-        That is where the part goes as its own variable goes from -inf to inf. A sum of tanhs is
-        bounded, and without a residual what it does not reach cannot be sampled.
+        It does so as its own variable goes from -inf to inf. A sum of tanhs is bounded, and without
+        a residual what it does not reach cannot be sampled.
         """
         last = self.linears[-1]
         dtype = last.bias.dtype
         _, diagonal = last.weights(dtype)
-        log_s = 0.0 if self.residual is None else self.log_shares(self.parameters_in(dtype))[0]
+        log_s: Tensor | float = 0.0
+        if self.residual is not None:
+            log_s, _ = self.log_shares(self.parameters_in(dtype))
         last.log_g.add_(math.log(REACH) - log_s - diagonal.sum(2).log())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1042,7 +1045,8 @@ class BNAF(Sequence):
         checkpoint_grads: recompute activations in the backward pass.
         context_dim: the size of the context, 0 for a density without conditions.
         last_residual: of the last flow, likewise. The paper's has none, so that its range is
-            bounded; with one, every row has an inverse, and the tails of x are those of z, scaled.
+            bounded. If all flows have one, every z has an x, and the tails of x are those of z,
+            scaled.
     """
 
     def __init__(
@@ -1066,15 +1070,16 @@ class BNAF(Sequence):
         super().__init__(layers)
         self.data_dim, self.context_dim = data_dim, context_dim
         if last_residual is not None:
-            self.limit_tails()
+            self.init_tails()
 
     @torch.no_grad()
-    def limit_tails(self) -> None:
-        """Start with flows that hardly stretch the tails of what is sampled.
+    def init_tails(self) -> None:
+        """Set the gates such that what is sampled has tails like those of the data.
 
-        Far from the data, tanhs are constant, and a gated flow scales its variables by 1 - s. Its
-        inverse divides by that, flow after flow. So all flows but the last start near the identity.
-        f reaches as far in the last as it would without a residual.
+        Far from the data, tanhs are constant, and a gated flow scales its variables by 1 - s. The
+        inverse divides by that, flow after flow: with five flows by 0.077 at first. So all flows
+        but the last start with a small s, and in the last, f reaches as far as it would without a
+        residual.
         """
         *others, last = [layer for layer in self if isinstance(layer, BlockFlow)]
         for flow in (*others, last):
@@ -1794,8 +1799,9 @@ def evaluate(
 ) -> None:
     """Print the log-likelihood of the test split, or the KL divergence to an energy.
 
-    The test split's is saved as results.json beside the checkpoint. ``--input`` is a table to score
-    instead. The file ``--scores`` gets the log-likelihood of every row.
+    The test split's is saved as results.json beside the checkpoint, and compared with that of a
+    Gaussian. ``--input`` is a table to score instead. The file ``--scores`` gets the log-likelihood
+    of every row.
     """
     if data.energy and (request.scores or request.input or request.explain):
         raise UserError(
@@ -1850,21 +1856,20 @@ def summarise(losses: Tensor, data: TableData, input_file: str, config: Config) 
 
 
 def compare_with_gaussian(losses: Tensor, data: TableData) -> dict[str, Any]:
-    """Print how far the flow is above a Gaussian on the test split; return both as plain values.
+    """Print how far the flow is above a Gaussian that is fitted to the training split.
 
-    The Gaussian is fitted to the training and the validation rows, as the flow is.
+    Both are scored on the test split. Returns the score of the Gaussian as plain values.
     """
-    known = np.concatenate([data.train, data.validation])
-    log_p = gaussian_log_prob(known, data.test, len(data.columns)) - np.log(data.std).sum()
+    log_p = gaussian_log_prob(data.train, data.test, len(data.columns)) - np.log(data.std).sum()
+    text = f'a Gaussian fitted to the training rows: {log_p.mean():.4f} nats'
+
     lead = -losses.numpy() - log_p
-    mean, lead_mean = log_p.mean(), lead.mean()
-    error = 2 * lead.std() / math.sqrt(len(lead))
-    side = 'above' if lead_mean >= 0 else 'below'
-    print(
-        f'a Gaussian fitted to the same rows: {mean:.4f} nats; the flow is {abs(lead_mean):.4f} ± '
-        f'{error:.4f} nats {side} it'
-    )
-    return {'gaussian_log_likelihood_nats': mean, 'two_standard_errors_of_difference': error}
+    if np.isfinite(lead).all():
+        side = 'above' if lead.mean() >= 0 else 'below'
+        error = 2 * lead.std() / math.sqrt(len(lead))
+        text += f'; the flow is {abs(lead.mean()):.4f} ± {error:.4f} nats {side} it'
+    print(text)
+    return {'gaussian_log_likelihood_nats': float(log_p.mean())}
 
 
 def cell_gains(
@@ -2092,7 +2097,8 @@ def check(model: BNAF, data: TableData, config: Config) -> None:
 
 def name_of_size(limit: float) -> str:
     """Return which tables of the user's own are meant by a limit of ``OWN_TABLES``."""
-    return f'your table, fewer than {limit:,} rows' if limit < math.inf else 'your table, more rows'
+    n_rows = f'fewer than {limit:,}' if limit < math.inf else 'more'
+    return f'your table with {n_rows} training rows'
 
 
 COMMAND_LINE = CommandLine(
@@ -2132,7 +2138,7 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
     if mode == 'train':
         notes = [f'note: {note}' for note in data.notes]
         if saved is None and is_own_table(config.dataset):
-            config = fit_to_table(config, options, len(data.train))
+            config = with_table_defaults(config, options, len(data.train))
             notes = [describe_defaults(config, data), *notes]
         if process.rank == 0:
             for note in notes:
@@ -2160,8 +2166,7 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
 
 def describe_defaults(config: Config, data: TableData) -> str:
     """Return the options that a table of the user's own has by its size, as they are typed."""
-    names = own_table_defaults(len(data.train))
-    words = ' '.join(f'--{name}={getattr(config, name)}' for name in names)
+    words = ' '.join(f'--{name}={getattr(config, name)}' for name in TABLE_OPTIONS)
     n_columns = len(data.columns)
     columns = 'column' if n_columns == 1 else 'columns'
     return f'options for {len(data.train):,} training rows of {n_columns} {columns}: {words}'
@@ -2217,8 +2222,9 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         device: ``'cpu'`` or ``'cuda'``; by default a GPU if there is one.
         verbose: whether to show a progress bar.
 
-    These are the options of ``python bnaf.py --train``, with its defaults. Those that are None
-    depend on the number of rows, as ``OWN_TABLES`` says.
+    These are the options of ``python bnaf.py --train``, with its defaults. Those of
+    ``TABLE_OPTIONS`` are None by default: they depend on the number of training rows, as
+    ``OWN_TABLES`` says.
 
     Attributes:
         model_: the ``BNAF``, in float64, of standardised rows.
@@ -2300,7 +2306,7 @@ class BNAFDensity(DensityMixin, BaseEstimator):
             for note in data.notes:
                 warnings.warn(as_parameters(note), stacklevel=2)
 
-            config = fit_to_table(config, options, len(data.train))
+            config = with_table_defaults(config, options, len(data.train))
             process = Process(0, 1, local_device(self.device, 0, 1, None))
             with BUILDING, torch.random.fork_rng(devices=[]):
                 run = Training(config, data, process)
@@ -2385,16 +2391,19 @@ class BNAFDensity(DensityMixin, BaseEstimator):
     # What these methods are made of
 
     def given_options(self) -> dict[str, Any]:
-        """Return the parameters that are options of a training, without those that are None.
+        """Return the parameters that are options of a training.
 
-        Raises ``UserError`` for a parameter of another type than its option.
+        Those that depend on the table are left out where they are None. Raises ``UserError`` for a
+        parameter of another type than its option.
         """
         if self.device not in ('', 'cpu', 'cuda'):
             raise UserError(f"device={self.device!r} is none of '', 'cpu' and 'cuda'")
         options: dict[str, Any] = {'dataset': ''}
         for field in dataclasses.fields(Config):
-            value = getattr(self, field.name, None)
-            if value is not None:
+            if not hasattr(self, field.name):
+                continue
+            value = getattr(self, field.name)
+            if value is not None or field.name not in TABLE_OPTIONS:
                 options[field.name] = as_option(field, value)
         return options
 
@@ -2470,7 +2479,7 @@ def as_option(field: dataclasses.Field, value: Any) -> Any:
 
     A list of columns may be any sequence, or a single column.
     """
-    if field.type is list:
+    if field.type is list and value is not None:
         return [str(item) for item in np.atleast_1d(np.array(value, dtype=object)).tolist()]
     kinds = {bool: (bool, np.bool_), int: numbers.Integral, float: numbers.Real}
     is_flag = isinstance(value, (bool, np.bool_))

@@ -1,10 +1,11 @@
 """Tables that the defaults of bnaf.py were chosen on: drawn from known densities, or real ones.
 
 None of them is among the tables that BNAF is compared with others on (tables.py, conditional.py).
-A table has ``draw(n, seed)``, which returns rows to learn from and to test on.
+A known density has ``rows(rng, n)``, which draws rows (n, D), and ``log_prob(rows)``, (n,) in nats.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,13 @@ Drawn = tuple[Rows, Rows, Rows]  # rows to learn from, rows to test on, log p of
 
 
 class GaussianTable:
-    """A Gaussian whose columns are correlated by a few factors, and functions of its columns.
+    """A Gaussian whose columns are correlated by a few factors, or a copula of it.
 
     Arguments:
         n_columns: the number of columns D.
         n_factors: how many factors they have in common.
-        noise: the variance of their own, relative to that of a factor.
-        quantile: maps a column of uniform numbers to one of the table; None leaves the Gaussian.
-        cdf, log_density: of that column, the inverse of ``quantile`` and the log of its density.
+        noise: the variance of each column's own part, relative to that of all factors.
+        marginal: the distribution that columns are mapped to; None leaves the Gaussian.
         every: every how many columns are mapped.
     """
 
@@ -141,10 +141,10 @@ def digit_rows() -> Rows:
 
 
 KNOWN: dict[str, Callable] = {
-    'Gaussian': lambda: GaussianTable(12),
-    'heavy tails': lambda: GaussianTable(20, marginal=stats.t(3)),
-    'skewed': lambda: GaussianTable(24, noise=0.05, marginal=stats.lognorm(0.6), every=2),
-    'one-sided': lambda: GaussianTable(10, marginal=stats.gamma(1.5)),
+    'Gaussian': partial(GaussianTable, 12),
+    'heavy tails': partial(GaussianTable, 20, marginal=stats.t(3)),
+    'skewed': partial(GaussianTable, 24, noise=0.05, marginal=stats.lognorm(0.6), every=2),
+    'one-sided': partial(GaussianTable, 10, marginal=stats.gamma(1.5)),
     'mixture': MixtureTable,
     'curved': CurvedTable,
 }
@@ -158,12 +158,9 @@ def draw_table(name: str, n: int, seed: int, miniboone: Path | None = None) -> D
         name: one of ``KNOWN`` or ``REAL``, or 'MINIBOONE'.
         n: the number of rows to learn from.
         seed: decides which they are.
-        miniboone: the folder of val.npy and test.npy of MINIBOONE.
+        miniboone: the folder of val.npy, validation rows of MINIBOONE.
     """
     if name in KNOWN:
         return draw_known(KNOWN[name], n, seed)
-    if name in REAL:
-        return draw_real(REAL[name](), n, seed)
-    rows = np.random.default_rng(seed).permutation(np.load(miniboone / 'val.npy'))
-    test = np.load(miniboone / 'test.npy')
-    return rows[:n].astype(np.float64), test.astype(np.float64), np.zeros(len(test))
+    rows = REAL[name]() if name in REAL else np.load(miniboone / 'val.npy').astype(np.float64)
+    return draw_real(rows, n, seed)

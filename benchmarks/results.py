@@ -186,7 +186,7 @@ def training_command(script: ModuleType, config: glow.Config | bnaf.Config, worl
     launcher = 'python' if world_size == 1 else f'torchrun --nproc_per_node={world_size}'
     words = [launcher, f'{script.NAME}.py', '--train']
     defaults = script.DEFAULTS.get(config.dataset, {})
-    always = bnaf.own_table_defaults(0) if is_own_table(config.dataset) else {}
+    always = bnaf.TABLE_OPTIONS if is_own_table(config.dataset) else ()
     for field in fields(config):
         value = getattr(config, field.name)
         is_default = value == defaults.get(field.name, field.default)

@@ -6,14 +6,13 @@ import numpy as np
 from sklearn.covariance import ledoit_wolf
 
 MOST_ROWS = 100_000  # that it is fitted to; more make no difference
-LEAST_VARIANCE = 1e-6  # added to each variance, so that dependent columns do no harm
+ADDED_VARIANCE = 1e-6  # to each column, so that columns that depend on each other do no harm
 
 
 def gaussian_log_prob(known: np.ndarray, rows: np.ndarray, n_columns: int) -> np.ndarray:
-    """Return log p of standardised rows, (N,) in nats, by a Gaussian fitted to known ones.
+    """Return log p of rows, (N,) in nats, by a Gaussian fitted to known ones.
 
-    Its covariance is shrunk as by Ledoit and Wolf (2004), which makes it the better the fewer rows
-    there are. It takes milliseconds.
+    Its covariance is shrunk as by Ledoit and Wolf (2004), which helps where there are few rows.
 
     Arguments:
         known: the rows that it is fitted to, (M, D + C).
@@ -23,7 +22,7 @@ def gaussian_log_prob(known: np.ndarray, rows: np.ndarray, n_columns: int) -> np
     known = known[:: -(-len(known) // MOST_ROWS)].astype(np.float64)
     mean = known.mean(axis=0)
     covariance, _ = ledoit_wolf(known)
-    covariance += LEAST_VARIANCE * np.eye(len(mean))
+    covariance += ADDED_VARIANCE * np.eye(len(mean))
 
     deviations = rows - mean
     log_p = log_normal(deviations, covariance)

@@ -235,10 +235,14 @@ class TableData:
     def is_outside(self, rows: np.ndarray) -> np.ndarray:
         """Return which of the standardised rows (N, D) leave the range of the training rows, (N,).
 
-        Those do that have a value below or above all of its column. The ranges must be known.
+        Those do that have a value below or above all of its column. Columns with levels do not
+        count, as ``quantize`` never leaves these. The ranges must be known.
         """
         lowest, highest = self.ranges
-        return ((rows < lowest) | (rows > highest)).any(axis=1)
+        is_beyond = (rows < lowest) | (rows > highest)
+        for k, levels in enumerate(self.levels):
+            is_beyond[:, k] &= len(levels) == 0
+        return is_beyond.any(axis=1)
 
     def quantize(self, rows: np.ndarray) -> np.ndarray:
         """Return rows in the table's own units, with discrete columns on their levels: (N, D).
@@ -362,7 +366,11 @@ def load_run_table(
         name = describe_tables(config, saved['config'])
         require_same_table(data, saved_units, name)
     if config.max_rows and data.train is not None:
-        data = replace(data, train=data.train[: config.max_rows])
+        train = data.train[: config.max_rows]
+        own = train[:, : len(data.columns)]
+        data = replace(
+            data, train=train, quantiles=column_quantiles(own), ranges=column_ranges(own)
+        )
     return data
 
 

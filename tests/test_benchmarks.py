@@ -1,6 +1,7 @@
 """The benchmarks run on tiny shapes without the peers; pages show what the JSON files hold."""
 
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -691,7 +692,7 @@ def test_commands_on_own_tables_say_what_depends_on_the_rows():
     assert ' --dataset=my.csv ' in line and ' --batch_size=200 ' in line
     _, options, _ = bnaf.parse_args(shlex.split(line)[2:])
     n_rows = 100
-    assert bnaf.fit_to_table(bnaf.Config(**options), options, n_rows) == replace(
+    assert bnaf.with_table_defaults(bnaf.Config(**options), options, n_rows) == replace(
         config, dataset='my.csv'
     )
 
@@ -951,21 +952,14 @@ def test_the_table_of_conditional_densities_says_how_far_bnaf_leads():
 
 # ---------------------------------------------------------------------------------------- defaults
 
-SMALL_KNOWN = {
-    'Gaussian': lambda: known_tables.GaussianTable(3),
-    'heavy tails': lambda: known_tables.GaussianTable(3, marginal=stats.t(3)),
-    'skewed': lambda: known_tables.GaussianTable(3, marginal=stats.lognorm(0.6), every=2),
-    'one-sided': lambda: known_tables.GaussianTable(3, marginal=stats.gamma(1.5)),
-    'mixture': known_tables.MixtureTable,
-    'curved': known_tables.CurvedTable,
-}
 
-
-@pytest.mark.parametrize('name', SMALL_KNOWN)
+@pytest.mark.parametrize('name', known_tables.KNOWN)
 def test_known_densities_integrate_to_one(name):
     """By importance sampling from a wider distribution of the same mean and correlation."""
-    assert SMALL_KNOWN.keys() == known_tables.KNOWN.keys()
-    known, rng = SMALL_KNOWN[name](), np.random.default_rng(0)
+    make, rng = known_tables.KNOWN[name], np.random.default_rng(0)
+    if isinstance(make, functools.partial):
+        make = functools.partial(known_tables.GaussianTable, 3, **make.keywords)  # three columns
+    known = make()
     rows = known.rows(rng, 20_000)
     proposal = stats.multivariate_t(rows.mean(axis=0), 0.8 * np.cov(rows.T), df=3)
     points = proposal.rvs(100_000, random_state=rng)
@@ -984,15 +978,14 @@ def test_real_tables_are_split_without_overlap(tmp_path):
         assert len(np.unique(np.concatenate([rows, test]), axis=0)) == 100 + len(test)
 
     np.save(tmp_path / 'val.npy', np.arange(30.0).reshape(10, 3))
-    np.save(tmp_path / 'test.npy', np.ones((4, 3)))
     rows, test, _ = known_tables.draw_table('MINIBOONE', 6, 0, tmp_path)
-    assert rows.shape == (6, 3) and (test == 1).all() and len(np.unique(rows)) == 18
+    assert rows.shape == (6, 3) and len(np.unique([*rows, *test])) == 30
 
 
 @pytest.mark.slow
 def test_trainings_of_the_defaults_are_made_once(tmp_path, monkeypatch, capsys):
     (tmp_path / 'README.md').write_text('<!-- what defaults.py wrote --><!-- until here -->')
-    own = dict(bnaf.OWN_TABLE, hidden_dim=2, batch_size=20, early_stop=1)
+    own = dict(bnaf.OF_ANY_SIZE, hidden_dim=2, batch_size=20, early_stop=1)
     monkeypatch.setattr(bnaf, 'OWN_TABLES', {math.inf: own})
     monkeypatch.setattr(defaults, 'SIZES', {'few': {'curved': 40, 'MINIBOONE': 40}, 'more': {}})
     monkeypatch.setattr(defaults, 'CHANGES', {'few': {'n_flows': (1,)}, 'more': {}})

@@ -283,13 +283,14 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
     assert saved['step'] == 0  # as good as a new model
 
 
-# ------------------------------------------------------------------- defaults of tables, and peers
+# ------------------------------------------------------------------ defaults of tables, a Gaussian
 
 
 def test_defaults_of_a_table_depend_on_its_rows(tmp_path, monkeypatch, capsys):
     small = dict(batch_size=20, hidden_dim=3, last_residual='gated')
     more = dict(batch_size=40, hidden_dim=5, last_residual='none')
     monkeypatch.setattr(bnaf, 'OWN_TABLES', {81: small, math.inf: more})
+    monkeypatch.setattr(bnaf, 'TABLE_OPTIONS', tuple(small))
     for n, n_train, defaults in ((100, 80, small), (102, 82, more)):
         write_rows(tmp_path / f'{n}.csv', n)
         words = [f'--dataset={tmp_path}/{n}.csv', f'--output_dir={tmp_path}', '--n_epochs=1']
@@ -313,17 +314,37 @@ def load_last_config(folder, name):
     return bnaf.load_checkpoint(only(folder.glob(f'bnaf_{name}_*/checkpoint.pt')))['config']
 
 
-def test_only_your_own_tables_are_measured(tmp_path, capsys):
-    words = ['--dataset=rings', '--n_epochs=1', '--hidden_dim=2', f'--output_dir={tmp_path}']
-    bnaf.main(['--train', *words])
-    config = load_last_config(tmp_path, 'rings')
-    assert config.last_residual == 'none' and config.early_stop == bnaf.TOY['early_stop']
+@pytest.mark.parametrize('name, has_gaussian', [('rings', False), ('power', True)])
+def test_only_your_own_tables_have_defaults_by_size(
+    name, has_gaussian, tmp_path, monkeypatch, capsys
+):
+    counts = (162, 18, 20)
+    monkeypatch.setitem(tabular.TABLES, 'power', (counts, *tabular.TABLES['power'][1:]))
+    tiny_tables.write_power(tmp_path)
+    words = [f'--dataset={name}', f'--data_dir={tmp_path}', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', *words, '--n_epochs=1', '--hidden_dim=2'])
+    config = load_last_config(tmp_path, name)
+    assert config.last_residual == 'none' and config.lr_patience == bnaf.Config.lr_patience
     out = capsys.readouterr().out
-    assert 'options for' not in out and 'Gaussian' not in out
+    assert 'options for' not in out and ('a Gaussian fitted' in out) == has_gaussian
 
 
-# The non-zero weights by which the ratios of table 2 in the paper were reached.
-OF_PAPER = {
+def test_fewer_rows_on_request_decide_the_defaults_and_the_ranges(tmp_path, monkeypatch):
+    small, more = dict(batch_size=20, hidden_dim=3), dict(batch_size=40, hidden_dim=5)
+    monkeypatch.setattr(bnaf, 'OWN_TABLES', {31: small, math.inf: more})
+    monkeypatch.setattr(bnaf, 'TABLE_OPTIONS', tuple(small))
+    write_rows(tmp_path / 'my.csv', 200)
+    words = [f'--dataset={tmp_path}/my.csv', '--max_rows=30', '--n_epochs=1']
+    bnaf.main(['--train', *words, f'--output_dir={tmp_path}'])
+    config, saved = saved_run(only(tmp_path.glob('*/checkpoint.pt')))
+    assert config.hidden_dim == 3
+    data = tabular.load_run_table(config, saved)
+    expected = [data.train.min(axis=0), data.train.max(axis=0)]
+    np.testing.assert_array_equal(np.transpose(saved['units']['ranges']), expected)
+
+
+# With these, the ratios in table 2 of the paper are met to two decimals.
+PARAMETERS = {
     'power': 181_264,
     'gas': 308_884,
     'hepmass': 516_814,
@@ -332,18 +353,18 @@ OF_PAPER = {
 }
 
 
-@pytest.mark.parametrize('name', OF_PAPER)
-def test_published_tables_have_the_parameters_of_the_paper(name):
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_parameters_of_published_tables(name):
     _, n_columns, _ = tabular.TABLES[name]
     config = resolve_config(bnaf.Config, {'dataset': name}, bnaf.DEFAULTS, None, ())
-    assert bnaf.build_model(config, (n_columns, 0)).n_parameters == OF_PAPER[name]
+    assert bnaf.build_model(config, (n_columns, 0)).n_parameters == PARAMETERS[name]
     assert config.last_residual == 'none'
 
 
 def test_a_model_is_compared_with_a_gaussian(trained_bnaf, capsys):
     bnaf.main(['--evaluate', f'--restore_file={trained_bnaf}'])
     out = capsys.readouterr().out
-    pattern = r'a Gaussian .* rows: (\S+) nats; the flow is (\S+) ± (\S+) nats (\w+) it'
+    pattern = r'fitted to the training rows: (\S+) nats; the flow is (\S+) ± (\S+) nats (\w+) it'
     value, lead, error, side = re.search(pattern, out).groups()
     result = read_results(trained_bnaf)
     assert float(value) == pytest.approx(result['gaussian_log_likelihood_nats'], abs=1e-4)
@@ -355,6 +376,44 @@ def test_a_model_is_compared_with_a_gaussian(trained_bnaf, capsys):
     others = math.log(2 * math.pi * math.e) + math.log(10) + math.log(5)
     assert float(value) == pytest.approx(-age - others, abs=0.4)
     assert 0 < float(error) < 1
+
+
+def test_infinite_scores_are_not_compared(monkeypatch, capsys):
+    data = tabular.table_from_frame(people_table(), 'X')
+    losses = torch.zeros(len(data.test), dtype=torch.float64)
+    assert list(bnaf.compare_with_gaussian(losses, data)) == ['gaussian_log_likelihood_nats']
+    assert ' above it' in capsys.readouterr().out
+    losses[3] = math.inf
+    bnaf.compare_with_gaussian(losses, data)
+    assert capsys.readouterr().out.endswith(' nats\n')
+
+
+def test_a_conditional_model_is_compared_with_a_conditional_gaussian(tmp_path, capsys):
+    people_table().to_csv(tmp_path / 'my.csv', index=False)
+    words = [f'--dataset={tmp_path}/my.csv', '--condition=height,age', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', *words, '--n_epochs=1'])
+    # the weight is a line in the height, with a deviation of 5
+    of_weight = -0.5 * math.log(2 * math.pi * math.e) - math.log(5)
+    value = re.search(r'a Gaussian fitted .*: (\S+) nats', capsys.readouterr().out)[1]
+    assert float(value) == pytest.approx(of_weight, abs=0.3)
+
+
+def test_samples_of_discrete_columns_never_leave_the_data(tmp_path, capsys):
+    table = people_table()
+    table['sex'] = np.arange(len(table)) % 2
+    table.to_csv(tmp_path / 'my.csv', index=False)
+    words = ['--columns=sex,age', '--dequantize', '--n_epochs=1', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', f'--dataset={tmp_path}/my.csv', *words])
+    data = tabular.load_run_table(*saved_run(only(tmp_path.glob('*/best.pt'))))
+    sex, age = data.ranges.T
+    rows = np.array([[9.0, age.mean()], [-9.0, age.mean()], [0.0, age[1] + 1]])
+    assert data.is_outside(rows).tolist() == [False, False, True]
+
+
+def test_models_of_former_formats_do_not_know_the_range(tmp_path, capsys):
+    stored = SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf_4.pt'
+    bnaf.main(['--generate', f'--restore_file={stored}', f'--output={tmp_path}/s.csv'])
+    assert 'with a value beyond' not in capsys.readouterr().out
 
 
 def test_how_many_samples_leave_the_range_of_the_data_is_said(trained_bnaf, tmp_path, capsys):

@@ -747,8 +747,8 @@ def test_with_a_residual_on_the_last_flow_every_z_has_an_x(residual):
 
 
 @torch.no_grad()
-def test_tails_are_hardly_stretched_at_first():
-    """Far out the slope of x is that of all gates together, 13."""
+def test_the_slope_of_the_tails_is_that_of_all_gates():
+    """Far out, tanhs are constant: x grows 13 times as fast as z at first."""
     torch.manual_seed(0)
     model = bnaf.BNAF(4, 5, 1, 5, last_residual='gated').double()
     others, last = torch.tensor([bnaf.GATE_OF_OTHERS, bnaf.GATE_OF_LAST]).double()
@@ -773,7 +773,7 @@ def test_what_f_adds_reaches_as_far_whatever_the_residual(residual):
 
 
 def test_paper_and_own_form_begin_with_the_same_weights():
-    """A seed gives the weights that it gave before the last flow could have a residual."""
+    """All but what ``init_tails`` sets."""
     models = []
     for last_residual in ('none', 'gated'):
         config = bnaf.Config(n_flows=3, hidden_dim=4, last_residual=last_residual)
