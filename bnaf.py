@@ -84,6 +84,7 @@ from common.runs import (
     local_device,
     open_run_folder,
     print_how_to_go_on,
+    print_if_over,
     require_agreement,
     require_launcher,
     stop_if_diverged,
@@ -294,20 +295,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys((*SAMPLERS, *ENERGIES), TOY),
     **{name: dict(hidden_dim=hidden_dim) for name, hidden_dim in PUBLISHED.items()},
 }
-# Those of your own tables, found by benchmarks/defaults.py. Some depend on the number of training
-# rows: the first limit that is above it counts.
-OF_ANY_SIZE = dict(last_residual='gated', n_hidden=0, lr=0.02, lr_patience=5, early_stop=20)
-OWN_TABLES: dict[float, dict[str, Any]] = {
-    1_000: dict(OF_ANY_SIZE, hidden_dim=10, batch_size=20),
-    20_000: dict(OF_ANY_SIZE, hidden_dim=20, batch_size=100),
-    math.inf: dict(OF_ANY_SIZE, hidden_dim=20, batch_size=200),
+# Those of your own tables, found by benchmarks/defaults.py: of all, and by the number of training
+# rows, where the first limit that is above it counts.
+OWN_TABLES = dict(last_residual='gated', n_hidden=0, lr=0.02, lr_patience=5, early_stop=20)
+BY_ROWS: dict[float, dict[str, Any]] = {
+    1_000: dict(hidden_dim=10, batch_size=20),
+    20_000: dict(hidden_dim=20, batch_size=100),
+    math.inf: dict(hidden_dim=20, batch_size=200),
 }
-TABLE_OPTIONS = tuple(OWN_TABLES[math.inf])
+TABLE_OPTIONS = (*OWN_TABLES, *BY_ROWS[math.inf])
 
 
 def own_table_defaults(n_rows: int) -> dict[str, Any]:
     """Return the defaults of a table of the user's own that has so many training rows."""
-    return next(defaults for limit, defaults in OWN_TABLES.items() if n_rows < limit)
+    by_rows = next(defaults for limit, defaults in BY_ROWS.items() if n_rows < limit)
+    return {**OWN_TABLES, **by_rows}
 
 
 def with_table_defaults(config: Config, options: dict[str, Any], n_rows: int) -> Config:
@@ -1732,6 +1734,7 @@ def train(
         catch_stop_signals() as signals,
     ):
         run = Training(config, data, process, saved)
+        print_if_over(run)
         log = TrainingLog(run, folder, ITEMS, format_score)
         last, best = folder / LAST, folder / BEST
         if not process.share(best.exists()):
@@ -1823,7 +1826,7 @@ def evaluate(
 
     results = summarise(losses, data, request.input, config)
     if not request.input:
-        if data.train is not None:
+        if data.train is not None and len(data.train) > 2:  # else its covariance is not known
             results |= compare_with_gaussian(losses, data)
         results = {**results, 'step': saved['step'], 'checkpoint': saved['path'].name}
         write_json(saved['path'].with_name('results.json'), results)
@@ -1861,7 +1864,7 @@ def compare_with_gaussian(losses: Tensor, data: TableData) -> dict[str, Any]:
     Both are scored on the test split. Returns the score of the Gaussian as plain values.
     """
     log_p = gaussian_log_prob(data.train, data.test, len(data.columns)) - np.log(data.std).sum()
-    text = f'a Gaussian fitted to the training rows: {log_p.mean():.4f} nats'
+    text = f'a Gaussian fitted to the training rows scores {log_p.mean():.4f} nats'
 
     lead = -losses.numpy() - log_p
     if np.isfinite(lead).all():
@@ -1938,11 +1941,10 @@ def sample_rows(
     error = (again - head).abs().max().item()
     rows = x.cpu().numpy()
     lost = f'{n_lost:,} more draws lay beyond what the flow reaches; ' if n_lost else ''
-    beyond = ''
+    print(f'{n:,} samples, {speed:,.0f} per second; {lost}round trip within {error:.0e}')
     if len(data.ranges):
         n_beyond = data.is_outside(rows).sum()
-        beyond = f'{n_beyond:,} with a value beyond those of the training rows; '
-    print(f'{n:,} samples, {speed:,.0f} per second; {lost}{beyond}round trip within {error:.0e}')
+        print(f'{n_beyond:,} of them leave the range of the training rows in some column')
 
     log_p = log_p.cpu().numpy() - np.log(data.std).sum()
     return data.to_own_units(rows), log_p
@@ -2096,11 +2098,14 @@ def check(model: BNAF, data: TableData, config: Config) -> None:
 
 
 def name_of_size(limit: float) -> str:
-    """Return which tables of the user's own are meant by a limit of ``OWN_TABLES``."""
-    n_rows = f'fewer than {limit:,}' if limit < math.inf else 'more'
-    return f'your table with {n_rows} training rows'
+    """Return which tables of the user's own are meant by a limit of ``BY_ROWS``."""
+    return f'of fewer than {limit:,} training rows' if limit < math.inf else 'of more rows'
 
 
+TABLE_DEFAULTS = {
+    'your own table': OWN_TABLES,
+    **{name_of_size(limit): values for limit, values in BY_ROWS.items()},
+}
 COMMAND_LINE = CommandLine(
     script=f'{NAME}.py',
     description=(__doc__ or '').partition('Notation')[0],
@@ -2108,7 +2113,7 @@ COMMAND_LINE = CommandLine(
     mode_options=MODE_OPTIONS,
     config_class=Config,
     request_class=Request,
-    defaults={**DEFAULTS, **{name_of_size(limit): values for limit, values in OWN_TABLES.items()}},
+    defaults={**DEFAULTS, **TABLE_DEFAULTS},
 )
 
 
@@ -2139,7 +2144,7 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         notes = [f'note: {note}' for note in data.notes]
         if saved is None and is_own_table(config.dataset):
             config = with_table_defaults(config, options, len(data.train))
-            notes = [describe_defaults(config, data), *notes]
+            notes += describe_defaults(config, options, len(data.train))
         if process.rank == 0:
             for note in notes:
                 print(note)
@@ -2164,12 +2169,14 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
         print(f'the model is {path}: step {saved["step"]}, validation {score}')
 
 
-def describe_defaults(config: Config, data: TableData) -> str:
-    """Return the options that a table of the user's own has by its size, as they are typed."""
-    words = ' '.join(f'--{name}={getattr(config, name)}' for name in TABLE_OPTIONS)
-    n_columns = len(data.columns)
-    columns = 'column' if n_columns == 1 else 'columns'
-    return f'options for {len(data.train):,} training rows of {n_columns} {columns}: {words}'
+def describe_defaults(config: Config, options: dict[str, Any], n_rows: int) -> list[str]:
+    """Return a line with the options that a table of the user's own has because of its rows.
+
+    Those that were given are left out; no line where all were.
+    """
+    names = [name for name in TABLE_OPTIONS if name not in options]
+    words = ' '.join(f'--{name}={getattr(config, name)}' for name in names)
+    return [f'defaults for {n_rows:,} training rows: {words}'] if words else []
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -2206,7 +2213,7 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         n_hidden: inner layers of a flow.
         hidden_dim: hidden units per variable.
         residual: of all flows but the last: ``'gated'``, ``'normal'`` or ``'none'``.
-        last_residual: of the last flow, likewise.
+        last_residual: of the last flow, likewise; by default ``'gated'``.
         checkpoint_grads: take less memory and more time.
         no_cuda_graph: launch the kernels of a step one by one, on a GPU.
         n_epochs: epochs, at most.
@@ -2222,9 +2229,8 @@ class BNAFDensity(DensityMixin, BaseEstimator):
         device: ``'cpu'`` or ``'cuda'``; by default a GPU if there is one.
         verbose: whether to show a progress bar.
 
-    These are the options of ``python bnaf.py --train``, with its defaults. Those of
-    ``TABLE_OPTIONS`` are None by default: they depend on the number of training rows, as
-    ``OWN_TABLES`` says.
+    These are the options of ``python bnaf.py --train``, with its defaults. Those that are None by
+    default have the values of ``OWN_TABLES`` and ``BY_ROWS``; ``bnaf.py --help`` lists them.
 
     Attributes:
         model_: the ``BNAF``, in float64, of standardised rows.
@@ -2376,7 +2382,10 @@ class BNAFDensity(DensityMixin, BaseEstimator):
 
     @classmethod
     def load(cls, path: str | Path, device: str = '') -> 'BNAFDensity':
-        """Return the fitted estimator of a checkpoint, one that ``bnaf.py`` wrote included."""
+        """Return the fitted estimator of a checkpoint, one that ``bnaf.py`` wrote included.
+
+        Its parameters are those of the training, as if all had been given.
+        """
         with raise_value_errors():
             saved = load_checkpoint(Path(path))
             config = saved['config']

@@ -66,6 +66,7 @@ from common.runs import (
     local_device,
     open_run_folder,
     print_how_to_go_on,
+    print_if_over,
     require_agreement,
     require_launcher,
     stop_if_diverged,
@@ -1692,6 +1693,7 @@ def train(
         catch_stop_signals() as signals,
     ):
         run = Training(config, data, process, saved)
+        print_if_over(run)
         log = TrainingLog(run, folder, ITEMS, format_score)
         last, best = folder / LAST, folder / BEST
         if not process.share(best.exists()):

@@ -128,8 +128,8 @@ SWEEPS = {
     ),
 }
 
-# The real commands: their options, and the step after which a run is cut short. BNAF has the paper's
-# form and the width of the official code.
+# The real commands: their options, and the step after which a run is cut short. Those of BNAF are
+# the form of the paper and the width of the official code.
 BNAF_EPOCH = '--n_epochs=1 --n_hidden=1 --hidden_dim=10 --batch_size=200 --last_residual=none'
 COMMANDS = {
     'quick': {

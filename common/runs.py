@@ -334,6 +334,14 @@ def print_how_to_go_on(run: Training, script: str, signals: list[str], checkpoin
         print(f'stopped after step {run.step} by {signal_name}; to go on: {command}')
 
 
+def print_if_over(run: Training) -> None:
+    """Print, on rank 0, if a training has no steps left, and how to add some."""
+    if run.process.rank == 0 and run.n_seen >= run.n_to_see:
+        options = ['n_epochs', 'early_stop']
+        names = ' or '.join(f'--{name}' for name in options if hasattr(run.config, name))
+        print(f'step {run.step} was the last one of this training: to go on, add a larger {names}')
+
+
 def launcher() -> str:
     """Return the command that started this process, up to the script: python or torchrun."""
     if 'TORCHELASTIC_RUN_ID' not in os.environ:

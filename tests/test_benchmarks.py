@@ -985,8 +985,8 @@ def test_real_tables_are_split_without_overlap(tmp_path):
 @pytest.mark.slow
 def test_trainings_of_the_defaults_are_made_once(tmp_path, monkeypatch, capsys):
     (tmp_path / 'README.md').write_text('<!-- what defaults.py wrote --><!-- until here -->')
-    own = dict(bnaf.OF_ANY_SIZE, hidden_dim=2, batch_size=20, early_stop=1)
-    monkeypatch.setattr(bnaf, 'OWN_TABLES', {math.inf: own})
+    own = dict(bnaf.OWN_TABLES, hidden_dim=2, batch_size=20, early_stop=1)
+    monkeypatch.setattr(bnaf, 'BY_ROWS', {math.inf: own})
     monkeypatch.setattr(defaults, 'SIZES', {'few': {'curved': 40, 'MINIBOONE': 40}, 'more': {}})
     monkeypatch.setattr(defaults, 'CHANGES', {'few': {'n_flows': (1,)}, 'more': {}})
     words = ['--sizes', 'few', '--n_seeds=2', f'--out={tmp_path}']

@@ -289,24 +289,47 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, capsys):
 def test_defaults_of_a_table_depend_on_its_rows(tmp_path, monkeypatch, capsys):
     small = dict(batch_size=20, hidden_dim=3, last_residual='gated')
     more = dict(batch_size=40, hidden_dim=5, last_residual='none')
-    monkeypatch.setattr(bnaf, 'OWN_TABLES', {81: small, math.inf: more})
-    monkeypatch.setattr(bnaf, 'TABLE_OPTIONS', tuple(small))
+    monkeypatch.setattr(bnaf, 'BY_ROWS', {81: small, math.inf: more})
     for n, n_train, defaults in ((100, 80, small), (102, 82, more)):
         write_rows(tmp_path / f'{n}.csv', n)
         words = [f'--dataset={tmp_path}/{n}.csv', f'--output_dir={tmp_path}', '--n_epochs=1']
         bnaf.main(['--train', *words, '--batch_size=30'])
         config = load_last_config(tmp_path, n)
         assert {**defaults, 'batch_size': 30}.items() <= vars(config).items()
-        line = f'options for {n_train} training rows of 4 columns: --batch_size=30 '
-        line += f'--hidden_dim={config.hidden_dim} --last_residual={config.last_residual}\n'
-        assert line in capsys.readouterr().out
+        line = re.search(rf'defaults for {n_train} training rows: (.*)', capsys.readouterr().out)[1]
+        words = [f'--{name}={getattr(config, name)}' for name in bnaf.TABLE_OPTIONS]
+        assert line.split() == [word for word in words if word != '--batch_size=30']
 
     # a run goes on as it began, whatever the defaults are by then
-    monkeypatch.setattr(bnaf, 'OWN_TABLES', {math.inf: dict(more, hidden_dim=7)})
+    monkeypatch.setattr(bnaf, 'BY_ROWS', {math.inf: dict(more, hidden_dim=7)})
     last = only(tmp_path.glob('bnaf_100_*/checkpoint.pt'))
     bnaf.main(['--train', f'--restore_file={last}', '--n_epochs=2'])
     assert load_last_config(tmp_path, 100).hidden_dim == 3
-    assert 'options for' not in capsys.readouterr().out
+    assert 'defaults for' not in capsys.readouterr().out
+
+
+def test_where_all_options_are_given_no_defaults_are_printed(tmp_path, capsys):
+    write_rows(tmp_path / 'my.csv', 100)
+    options = {**bnaf.own_table_defaults(80), 'batch_size': 40}
+    words = [f'--{name}={value}' for name, value in options.items()]
+    words += [f'--dataset={tmp_path}/my.csv', f'--output_dir={tmp_path}', '--n_epochs=1']
+    bnaf.main(['--train', *words])
+    assert 'defaults for' not in capsys.readouterr().out
+
+
+def test_a_training_without_steps_left_says_so(tmp_path, capsys):
+    write_rows(tmp_path / 'my.csv', 100)
+    words = [f'--dataset={tmp_path}/my.csv', f'--output_dir={tmp_path}']
+    bnaf.main(['--train', *words, '--n_flows=1', '--early_stop=1', '--lr=0.5'])
+    assert 'was the last one' not in capsys.readouterr().out
+    last = only(tmp_path.glob('bnaf_my_*/checkpoint.pt'))
+    step = bnaf.load_checkpoint(last)['step']
+    bnaf.main(['--train', f'--restore_file={last}', '--n_epochs=2000'])
+    line = f'step {step} was the last one of this training: to go on, add a larger --n_epochs or '
+    assert f'{line}--early_stop\n' in capsys.readouterr().out
+    bnaf.main(['--train', f'--restore_file={last}', '--early_stop=2'])
+    assert bnaf.load_checkpoint(last)['step'] > step
+    assert 'was the last one' not in capsys.readouterr().out
 
 
 def load_last_config(folder, name):
@@ -326,13 +349,12 @@ def test_only_your_own_tables_have_defaults_by_size(
     config = load_last_config(tmp_path, name)
     assert config.last_residual == 'none' and config.lr_patience == bnaf.Config.lr_patience
     out = capsys.readouterr().out
-    assert 'options for' not in out and ('a Gaussian fitted' in out) == has_gaussian
+    assert 'defaults for' not in out and ('a Gaussian fitted' in out) == has_gaussian
 
 
 def test_fewer_rows_on_request_decide_the_defaults_and_the_ranges(tmp_path, monkeypatch):
     small, more = dict(batch_size=20, hidden_dim=3), dict(batch_size=40, hidden_dim=5)
-    monkeypatch.setattr(bnaf, 'OWN_TABLES', {31: small, math.inf: more})
-    monkeypatch.setattr(bnaf, 'TABLE_OPTIONS', tuple(small))
+    monkeypatch.setattr(bnaf, 'BY_ROWS', {31: small, math.inf: more})
     write_rows(tmp_path / 'my.csv', 200)
     words = [f'--dataset={tmp_path}/my.csv', '--max_rows=30', '--n_epochs=1']
     bnaf.main(['--train', *words, f'--output_dir={tmp_path}'])
@@ -364,7 +386,9 @@ def test_parameters_of_published_tables(name):
 def test_a_model_is_compared_with_a_gaussian(trained_bnaf, capsys):
     bnaf.main(['--evaluate', f'--restore_file={trained_bnaf}'])
     out = capsys.readouterr().out
-    pattern = r'fitted to the training rows: (\S+) nats; the flow is (\S+) ± (\S+) nats (\w+) it'
+    pattern = (
+        r'fitted to the training rows scores (\S+) nats; the flow is (\S+) ± (\S+) nats (\w+) it'
+    )
     value, lead, error, side = re.search(pattern, out).groups()
     result = read_results(trained_bnaf)
     assert float(value) == pytest.approx(result['gaussian_log_likelihood_nats'], abs=1e-4)
@@ -394,7 +418,7 @@ def test_a_conditional_model_is_compared_with_a_conditional_gaussian(tmp_path, c
     bnaf.main(['--train', *words, '--n_epochs=1'])
     # the weight is a line in the height, with a deviation of 5
     of_weight = -0.5 * math.log(2 * math.pi * math.e) - math.log(5)
-    value = re.search(r'a Gaussian fitted .*: (\S+) nats', capsys.readouterr().out)[1]
+    value = re.search(r'a Gaussian fitted .* scores (\S+) nats', capsys.readouterr().out)[1]
     assert float(value) == pytest.approx(of_weight, abs=0.3)
 
 
@@ -413,7 +437,7 @@ def test_samples_of_discrete_columns_never_leave_the_data(tmp_path, capsys):
 def test_models_of_former_formats_do_not_know_the_range(tmp_path, capsys):
     stored = SCRIPT.parent / 'tests' / 'checkpoints' / 'bnaf_4.pt'
     bnaf.main(['--generate', f'--restore_file={stored}', f'--output={tmp_path}/s.csv'])
-    assert 'with a value beyond' not in capsys.readouterr().out
+    assert 'leave the range' not in capsys.readouterr().out
 
 
 def test_how_many_samples_leave_the_range_of_the_data_is_said(trained_bnaf, tmp_path, capsys):
@@ -421,7 +445,9 @@ def test_how_many_samples_leave_the_range_of_the_data_is_said(trained_bnaf, tmp_
     for z_std, least, most in ((0.1, 0, 0), (5, 400, 500)):
         bnaf.main(['--generate', *words, f'--z_std={z_std}', '--overwrite'])
         out = capsys.readouterr().out
-        n_outside = int(re.search(r'; (\d+) with a value beyond those of the training', out)[1])
+        n_outside = int(
+            re.search(r'\n(\d+) of them leave the range of the training rows in', out)[1]
+        )
         assert least <= n_outside <= most
 
         data = tabular.load_run_table(*saved_run(trained_bnaf))

@@ -82,7 +82,7 @@ def test_its_parameters_are_the_options_of_the_command():
 def test_defaults_depend_on_the_number_of_training_rows(monkeypatch):
     """Nine tenths of the rows train: 100 of 111 are as many as the limit."""
     small, more = dict(hidden_dim=2, batch_size=20), dict(hidden_dim=3, batch_size=40)
-    monkeypatch.setattr(bnaf, 'OWN_TABLES', {100: small, math.inf: more})
+    monkeypatch.setattr(bnaf, 'BY_ROWS', {100: small, math.inf: more})
     for n_rows, defaults in ((110, small), (111, more)):
         config = config_of(BNAFDensity(n_epochs=1).fit(rows(n=n_rows)))
         assert defaults.items() <= config.items()
