@@ -1,6 +1,6 @@
 """How good the defaults of bnaf.py are for tables of your own, beside each option changed alone.
 
-    python benchmarks/defaults.py --miniboone=DIR       an hour and a half on two idle cores
+    python benchmarks/defaults.py --miniboone=DIR       forty minutes on two idle cores
 
 The tables are those of known_tables.py, of 120 to 50,000 rows, each with three seeds. The score is
 the log-likelihood of rows that play no part in the training. Where the density is known, its own
@@ -76,10 +76,7 @@ CHANGES: dict[str, dict[str, tuple]] = {
         hidden_dim=(10,),
         batch_size=(50, 200),
     ),
-    'many': dict(
-        last_residual=('none',),
-        n_hidden=(1,),
-    ),
+    'many': dict(last_residual=('none',)),
 }
 
 
