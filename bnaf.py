@@ -327,7 +327,7 @@ def with_table_defaults(config: Config, options: dict[str, Any], n_rows: int) ->
 
 # ------------------------------------------------------------------------------------------ layers
 
-REACH = 5.0  # of a flow that is not to be exceeded, at first, in deviations of the noise
+REACH = 5.0  # of f in the last flow at first, in standard deviations of the noise
 GATE_OF_LAST, GATE_OF_OTHERS = 1.0, -1.0  # at first, where the last flow has a residual, too
 FARTHEST = 1e6  # in standardised units: where the inverse gives up looking for a root
 ROUGH_TOL = 1e-4  # in the same units: of the inverse's search in float32
