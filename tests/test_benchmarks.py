@@ -987,7 +987,8 @@ def test_trainings_of_the_defaults_are_made_once(tmp_path, monkeypatch, capsys):
     (tmp_path / 'README.md').write_text('<!-- what defaults.py wrote --><!-- until here -->')
     own = dict(bnaf.OWN_TABLES, hidden_dim=2, batch_size=20, early_stop=1)
     monkeypatch.setattr(bnaf, 'BY_ROWS', {math.inf: own})
-    monkeypatch.setattr(defaults, 'SIZES', {'few': {'curved': 40, 'MINIBOONE': 40}, 'more': {}})
+    sizes = {'few': {'curved': 40, 'MINIBOONE': 40}, 'more': {'curved': 50}}  # more is not measured
+    monkeypatch.setattr(defaults, 'SIZES', sizes)
     monkeypatch.setattr(defaults, 'CHANGES', {'few': {'n_flows': (1,)}, 'more': {}})
     words = ['--sizes', 'few', '--n_seeds=2', f'--out={tmp_path}']
     defaults.main(words)
