@@ -48,3 +48,9 @@ def test_of_many_rows_it_takes_evenly_spaced_ones(monkeypatch):
     known = rows(250)
     log_p = gaussian_log_prob(known, known[:3], 5)
     np.testing.assert_array_equal(log_p, gaussian_log_prob(known[::3], known[:3], 5))
+
+
+def test_rows_on_a_line_do_no_harm():
+    """Their covariance is not shrunk at all."""
+    known = np.outer([1, -1] * 10, [1.0, 2.0, 3.0])
+    assert np.isfinite(gaussian_log_prob(known, rows(5, d=3), 3)).all()
