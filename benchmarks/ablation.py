@@ -155,15 +155,22 @@ def all_variants(n_seeds: int) -> list[dict]:
     return variants
 
 
-def load_runs(file: Path, settings: dict) -> list[dict]:
-    """Return the trainings in a file, or none where they had other settings."""
+def load_results(file: Path) -> dict:
+    """Return what a former call has left in a file, or no trainings where there is none."""
     if not file.exists():
-        return []
+        return {'runs': []}
     try:
         results = json.loads(file.read_text())
-    except ValueError as error:
+        _ = results['runs']
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{file} is damaged: remove it to train anew') from error
-    if results['settings'] != settings:
+    return results
+
+
+def load_runs(file: Path, settings: dict) -> list[dict]:
+    """Return the trainings in a file, or none where they had other settings."""
+    results = load_results(file)
+    if results['runs'] and results['settings'] != settings:
         progress(f'{file.name} is of other settings: all trainings start anew')
         return []
     return results['runs']

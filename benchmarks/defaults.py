@@ -12,7 +12,6 @@ the script goes on with what is missing. In the end it writes a table in benchma
 """
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -25,13 +24,14 @@ import torch
 
 # bnaf.py is in the folder above this one.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ablation import worker_processes
+from ablation import load_results, worker_processes
 from known_tables import draw_table
 from pages import insert, table
+from tables import values_of
 from timing import cpu_name, progress
 
 import bnaf
-from common.errors import UserError, exit_on_user_error
+from common.errors import exit_on_user_error
 from common.files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -136,12 +136,7 @@ def all_jobs(sizes: list[str], n_seeds: int, with_miniboone: bool) -> list[Job]:
 
 def measure(args: argparse.Namespace, file: Path) -> dict:
     """Fit what ``file`` does not hold yet, and keep it there; return the content of the file."""
-    runs = []
-    if file.exists():
-        try:
-            runs = json.loads(file.read_text())['runs']
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{file} is damaged: remove it to train anew') from error
+    runs = load_results(file)['runs']
     results = {'cpu': cpu_name(), 'torch': torch.__version__, 'n_seeds': args.n_seeds, 'runs': runs}
 
     done = [Job(*(run[name] for name in Job._fields)) for run in runs]
@@ -160,15 +155,15 @@ def measure(args: argparse.Namespace, file: Path) -> dict:
 # ------------------------------------------------------------------------------------------- table
 
 
-def values_of(results: dict, size: str, setting: str, name: str, key: str) -> np.ndarray:
-    """Return a value of the trainings of a setting on a table, in the order of seeds."""
-    options, n_rows = settings_of_size(size)[setting], SIZES[size][name]
-    runs = {
-        run['seed']: run[key]
-        for run in results['runs']
-        if (run['table'], run['n_rows'], run['options']) == (name, n_rows, options)
-    }
-    return np.array([runs[seed] for seed in range(results['n_seeds']) if seed in runs])
+def runs_of(results: dict, size: str, setting: str, name: str) -> list[dict]:
+    """Return the trainings of a setting on a table, one per seed, in the order of seeds."""
+    job = name, SIZES[size][name], settings_of_size(size)[setting]
+    runs = []
+    for run in results['runs']:
+        is_theirs = (run['table'], run['n_rows'], run['options']) == job
+        if is_theirs and run['seed'] < results['n_seeds']:
+            runs.append(run)
+    return sorted(runs, key=lambda run: run['seed'])
 
 
 def format_table(results: dict) -> str:
@@ -177,7 +172,7 @@ def format_table(results: dict) -> str:
     for size, tables in SIZES.items():
         settings, measured = settings_of_size(size), []
         for name in tables:
-            counts = [len(values_of(results, size, setting, name, 'gap')) for setting in settings]
+            counts = [len(runs_of(results, size, setting, name)) for setting in settings]
             if min(counts) == results['n_seeds']:
                 measured.append(name)
         if measured:
@@ -191,10 +186,12 @@ def format_size(results: dict, size: str, tables: list[str]) -> str:
     for setting in settings_of_size(size):
         gaps, differences, seconds = [], [], []
         for name in tables:
-            gap = values_of(results, size, setting, name, 'gap')
+            runs = runs_of(results, size, setting, name)
+            of_default = runs_of(results, size, DEFAULT, name)
+            gap = values_of(runs, 'gap')
             gaps.append(gap.mean())
-            differences.append((gap - values_of(results, size, DEFAULT, name, 'gap')).mean())
-            seconds.append(values_of(results, size, setting, name, 'seconds').mean())
+            differences.append((gap - values_of(of_default, 'gap')).mean())
+            seconds.append(values_of(runs, 'seconds').mean())
 
         if setting == DEFAULT:
             cells = [f'{gap:.3f}' for gap in gaps] + ['']

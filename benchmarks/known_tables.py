@@ -48,19 +48,22 @@ class GaussianTable:
     def rows(self, rng: Generator, n: int) -> Rows:
         rows = self.gaussian.rvs(n, random_state=rng)
         if self.marginal is not None:
-            rows[:, self.mapped] = self.marginal.ppf(stats.norm.cdf(rows[:, self.mapped]))
+            uniform = stats.norm.cdf(rows[:, self.mapped])
+            rows[:, self.mapped] = self.marginal.ppf(uniform)
         return rows
 
     def log_prob(self, rows: Rows) -> np.ndarray:
         if self.marginal is None:
             return self.gaussian.logpdf(rows)
-        z = rows.copy()
-        mapped = rows[:, self.mapped]
+        x = rows[:, self.mapped]
         # of the two tails that which is not rounded to one
-        lower, upper = self.marginal.cdf(mapped), self.marginal.sf(mapped)
-        z[:, self.mapped] = np.where(lower < upper, stats.norm.ppf(lower), stats.norm.isf(upper))
-        log_slope = self.marginal.logpdf(mapped) - stats.norm.logpdf(z[:, self.mapped])
-        return self.gaussian.logpdf(z) + log_slope.sum(axis=1)
+        lower, upper = self.marginal.cdf(x), self.marginal.sf(x)
+        z = np.where(lower < upper, stats.norm.ppf(lower), stats.norm.isf(upper))
+        log_slope = self.marginal.logpdf(x) - stats.norm.logpdf(z)
+
+        unmapped = rows.copy()
+        unmapped[:, self.mapped] = z
+        return self.gaussian.logpdf(unmapped) + log_slope.sum(axis=1)
 
 
 class MixtureTable:

@@ -341,8 +341,7 @@ def load_last_config(folder, name):
 def test_only_your_own_tables_have_defaults_by_size(
     name, has_gaussian, tmp_path, monkeypatch, capsys
 ):
-    counts = (162, 18, 20)
-    monkeypatch.setitem(tabular.TABLES, 'power', (counts, *tabular.TABLES['power'][1:]))
+    tiny_tables.set_counts(monkeypatch, 'power')
     tiny_tables.write_power(tmp_path)
     words = [f'--dataset={name}', f'--data_dir={tmp_path}', f'--output_dir={tmp_path}']
     bnaf.main(['--train', *words, '--n_epochs=1', '--hidden_dim=2'])
@@ -794,8 +793,7 @@ def test_only_own_tables_replace_each_other(moved_run, trained_bnaf, tmp_path, c
 
 
 def test_another_file_of_a_published_table_is_refused(tmp_path, monkeypatch, capsys):
-    counts = (162, 18, 20)
-    monkeypatch.setitem(tabular.TABLES, 'power', (counts, *tabular.TABLES['power'][1:]))
+    tiny_tables.set_counts(monkeypatch, 'power')
     tiny_tables.write_power(tmp_path / 'a')
     tiny_tables.write_power(tmp_path / 'moved')
     words = ['--dataset=power', f'--data_dir={tmp_path}/a', f'--output_dir={tmp_path}']
@@ -822,8 +820,8 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     write_readme_data(tmp_path)
-    for name, (_, *others) in tabular.TABLES.items():
-        monkeypatch.setitem(tabular.TABLES, name, ((162, 18, 20), *others))
+    for name in tabular.TABLES:
+        tiny_tables.set_counts(monkeypatch, name)
     newest = None
     for command in commands:
         words = shlex.split(command)

@@ -25,7 +25,7 @@ from helpers import call_with_own_lock
 from tiny_data import attribute_rows, write_celeba, write_folder, write_mnist, write_table
 
 from common.errors import UserError
-from datasets import fetch, load_images, tabular
+from datasets import fetch, load_images
 from datasets.__main__ import main
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -454,7 +454,7 @@ def test_several_tables_from_one_archive(maf_archive, server, tmp_path, monkeypa
     (tmp_path / 'my.tar.gz').write_bytes(maf_archive)
     assert 'verified' in run(capsys, 'fetch', 'gas', '--data_dir=d', '--from', 'my.tar.gz')[1]
 
-    monkeypatch.setitem(tabular.TABLES, 'gas', ((162, 18, 20), *tabular.TABLES['gas'][1:]))
+    tiny_tables.set_counts(monkeypatch, 'gas')
     _, out, _ = run(capsys, 'prepare', 'gas', '--data_dir=d')
     assert 'gas: 162 / 18 / 20 rows of 8 are ready' in out
     assert 'gas train: 162 of 8' in run(capsys, 'show', 'gas', '--data_dir=d')[1]

@@ -1,5 +1,6 @@
 """Tables: published ones are prepared as by their authors, the user's own are read safely."""
 
+import functools
 import gzip
 import io
 import pickle
@@ -42,13 +43,9 @@ def set_counts(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tabular, 'CHUNK_ROWS', 60)
 
-    def set_counts_of(name, counts):
-        _, n_columns, candidates = tabular.TABLES[name]
-        monkeypatch.setitem(tabular.TABLES, name, (counts, n_columns, candidates))
-
     for name in tabular.TABLES:
-        set_counts_of(name, (162, 18, 20))
-    return set_counts_of
+        tiny_tables.set_counts(monkeypatch, name)
+    return functools.partial(tiny_tables.set_counts, monkeypatch)
 
 
 def load(name, folder):
