@@ -266,6 +266,8 @@ MODES = {
     'visualize': 'draw what was learned beside the data',
     'check': 'error of the inverse on the test split, and the flow it comes from',
 }
+# Options that may differ from machine to machine
+PATHS = ('data_dir', 'output_dir', 'restore_file', 'input', 'scores', 'output')
 # Training without a checkpoint takes all options of Config as well
 TABLE_PATHS = {'dataset', 'test_file'}  # they may only change from one own table to another
 MODE_OPTIONS = {
@@ -2185,8 +2187,8 @@ def main(argv: list[str] | None = None) -> None:
         mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup(request.device) as process:
             settings = {**options, **vars(request)}
-            for path in ('data_dir', 'output_dir', 'restore_file'):
-                settings.pop(path, None)  # may differ from machine to machine
+            for path in PATHS:
+                settings.pop(path, None)
             named = {f'--{name}': value for name, value in settings.items()}
             require_agreement(process, mode=mode, **named)
             run_mode(mode, options, request, process)

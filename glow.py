@@ -5,6 +5,8 @@
     python glow.py --generate --z_std=0.7          samples at temperature 0.7
     python glow.py --visualize --vis_attrs=8,20    edit attributes of a test image
     python glow.py --visualize --vis_img=me.jpg    edit a photo of your own
+    python glow.py --visualize --vis_img=me.jpg,you.jpg --vis_gif   from one photo to another
+    python glow.py --evaluate --input=PHOTOS       bits/dim of photos, the least likely ones by name
     python glow.py --train --dataset=digits --condition=classes     p(image | class)
     python glow.py --generate --given=7            samples of one class
     torchrun --nproc_per_node=8 glow.py --train --dataset=celeba --data_dir=CELEBA
@@ -28,6 +30,7 @@ import shutil
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -49,8 +52,8 @@ from common.averages import MovingAverage
 from common.batches import Stream, batch_indices, seeded_generator
 from common.checkpoints import CheckpointFormat, batch_of_all_processes, require_entries
 from common.devices import collect_gradients, keep_on_device, scales_gradients, to_device
-from common.errors import UserError, exit_on_user_error, report_error, warn_on_error
-from common.files import digest, write_json
+from common.errors import UserError, exit_on_user_error, printable, report_error, warn_on_error
+from common.files import digest, make_writable, write_json
 from common.graphs import CapturedStep, can_capture
 from common.logs import TrainingLog, progress_bar
 from common.options import CommandLine, Options, RunRequest, option, resolve_config
@@ -80,12 +83,33 @@ from datasets import (
     arrange_in_rows,
     condition_of_checkpoint,
     count_conditions,
+    count_photos,
+    flip_randomly,
+    has_photos,
+    load_input_photos,
     load_photo,
     load_run_images,
     name_for_file,
     save_grid,
     shift_randomly,
+    split_paths,
+    values_per_image,
 )
+from datasets.anomalies import percentiles, print_least_likely, score_quantiles
+from datasets.latents import (
+    EDITS,
+    NEIGHBOURS,
+    OTHER_CONDITIONS,
+    RECONSTRUCTIONS,
+    Start,
+    choose_picture,
+    draw_edits,
+    draw_interpolation,
+    draw_neighbours,
+    draw_other_conditions,
+    draw_reconstructions,
+)
+from datasets.own_tables import frame_of_columns, require_new_table, save_table
 
 # ------------------------------------------------------------------------------------------ config
 
@@ -94,12 +118,15 @@ ITEMS = 'images'
 VALIDATE_STEPS = 500  # validation comes at the end of an epoch, at least so many steps apart
 SAVE_SECONDS = 600.0  # between checkpoints, besides those at each validation
 LOG_STEPS = 20
+LEAST_VALIDATION_IMAGES = 10  # fewer say little of a percentile
 TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of --generate without --z_std
 # Of a model with conditions, samples of each class or combination of attributes are drawn
 Z_STD_OF_EACH = 0.7  # the temperature, without --z_std
 MAX_SHOWN = 16  # how many of the classes or combinations
 DZ_SCALE, DZ_IMAGES = 1.6, 30_000  # attribute directions, as in the paper's demo
-# Scores of evaluation that say how often conditions are guessed right, and who guesses
+# The score that is the bits/dim of p(x), where the model is one of p(x | y)
+WITHOUT_CONDITIONS = 'bits_per_dim_without_conditions'
+# Scores that say how often conditions are guessed right, and who guesses
 GUESSERS = {
     'accuracy_of_bayes_rule': "by Bayes' rule",
     'accuracy_of_head': 'by the head',
@@ -114,6 +141,9 @@ class Config(Options):
     dataset: str = option('data', 'faces', ', '.join(IMAGE_DATASETS))
     data_dir: str = option('data', 'data', 'where the data is, or is kept once drawn')
     image_size: int = option('data', 64, 'pixels per side, of faces, celeba and folder', low=1)
+    skip_broken: bool = option(
+        'data', False, 'leave out photos that cannot be decoded or are too small, and name them'
+    )
     n_bits: int = option(
         'model', 5, 'grey levels are reduced to 2^n_bits per channel', low=1, high=8
     )
@@ -169,6 +199,9 @@ class Config(Options):
     batch_size_init: int = option('optimization', 256, 'images that initialize the actnorms', low=1)
     translate: int = option(
         'optimization', 0, 'training images are shifted by up to so many pixels', high=2**10
+    )
+    flip: float = option(
+        'optimization', 0.0, 'probability that a training image is mirrored', high=1
     )
     lr: float = option('optimization', 1e-3, "Adam's learning rate", high=1e6)
     lr_decay: float = option(
@@ -233,10 +266,32 @@ class Request(RunRequest):
         low=-1000,
         high=1000,
     )
-    vis_img: str = option('output', '', 'a photo of your own (default: the first test image)')
+    vis_img: str = option(
+        'output',
+        '',
+        'a photo of your own, or two to interpolate between: a.jpg,b.jpg (default: test images)',
+    )
+    vis_gif: bool = option(
+        'output', False, 'show the steps of edits or interpolations as a GIF too'
+    )
+    input: str = option(
+        'output', '', 'evaluate the photos in this folder instead of the test split'
+    )
+    scores: str = option(
+        'output', '', 'write bits/dim and percentile of each image to this file, a .csv'
+    )
+    overwrite: bool = option('output', False, 'replace the file of --scores')
+    output: str = option(
+        'output', '', 'folder for pictures and results (default: that of the checkpoint)'
+    )
     accept_changed_data: bool = option(
         'run', False, 'go on although the images are not those that the run was trained on before'
     )
+
+    @property
+    def is_edit(self) -> bool:
+        """Whether --visualize is asked to move an image along attributes."""
+        return bool(self.vis_attrs) or self.vis_alphas is not Request.vis_alphas
 
     def require_consistency(self, mode: str) -> None:
         """Raise ``UserError`` where an option has no effect because of the others."""
@@ -245,30 +300,37 @@ class Request(RunRequest):
                 '--n_samples goes with --z_std: without it, a few samples are drawn at each of '
                 'several temperatures, or for each class'
             )
-        is_edit = self.vis_attrs or self.vis_alphas is not Request.vis_alphas
-        if mode == 'visualize' and self.given is not None and is_edit:
+        if mode == 'visualize' and self.given is not None and self.is_edit:
             raise UserError(
                 '--given changes the conditions: leave out --vis_attrs and --vis_alphas'
             )
+        if self.scores:
+            if not self.scores.endswith('.csv'):
+                raise UserError(f'--scores={self.scores} names images: it should end in .csv')
+            require_new_table(Path(self.scores), self.overwrite)
 
 
 MODES = {
     'train': 'train a new model, or go on with --resume or --restore_file',
     'evaluate': 'bits/dim on the test split',
     'generate': 'draw samples',
-    'visualize': 'edit the attributes of an image',
+    'visualize': 'edit the attributes of an image; without any, reconstruct and interpolate',
     'check': 'error of the inverse on the test split, and the layer it comes from',
 }
+# Options that may differ from machine to machine
+PATHS = ('data_dir', 'output_dir', 'restore_file', 'vis_img', 'input', 'scores', 'output')
 # Training without a checkpoint takes all options of Config as well
 MODE_OPTIONS = {
     'train': {'data_dir', 'checkpoint_grads', 'bf16', 'compile', 'no_cuda_graph', 'n_epochs'}
-    | {'resume', 'max_skips', 'detect_anomaly', 'accept_changed_data'},
-    'evaluate': {'data_dir', 'batch_size', 'bf16'},
-    'generate': {'seed', 'bf16', 'z_std', 'n_samples', 'given'},
-    'visualize': {'data_dir', 'batch_size', 'bf16'}
-    | {'z_std', 'given', 'vis_attrs', 'vis_alphas', 'vis_img'},
-    'check': {'data_dir', 'batch_size', 'bf16'},
+    | {'skip_broken', 'resume', 'max_skips', 'detect_anomaly', 'accept_changed_data'},
+    'evaluate': {'data_dir', 'skip_broken', 'batch_size', 'bf16'}
+    | {'input', 'scores', 'overwrite', 'output'},
+    'generate': {'seed', 'bf16', 'z_std', 'n_samples', 'given', 'output'},
+    'visualize': {'data_dir', 'skip_broken', 'batch_size', 'bf16'}
+    | {'z_std', 'given', 'vis_attrs', 'vis_alphas', 'vis_img', 'vis_gif', 'output'},
+    'check': {'data_dir', 'skip_broken', 'batch_size', 'bf16'},
 }
+LARGE = dict(image_size=64, n_levels=3, depth=32, width=512, n_epochs=80, batch_size=16)
 # What a data set changes of the defaults above. For celeba and mnist these are the settings of
 # github.com/kamenbliznashki/normalizing_flows. Bits/dim are divided by the number of values, the
 # bits of a class are not: the fewer values, the larger is the weight_y that balances them.
@@ -299,9 +361,38 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     ),
     'mnist': dict(image_size=32, n_bits=8, translate=1, weight_y=0.04),
     'cifar10': dict(image_size=32, n_bits=8, n_levels=2),
-    'celeba': dict(n_epochs=80),
-    'folder': dict(),
+    'celeba': LARGE,
+    'folder': LARGE,
 }
+# Those of photos, celeba and folder, by how many there are: the first limit that is above their
+# number counts. Few photos are soon learned by heart; mirrored and shifted ones delay that.
+SMALL = dict(
+    image_size=32,
+    n_levels=2,
+    depth=8,
+    width=64,
+    n_epochs_warmup=5.0,
+    batch_size=16,
+    translate=2,
+    flip=0.5,
+    lr=5e-3,
+    lr_decay=0.33,
+    ema_decay=0.99,
+)
+MEDIUM = {**SMALL, **dict(depth=16, n_epochs_warmup=2.0, batch_size=32, translate=0, lr=2e-3)}
+BY_PHOTOS: dict[float, dict[str, Any]] = {
+    300: {**SMALL, 'n_epochs': 500},
+    1_000: {**SMALL, 'n_epochs': 250},
+    3_000: {**SMALL, 'n_epochs': 100, 'n_epochs_warmup': 2.0, 'translate': 1},
+    50_000: {**MEDIUM, 'n_epochs': 36},
+    math.inf: LARGE,
+}
+PHOTO_OPTIONS = frozenset().union(*BY_PHOTOS.values())
+
+
+def photo_defaults(n_photos: int) -> dict[str, Any]:
+    """Return the defaults of celeba or folder where there are so many photos."""
+    return next(defaults for limit, defaults in BY_PHOTOS.items() if n_photos < limit)
 
 
 # ------------------------------------------------------------------------------------------ layers
@@ -1316,6 +1407,7 @@ CHECKPOINT = CheckpointFormat(
         'n_skipped': int,
         'skips_in_a_row': int,
         'validation_loss': float,
+        'validation_quantiles': [float],
         'best': float,
     },
     parts={
@@ -1326,6 +1418,7 @@ CHECKPOINT = CheckpointFormat(
     build_model=build_model,
     build_optimizer=build_optimizer,
     upgrades={1: upgrade_from_1, 2: upgrade_from_2},
+    defaults={'validation_quantiles': []},  # not known
 )
 
 
@@ -1377,6 +1470,8 @@ def training_batch(
     generator = seeded_generator(device, Stream.TRAINING, config.seed, n_seen, rank)
     if config.translate:
         x = shift_randomly(x, config.translate, generator)
+    if config.flip:
+        x = flip_randomly(x, config.flip, generator)
     u = torch.rand(x.shape, device=device, generator=generator)
     y = conditions_of(data.train, indices, device)
     return (x, u) if y is None else (x, u, y)
@@ -1392,38 +1487,43 @@ def conditions_of(
 
 
 @torch.no_grad()
-def average_over_images(
+def score_images(
     split: ImageSplit,
     batch_size: int,
     process: Process,
     score: Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]],
-    names: tuple[str, ...] = ('bits_per_dim',),
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the mean of each score over all images, and two standard errors of each.
+    names: Iterable[str] = ('bits_per_dim',),
+    seeds: list[int] | None = None,
+) -> dict[str, Tensor]:
+    """Return the scores of each image, on the CPU, of shape (N,), float64.
 
     ``score`` maps images, noise and conditions to scores of these ``names``, each of shape (B,).
-    Image i always gets the same noise, so that the result depends neither on ``batch_size`` nor
-    on the number of processes that share the work.
+    Image i always gets the same noise, that of its place i or of its seed, so that its scores
+    depend neither on ``batch_size`` nor on the number of processes that share the work.
     """
-    n_images = len(split.images)
-    sums = torch.zeros(2, len(names), dtype=torch.float64, device=process.device)
+    n_images, names = len(split.images), list(names)
+    table = torch.zeros(n_images, len(names), dtype=torch.float64, device=process.device)
     own = np.arange(n_images)[process.rank :: process.world_size]
     for start in range(0, len(own), batch_size):
         indices = own[start : start + batch_size]
         x = torch.from_numpy(split.images[indices]).to(process.device)
         noise = []
         for i in indices:
-            generator = seeded_generator('cpu', Stream.EVALUATION, int(i))
+            seed = int(i) if seeds is None else seeds[i]
+            generator = seeded_generator('cpu', Stream.EVALUATION, seed)
             noise.append(torch.rand(x.shape[1:], generator=generator))
         u = torch.stack(noise).to(process.device)
         scores = score(x, u, conditions_of(split, indices, process.device))
-        values = torch.stack([scores[name].double() for name in names])
-        sums += torch.stack([values.sum(1), values.square().sum(1)])
+        values = torch.stack([scores[name].double() for name in names], dim=1)
+        table[torch.from_numpy(indices).to(process.device)] = values
 
-    mean, mean_square = process.sum(sums) / n_images
-    variance = (mean_square - mean.square()).clamp(min=0)
-    errors = 2 * (variance / n_images).sqrt()
-    return dict(zip(names, mean.tolist())), dict(zip(names, errors.tolist()))
+    columns = process.sum(table).T.cpu()
+    return dict(zip(names, columns))
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of some values, and two standard errors of it."""
+    return values.mean().item(), 2 * values.std(correction=0).item() / math.sqrt(len(values))
 
 
 def bits_per_dim(
@@ -1434,8 +1534,41 @@ def bits_per_dim(
     def score(x: Tensor, u: Tensor, y: Tensor | None) -> dict[str, Tensor]:
         return {'bits_per_dim': to_bits(model.log_prob(x, u, y), n_values)}
 
-    means, errors = average_over_images(split, batch_size, process, score)
-    return means['bits_per_dim'], errors['bits_per_dim']
+    return mean_and_error(score_images(split, batch_size, process, score)['bits_per_dim'])
+
+
+def score_split(
+    model: Glow,
+    split: ImageSplit,
+    condition: ImageCondition,
+    n_values: int,
+    batch_size: int,
+    process: Process,
+    seeds: list[int] | None = None,
+) -> dict[str, Tensor]:
+    """Return all scores of each image: bits/dim and, given conditions, ``score_conditions``.
+
+    Where the model has conditions and those of the images are not known, bits/dim are those of
+    p(x), the sum of p(x | y) p(y) over all y of training images.
+    """
+    names: list[str] = ['bits_per_dim']
+    if split.conditions is not None:
+        names += [WITHOUT_CONDITIONS, *GUESSERS]
+
+    def score(x: Tensor, u: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+        if y is None and condition.names:
+            any_y = torch.from_numpy(condition.values[:1]).to(x.device)
+            y = any_y.expand(len(x), -1)
+            log_p, last = model.log_prob_and_last(x, u, y)
+            scores = score_conditions(model, condition, n_values, log_p, last, y)
+            return {'bits_per_dim': scores[WITHOUT_CONDITIONS]}
+        log_p, last = model.log_prob_and_last(x, u, y)
+        scores = {'bits_per_dim': to_bits(log_p, n_values)}
+        if y is not None:
+            scores |= score_conditions(model, condition, n_values, log_p, last, y)
+        return scores
+
+    return score_images(split, batch_size, process, score, names, seeds)
 
 
 def to_bits(log_p: Tensor, n_values: int) -> Tensor:
@@ -1554,6 +1687,7 @@ class Training:
             2, dtype=torch.int64, device=process.device
         )
         self.best, self.validation_loss = math.inf, math.nan
+        self.validation_quantiles: list[float] = []
         self.first_world_size = saved['first_world_size'] if saved else process.world_size
 
         if saved is None and process.rank == 0:
@@ -1623,13 +1757,17 @@ class Training:
 
     def validate(self, folder: Path) -> None:
         """Score the averaged weights on the validation split, and draw samples of them."""
-        self.validation_loss, _ = bits_per_dim(
+        scores = score_split(
             self.average.module,
             self.data.validation,
+            self.data.condition,
             self.data.n_values,
             4 * self.config.batch_size,
             self.process,
         )
+        self.validation_loss = scores['bits_per_dim'].mean().item()
+        if math.isfinite(self.validation_loss):
+            self.validation_quantiles = score_quantiles(-p_of_x(scores).numpy())
         if self.process.rank == 0:
             score = format_score(self.config, self.validation_loss)
             tqdm.write(f'step {self.step}: validation {score}')
@@ -1750,31 +1888,28 @@ def format_score(config: Config, loss: float) -> str:
 
 
 def evaluate(
-    model: Glow, data: ImageData, saved: dict[str, Any], config: Config, process: Process
+    model: Glow,
+    data: ImageData,
+    saved: dict[str, Any],
+    config: Config,
+    process: Process,
+    request: Request,
 ) -> None:
-    """Print the scores on the whole test split, and save them as results.json in the run's folder.
+    """Print the scores on the whole test split, and save them as results.json.
 
     They are bits/dim and, for a model with conditions, those of ``score_conditions``.
     """
-    condition, n_images = data.condition, len(data.test.images)
-    names: tuple[str, ...] = ('bits_per_dim',)
-    if condition.names:
-        names += ('bits_per_dim_without_conditions', *GUESSERS)
-
-    def score(x: Tensor, u: Tensor, y: Tensor | None) -> dict[str, Tensor]:
-        log_p, last = model.log_prob_and_last(x, u, y)
-        scores = {'bits_per_dim': to_bits(log_p, data.n_values)}
-        if y is not None:
-            scores |= score_conditions(model, condition, data.n_values, log_p, last, y)
-        return scores
-
     batch_size = 4 * config.batch_size
-    means, errors = average_over_images(data.test, batch_size, process, score, names)
+    scores = score_split(model, data.test, data.condition, data.n_values, batch_size, process)
     if process.rank > 0:
         return
     if not config.weight_y:
-        means.pop('accuracy_of_head', None)  # it was not trained
+        scores.pop('accuracy_of_head', None)  # it was not trained
+    means, errors = {}, {}
+    for name, values in scores.items():
+        means[name], errors[name] = mean_and_error(values)
 
+    n_images = len(data.test.images)
     results = {
         **means,
         'two_standard_errors': errors['bits_per_dim'],
@@ -1786,22 +1921,85 @@ def evaluate(
         'checkpoint': saved['path'].name,
         'bf16': torch.is_autocast_enabled(process.device.type),
     }
-    write_json(saved['path'].with_name('results.json'), results)
-    given = f', given {condition.description}' if condition.names else ''
+    given = f', given {data.condition.description}' if data.condition.names else ''
     bits, error = means['bits_per_dim'], errors['bits_per_dim']
     print(
         f'{config.dataset} test{given}: {bits:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
         f'({n_images} images, two standard errors)'
     )
-    if condition.names:
-        print_scores_of_conditions(condition, means, errors)
+    if data.condition.names:
+        print_scores_of_conditions(data.condition, means, errors)
+    write_json(output_folder(request, saved['path']) / 'results.json', results)
+    if request.scores:
+        save_scores(scores, data.test.names or list(map(str, range(n_images))), saved, request)
+
+
+def evaluate_input(
+    model: Glow, saved: dict[str, Any], config: Config, process: Process, request: Request
+) -> None:
+    """Print the bits/dim of the photos in ``--input``, and which are the least likely ones.
+
+    Those of a model with conditions are of p(x), the sum over all of them.
+    """
+    names, images, notes = load_input_photos(
+        request.input, config.dataset, config.image_size, config.skip_broken, process.rank > 0
+    )
+    split = ImageSplit(images, np.zeros((len(images), 0), bool))
+    condition = condition_of_checkpoint(saved)
+    n_values = values_per_image(config.dataset, saved['input_dims'][:-1])
+    # a photo has the same score, whichever others are beside it
+    seeds = [zlib.crc32(image.tobytes()) for image in images]
+    batch_size = 4 * config.batch_size
+    scores = score_split(model, split, condition, n_values, batch_size, process, seeds)
+    if process.rank > 0:
+        return
+
+    for note in notes:
+        print(f'note: {note}')
+    bits, error = mean_and_error(scores['bits_per_dim'])
+    if len(images) > 1:
+        print(
+            f'{request.input}: {bits:.4f} ± {error:.4f} bits/dim at {config.n_bits} bits '
+            f'({len(images):,} images, two standard errors)'
+        )
+    if request.output:
+        results = {'bits_per_dim': bits, 'two_standard_errors': error, 'n_images': len(images)}
+        folder = output_folder(request, saved['path'])
+        write_json(folder / 'results.json', {**results, 'input': request.input})
+    print_least_likely(save_scores(scores, names, saved, request))
+
+
+def p_of_x(scores: dict[str, Tensor]) -> Tensor:
+    """Return the bits/dim of p(x) among the scores of images, also of a model of p(x | y)."""
+    return scores.get(WITHOUT_CONDITIONS, scores['bits_per_dim'])
+
+
+def save_scores(
+    scores: dict[str, Tensor], names: Iterable[str], saved: dict[str, Any], request: Request
+) -> dict[str, Any]:
+    """Return the columns image, bits_per_dim and percentile, and save them as ``--scores``.
+
+    They are of p(x), and the percentile of an image is the share of the validation images that are
+    less likely. There is no such column, and a note, where too few validation images are known.
+    """
+    bits, known = p_of_x(scores).numpy(), saved['validation_quantiles']
+    columns = {'image': np.array([*map(printable, names)], dtype=object), 'bits_per_dim': bits}
+    columns |= percentiles(-bits, known, saved['path'], LEAST_VALIDATION_IMAGES)
+    if 'percentile' not in columns:
+        print(
+            f'note: no percentiles: the checkpoint has the scores of {len(known)} validation '
+            f'images, and {LEAST_VALIDATION_IMAGES} are needed'
+        )
+    if request.scores:
+        save_table(request.scores, frame_of_columns(columns))
+    return columns
 
 
 def print_scores_of_conditions(
     condition: ImageCondition, means: dict[str, float], errors: dict[str, float]
 ) -> None:
     """Print what ``score_conditions`` has found."""
-    name = 'bits_per_dim_without_conditions'
+    name = WITHOUT_CONDITIONS
     print(f'not given {condition.description}: {means[name]:.4f} ± {errors[name]:.4f} bits/dim')
     guesses = []
     for name, guesser in GUESSERS.items():
@@ -1827,7 +2025,7 @@ def score_conditions(
     """
     joint = log_joint(model, last, condition)
     log_p_of_x = log_p - model.prior.log_prob(last, y) + joint.logsumexp(1)
-    scores = {'bits_per_dim_without_conditions': to_bits(log_p_of_x, n_values)}
+    scores = {WITHOUT_CONDITIONS: to_bits(log_p_of_x, n_values)}
 
     logits = model.head(last)
     by_head = logits > 0
@@ -1844,12 +2042,12 @@ def score_conditions(
 def generate(
     model: Glow,
     condition: ImageCondition,
-    path: Path,
+    folder: Path,
     config: Config,
     device: torch.device,
     request: Request,
 ) -> None:
-    """Save samples beside the checkpoint: at one temperature, or a row for each of several.
+    """Save samples as a picture: at one temperature, or a row for each of several.
 
     Without ``--given``, a model with conditions draws a row for each class, or for each
     combination of attributes.
@@ -1874,13 +2072,13 @@ def generate(
     name = 'generated_samples_at_z_std_' + ('range' if z_std is None else f'{z_std:g}')
     if y is not None:
         name += f'_{name_for_file(condition.label(y))}'
-    save_grid(path.with_name(f'{name}.png'), rows, labels)
+    save_grid(folder / f'{name}.png', rows, labels)
 
 
 @torch.no_grad()
 def encode(
     model: Glow,
-    images: np.ndarray,
+    images: np.ndarray | Tensor,
     device: torch.device,
     y: Tensor | np.ndarray | None = None,
 ) -> Tensor:
@@ -1891,9 +2089,10 @@ def encode(
     return model(middles_of_bins(model, images, device), y)[0]
 
 
-def middles_of_bins(model: Glow, images: np.ndarray, device: torch.device) -> Tensor:
+def middles_of_bins(model: Glow, images: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """Return dequantized images, each value in the middle of its bin."""
-    x = torch.tensor(images, device=device)
+    x = images if isinstance(images, Tensor) else torch.tensor(images)
+    x = x.to(device)
     middles = torch.full(x.shape, 0.5, device=device)
     return model.dequantize(x, middles)[0]
 
@@ -1913,8 +2112,8 @@ def attribute_directions(
 
     It is ``DZ_SCALE`` times a difference: the mean latent of the images that have the attribute,
     minus that of those that do not, over the first ``DZ_IMAGES`` training images. It is NaN where
-    one of the two groups is empty. The directions are cached beside the checkpoint, in a file
-    whose name identifies what they were computed from.
+    one of the two groups is empty. The directions are cached beside the checkpoint ``path``, in a
+    file whose name identifies what they were computed from.
     """
     images = data.train.images[:DZ_IMAGES]
     attributes = torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
@@ -1940,101 +2139,76 @@ def attribute_directions(
     return tensor_cache(path.with_name(f'attribute_directions_{key}.pt'), shape, compute)
 
 
-def visualize(
-    model: Glow,
-    data: ImageData,
-    path: Path,
-    config: Config,
-    device: torch.device,
-    request: Request,
-) -> None:
-    """Save a grid of edits z + alpha * dz of an image: a row per attribute, a column per alpha.
-
-    ``--z_std`` multiplies the latents factored out by the splits. The code that these options
-    come from does so by 0.6.
-    """
-    names = data.attribute_names
-    source = f'{config.dataset} in {config.data_dir}'
-    chosen = data.differing(request.vis_attrs, DZ_IMAGES, source)
-    image, y = images_to_change(model, data, config, device, request, 1)
-    dz = attribute_directions(model, data, path, config, device)
-    z = encode(model, image, device, y)
-
-    alphas = torch.tensor(request.vis_alphas, device=device)[:, None]
-    if y is not None:
-        y = y.expand(len(alphas), -1)
-    rows, row_labels = [], []
-    for i in chosen:
-        edited = z + alphas * dz[i].to(device)
-        rows.append(decode(model, scale_splits(model, edited, request.z_std), y))
-        row_labels.append(names[i] if names[i] == str(i) else f'{i} {names[i]}')
-    column_labels = [f'{alpha:+g}' if alpha else 'unchanged' for alpha in request.vis_alphas]
-
-    change = f'attr_{",".join(map(str, chosen)) if request.vis_attrs else "all"}'
-    save_grid(path.with_name(edit_name(request, change)), rows, row_labels, column_labels)
-
-
-def change_conditions(
-    model: Glow,
-    data: ImageData,
-    path: Path,
-    config: Config,
-    device: torch.device,
-    request: Request,
-) -> None:
-    """Save a grid of images and, below each of them, its latent decoded given ``--given``.
-
-    An image keeps the attributes that ``--given`` leaves out.
-    """
-    condition = data.condition
-    condition.parse(request.given, np.zeros(len(condition.names)))  # before anything is computed
-    images, y = images_to_change(model, data, config, device, request, 8)
-    own = y.cpu().numpy()
-    others = [condition.parse(request.given, start) for start in own]
-    other_y = torch.from_numpy(np.stack(others)).to(device)
-
-    z = scale_splits(model, encode(model, images, device, y), request.z_std)
-    rows = [decode(model, z, y), decode(model, z, other_y)]
-    row_labels = ['unchanged', 'given ' + request.given.replace(',', '\n')]
-    column_labels = list(map(condition.label, own)) if condition.is_class else []
-    name = edit_name(request, name_for_file(request.given))
-    save_grid(path.with_name(name), rows, row_labels, column_labels)
-
-
-def images_to_change(
-    model: Glow, data: ImageData, config: Config, device: torch.device, request: Request, n: int
-) -> tuple[np.ndarray, Tensor | None]:
-    """Return the first ``n`` test images, or the photo of the user, and their conditions.
-
-    Those of a photo are what Bayes' rule guesses.
-    """
-    if not request.vis_img:
-        return data.test.images[:n], conditions_of(data.test, slice(n), device)
-
-    images = load_photo(request.vis_img, config.dataset, config.image_size)[None]
-    if not data.condition.names:
-        return images, None
-    with torch.no_grad():
-        _, last, _ = model.run_levels(middles_of_bins(model, images, device))
-        best = log_joint(model, last, data.condition).argmax().item()
-    y = data.condition.values[best]
-    print(f'the model takes {request.vis_img} for {data.condition.label(y)}')
-    return images, torch.from_numpy(y).to(device)[None]
-
-
 def scale_splits(model: Glow, z: Tensor, factor: float | None) -> Tensor:
-    """Multiply the latents factored out by the splits, all but the last, by a factor if any."""
+    """Multiply the latents factored out by the splits, all but the last, by a factor if any.
+
+    The code that the options of ``--visualize`` come from does so by 0.6.
+    """
     n_last = math.prod(model.z_shapes[-1])
     if factor is None:
         return z
     return torch.cat([factor * z[:, :-n_last], z[:, -n_last:]], dim=1)
 
 
-def edit_name(request: Request, change: str) -> str:
-    """Return the file name of a picture of edits."""
-    image_name = f'img_{Path(request.vis_img).stem}' if request.vis_img else 'sample'
-    z_std = '' if request.z_std is None else f'_z_std_{request.z_std:g}'
-    return f'manipulated_{image_name}_{change}{z_std}.png'
+def visualize(
+    model: Glow,
+    saved: dict[str, Any],
+    folder: Path,
+    config: Config,
+    process: Process,
+    request: Request,
+) -> None:
+    """Save a picture that starts from photos of the user's own, or from the first test images."""
+    condition, device = condition_of_checkpoint(saved), process.device
+    picture = choose_picture(request, config, condition)
+    paths = split_paths(request.vis_img)
+    photos = [load_photo(path, config.dataset, config.image_size) for path in paths]
+    data = None
+    if not photos or picture == EDITS:
+        data = load_data(config, saved, process)
+
+    if photos:
+        images, y = np.stack(photos), None
+        # 60 bytes of each, as names of files have limits
+        stems = [Path(path).stem.encode()[:60].decode(errors='ignore') for path in paths]
+        name = '_'.join(['img', *stems])
+        if condition.names:
+            y = guess_conditions(model, images, condition, device)
+            for path, own in zip(paths, y.cpu().numpy()):
+                print(f'the model takes {path} for {condition.label(own)}')
+    else:
+        images, name = data.test.images[: 1 if picture == EDITS else 8], 'sample'
+        y = conditions_of(data.test, slice(len(images)), device)
+    start = Start(images, encode(model, images, device, y), y, name)
+
+    def decode_scaled(z: Tensor, y: Tensor | None = None) -> np.ndarray:
+        return decode(model, scale_splits(model, z, request.z_std), y)
+
+    if picture == EDITS:
+        source = f'{config.dataset} in {config.data_dir}'
+        chosen = data.differing(request.vis_attrs, DZ_IMAGES, source)
+        dz = attribute_directions(model, data, saved['path'], config, device)
+        draw_edits(decode_scaled, start, dz, chosen, data.attribute_names, folder, request)
+    elif picture == OTHER_CONDITIONS:
+        draw_other_conditions(decode_scaled, start, condition, folder, request)
+    elif picture == NEIGHBOURS:
+        generator = seeded_generator('cpu', Stream.SAMPLES, config.seed)
+        noise = torch.randn(8, start.z.shape[1], generator=generator).to(device)
+        draw_neighbours(decode_scaled, start, noise, folder, request)
+    else:
+        if picture == RECONSTRUCTIONS:
+            draw_reconstructions(decode_scaled, start, folder, request)
+        draw_interpolation(decode_scaled, start, folder, request)
+
+
+@torch.no_grad()
+def guess_conditions(
+    model: Glow, images: np.ndarray, condition: ImageCondition, device: torch.device
+) -> Tensor:
+    """Return the conditions of images, (N, Y), that Bayes' rule guesses."""
+    _, last, _ = model.run_levels(middles_of_bins(model, images, device))
+    best = log_joint(model, last, condition).argmax(1).cpu()
+    return torch.from_numpy(condition.values)[best].to(device)
 
 
 @torch.no_grad()
@@ -2079,6 +2253,15 @@ def check(model: Glow, data: ImageData, config: Config, device: torch.device) ->
 
 # -------------------------------------------------------------------------------------------- main
 
+
+def name_of_size(limit: float) -> str:
+    """Return which photos are meant by a limit of ``BY_PHOTOS``."""
+    return f'celeba and folder of fewer than {limit:,} photos'
+
+
+PHOTO_DEFAULTS = {
+    name_of_size(limit): values for limit, values in BY_PHOTOS.items() if limit < math.inf
+}
 COMMAND_LINE = CommandLine(
     script=f'{NAME}.py',
     description=(__doc__ or '').partition('Notation')[0],
@@ -2086,7 +2269,7 @@ COMMAND_LINE = CommandLine(
     mode_options=MODE_OPTIONS,
     config_class=Config,
     request_class=Request,
-    defaults=DEFAULTS,
+    defaults={**DEFAULTS, **PHOTO_DEFAULTS},
 )
 
 
@@ -2104,25 +2287,67 @@ def require_compiler() -> None:
         )
 
 
+def choose_config(
+    mode: str, options: dict[str, Any], saved: dict[str, Any] | None, process: Process
+) -> Config:
+    """Return the config of a run, and print the defaults that follow from the number of photos."""
+    defaults, data_dir = dict(DEFAULTS), options.get('data_dir', Config.data_dir)
+    dataset = options.get('dataset', Config.dataset)
+    is_implied = 'data_dir' in options and 'dataset' not in options
+    if saved is None and is_implied and has_photos(data_dir):
+        raise UserError(
+            f'{data_dir} has photos: add --dataset=folder to learn them, or --dataset={dataset}'
+        )
+    if saved is None and dataset in ('celeba', 'folder'):
+        n_photos = count_photos(dataset, data_dir)
+        defaults[dataset] = photo_defaults(n_photos)
+        own = {name: value for name, value in defaults[dataset].items() if name not in options}
+        if process.rank == 0 and own:
+            words = ' '.join(f'--{name}={value:.3g}' for name, value in own.items())
+            print(f'defaults for {n_photos:,} photos: {words}')
+
+    config = resolve_config(Config, options, defaults, saved, MODE_OPTIONS[mode])
+    if mode == 'train' and config.compile:
+        require_compiler()
+    if mode == 'train' and 'weight_y' in options and not config.condition:
+        raise UserError('--weight_y goes with --condition')
+    return config
+
+
+def load_data(
+    config: Config, saved: dict[str, Any] | None, process: Process, may_differ: bool = True
+) -> ImageData:
+    """Load the images of a run, and print on rank 0 what the user should know of them.
+
+    ``may_differ`` says whether they may differ from those that the run was trained on.
+    """
+    data = load_run_images(config, saved, may_differ)
+    if process.rank == 0:
+        for note in data.notes:
+            print(f'note: {note}')
+    return data
+
+
+def output_folder(request: Request, path: Path) -> Path:
+    """Return the folder for pictures and results, that of the checkpoint by default.
+
+    Raises ``UserError`` where it cannot be written to.
+    """
+    folder = Path(request.output) if request.output else path.parent
+    if not make_writable(folder):
+        raise UserError(f'{folder} is no folder that can be written to: give one by --output')
+    return folder
+
+
 def run_mode(mode: str, options: dict[str, Any], request: Request, process: Process) -> None:
     """Build or restore what a mode needs, and run it."""
     saved = load_selected_checkpoint(
         NAME, mode, request, process, load_checkpoint, format_score, options.get('dataset')
     )
-    config = resolve_config(Config, options, DEFAULTS, saved, MODE_OPTIONS[mode])
-    if mode == 'train' and config.compile:
-        require_compiler()
-    if mode == 'train' and 'weight_y' in options and not config.condition:
-        raise UserError('--weight_y goes with --condition')
+    config = choose_config(mode, options, saved, process)
     data = None
-    if mode != 'generate':
-        may_differ = mode != 'train' or request.accept_changed_data
-        data = load_run_images(config, saved, may_differ)
-        if process.rank == 0:
-            for note in data.notes:
-                print(f'note: {note}')
-
     if mode == 'train':
+        data = load_data(config, saved, process, request.accept_changed_data)
         if saved is not None:
             data = count_conditions(data)  # the checkpoint's may be of other images
         saved = train(data, config, request, process, saved)
@@ -2134,15 +2359,18 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
     # what was trained in bf16 is evaluated in it only when asked
     bf16 = mode != 'train' and options.get('bf16', False)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        if mode in ('train', 'evaluate'):
-            evaluate(model, data, saved, config, process)
+        if request.input:
+            evaluate_input(model, saved, config, process, request)
+        elif mode in ('train', 'evaluate'):
+            data = data or load_data(config, saved, process)
+            evaluate(model, data, saved, config, process, request)
         elif process.rank == 0 and mode == 'generate':
-            generate(model, condition_of_checkpoint(saved), path, config, device, request)
+            condition = condition_of_checkpoint(saved)
+            generate(model, condition, output_folder(request, path), config, device, request)
         elif process.rank == 0 and mode == 'visualize':
-            show = visualize if request.given is None else change_conditions
-            show(model, data, path, config, device, request)
+            visualize(model, saved, output_folder(request, path), config, process, request)
         elif process.rank == 0:
-            check(model, data, config, device)
+            check(model, load_data(config, saved, process), config, device)
     if process.rank == 0 and mode == 'train':
         print(f'the model is {path}; sample grids lie beside it')
 
@@ -2153,8 +2381,8 @@ def main(argv: list[str] | None = None) -> None:
         mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
         with setup(request.device) as process:
             settings = {**options, **vars(request)}
-            for path in ('data_dir', 'output_dir', 'restore_file'):
-                settings.pop(path, None)  # may differ from machine to machine
+            for path in PATHS:
+                settings.pop(path, None)
             named = {f'--{name}': value for name, value in settings.items()}
             require_agreement(process, mode=mode, **named)
             run_mode(mode, options, request, process)

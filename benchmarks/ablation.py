@@ -38,7 +38,7 @@ import glow
 from common.errors import UserError, exit_on_user_error
 from common.files import write_json
 from datasets import ImageData, ImageSplit, load_run_images
-from datasets.images import exit_with_parent
+from datasets.photos import exit_with_parent
 
 HERE = Path(__file__).resolve().parent
 PERMUTATIONS = {'reverse': 'reverse', 'shuffle': 'shuffle', 'conv1x1': '1x1 convolution'}

@@ -84,7 +84,9 @@ RECIPES = {
         '--n_bits=4'
     ),
     'photos_b': Recipe(
-        command=f'{GLOW} --dataset=folder --n_levels=3 --depth=24 --width=256 --batch_size=32'
+        command=f'{GLOW} --dataset=folder --image_size=64 --n_levels=3 --depth=24 --width=256 '
+        '--batch_size=32 --n_epochs=100 --translate=0 --flip=0 --lr=0.001 --lr_decay=0 '
+        '--ema_decay=0.999'
     ),
     'power': Recipe(command=f'{BNAF} --dataset=power'),
     'gas': Recipe(command=f'{BNAF} --dataset=gas'),

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -181,12 +182,16 @@ def training_command(script: ModuleType, config: glow.Config | bnaf.Config, worl
     """Return the command that trains with a config, without the data set's defaults.
 
     Of paths only the names are kept, and ``DATA`` stands for the folder of the data. For a table of
-    the user's own, options whose defaults depend on its rows are always given.
+    the user's own, and for photos, options whose defaults depend on their number are always there.
     """
     launcher = 'python' if world_size == 1 else f'torchrun --nproc_per_node={world_size}'
     words = [launcher, f'{script.NAME}.py', '--train']
     defaults = script.DEFAULTS.get(config.dataset, {})
-    always = bnaf.TABLE_OPTIONS if is_own_table(config.dataset) else ()
+    always: Collection[str] = ()
+    if is_own_table(config.dataset):
+        always = bnaf.TABLE_OPTIONS
+    elif config.dataset in ('celeba', 'folder'):
+        always = glow.PHOTO_OPTIONS
     for field in fields(config):
         value = getattr(config, field.name)
         is_default = value == defaults.get(field.name, field.default)

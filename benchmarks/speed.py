@@ -58,7 +58,7 @@ from timing import allow_tf32, progress, quartiles
 import glow
 from common.files import write_atomically, write_json
 from datasets import ImageData, load_images
-from datasets.images import make_image_data
+from datasets.image_data import make_image_data
 
 # The shapes that are compared. n_levels is glow.py's, one less than the paper's L.
 GLOW = {

@@ -24,8 +24,12 @@ class UserError(Exception):
 
         They may come from a file or from its name, and must not control a terminal.
         """
-        text = super().__str__()
-        return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Return a text with unprintable characters escaped, as from the name of a stranger's file."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UserErrorParser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ modes that take it, that of a config under those in which it may differ from the
 
 import argparse
 import math
+import os
 import re
 import textwrap
 from collections.abc import Collection, Sequence
@@ -253,6 +254,8 @@ def explicit_options(config_class: type[Options], args: dict[str, Any]) -> dict[
             continue
         if f.type in (list, list[float]):
             value = parse_list(f, value)
+        elif f.type is str and value.startswith('~'):
+            value = os.path.expanduser(value)  # shells leave it alone in --name=~/file
         options[f.name] = value
     return options
 

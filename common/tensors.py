@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .errors import UserError, is_out_of_memory
-from .files import write_atomically
+from .files import make_writable, write_atomically
 
 # What zipfile, pickle and torch.load raise for files that are damaged or that only look like theirs
 DAMAGED_FILE_ERRORS = (
@@ -89,7 +89,8 @@ def tensor_cache(
 ) -> torch.Tensor:
     """Load the float32 tensor of this shape from a file; make and save it if there is none.
 
-    A file that is damaged or holds something else is replaced.
+    A file that is damaged or holds something else is replaced. Nothing is saved in a folder that
+    cannot be written to.
     """
     with contextlib.suppress(UserError):
         tensor = load_tensors(path)
@@ -98,7 +99,8 @@ def tensor_cache(
             return tensor
 
     tensor = make()
-    save_tensors(path, tensor)
+    if make_writable(path.parent):
+        save_tensors(path, tensor)
     return tensor
 
 

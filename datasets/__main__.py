@@ -70,14 +70,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     preparing = add_verb('prepare', 'build the cache of a data set')
     preparing.add_argument('name', metavar='NAME', help=name_or_table)
     add_data_dir(preparing)
-    add_image_size(preparing)
+    add_image_options(preparing)
 
     showing = add_verb(
         'show', 'draw a data set; print its size, range, missing values and duplicates'
     )
     showing.add_argument('name', metavar='NAME', help=name_or_table)
     add_data_dir(showing)
-    add_image_size(showing)
+    add_image_options(showing)
     showing.add_argument(
         '--output',
         type=Path,
@@ -98,10 +98,13 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_image_size(parser: argparse.ArgumentParser) -> None:
-    """Add the option of those verbs that load images."""
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of those verbs that load images."""
     parser.add_argument(
         '--image_size', type=parse_image_size, metavar='N', help='pixels per side of an image'
+    )
+    parser.add_argument(
+        '--skip_broken', action='store_true', help='leave out photos that are broken or too small'
     )
 
 
@@ -168,10 +171,10 @@ def fetch(name: str, data_dir: Path, raw: bool, given: Sequence[Path]) -> None:
 # --------------------------------------------------------------------------------------- prepare
 
 
-def prepare(name: str, data_dir: Path, image_size: int | None) -> None:
+def prepare(name: str, data_dir: Path, image_size: int | None, skip_broken: bool) -> None:
     """Load a data set, which builds its cache, and print its size and the time that it took."""
     start = time.perf_counter()
-    data = load_data_set(name, data_dir, image_size)
+    data = load_data_set(name, data_dir, image_size, skip_broken)
     seconds = time.perf_counter() - start
 
     arrays = list(arrays_of_splits(data).values())
@@ -185,11 +188,14 @@ def prepare(name: str, data_dir: Path, image_size: int | None) -> None:
 
 
 def load_data_set(
-    name: str, data_dir: Path, image_size: int | None = None
+    name: str, data_dir: Path, image_size: int | None = None, skip_broken: bool = False
 ) -> ImageData | TableData:
     """Load a data set of images, a table or a two-dimensional problem."""
     if name in IMAGE_DATASETS:
-        return load_images(name, data_dir, image_size)
+        images = load_images(name, data_dir, image_size, skip_broken=skip_broken)
+        for note in images.notes:
+            print(f'note: {note}')
+        return images
     require_no_image_size(name, image_size)
     return load_table(name, data_dir)
 
@@ -216,7 +222,9 @@ def require_no_image_size(name: str, image_size: int | None) -> None:
 # ------------------------------------------------------------------------------------------ show
 
 
-def show(name: str, data_dir: Path, image_size: int | None, output: Path | None) -> None:
+def show(
+    name: str, data_dir: Path, image_size: int | None, skip_broken: bool, output: Path | None
+) -> None:
     """Draw a data set into a file, and print a line of counts per split."""
     if output and output.exists():
         raise UserError(f'{output} exists: give another name by --output, or move it away')
@@ -229,7 +237,7 @@ def show(name: str, data_dir: Path, image_size: int | None, output: Path | None)
         arrays = {}
         figure = draw_energy(name)
     else:
-        data = load_data_set(name, data_dir, image_size)
+        data = load_data_set(name, data_dir, image_size, skip_broken)
         arrays, figure = draw_data_set(name, data)
 
     for part, array in arrays.items():
@@ -313,9 +321,9 @@ def run(argv: Sequence[str] | None) -> None:
     elif args.verb == 'fetch':
         fetch(args.name, args.data_dir, args.raw, args.given)
     elif args.verb == 'prepare':
-        prepare(args.name, args.data_dir, args.image_size)
+        prepare(args.name, args.data_dir, args.image_size, args.skip_broken)
     else:
-        show(args.name, args.data_dir, args.image_size, args.output)
+        show(args.name, args.data_dir, args.image_size, args.skip_broken, args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Tables of scores: how unlikely each row is, and which of its cells make it so."""
+"""Tables of scores: how unlikely each row or image is, and which cells of a row make it so."""
 
 import math
 from collections.abc import Sequence
@@ -28,23 +28,53 @@ def score_columns(
 ) -> Columns:
     """Return the columns of a table of scores: row, log_likelihood, percentile.
 
-    The percentile is that among the validation rows, if enough of them are known.
-
     Arguments:
         log_likelihoods: those of the rows, (N,).
         indices: which rows of their table they are, (N,).
-        quantiles: of the log-likelihoods of the validation rows, as the checkpoint has them.
-        path: the checkpoint, for messages.
+        quantiles, path: see ``percentiles``.
     """
     columns = {'row': indices, 'log_likelihood': log_likelihoods}
-    if len(quantiles) < LEAST_VALIDATION_ROWS:
-        return columns
+    return {**columns, **percentiles(log_likelihoods, quantiles, path)}
+
+
+def percentiles(
+    log_likelihoods: np.ndarray,
+    quantiles: list[float],
+    path: Path,
+    least: int = LEAST_VALIDATION_ROWS,
+) -> Columns:
+    """Return the column percentile: how many per cent of the validation split are less likely.
+
+    There is no such column if too few validation rows, or images, are known.
+
+    Arguments:
+        log_likelihoods: those of rows or images, (N,).
+        quantiles: of the log-likelihoods of the validation split, as the checkpoint has them.
+        path: the checkpoint, for messages.
+        least: how many validation rows, or images, are enough.
+    """
+    if len(quantiles) < least:
+        return {}
     known = np.array(quantiles)
     is_sorted = np.isfinite(known).all() and (known[1:] >= known[:-1]).all()
     if len(known) > MOST_QUANTILES or not is_sorted:
         raise UserError(f'{path} is damaged: its validation_quantiles are no quantiles')
     levels = np.linspace(0, 100, len(known))
-    return {**columns, 'percentile': np.interp(log_likelihoods, known, levels)}
+    return {'percentile': np.interp(log_likelihoods, known, levels)}
+
+
+def print_least_likely(columns: Columns) -> None:
+    """Print the images with the most bits/dim, at most ``N_PRINTED``.
+
+    ``columns`` are image, bits_per_dim and, if it is known, percentile.
+    """
+    prefix = 'least likely: ' if len(columns['image']) > 1 else ''
+    bits = np.nan_to_num(columns['bits_per_dim'], nan=np.inf)
+    for i in np.argsort(-bits, kind='stable')[:N_PRINTED]:
+        text = f'{columns["image"][i]}: {columns["bits_per_dim"][i]:.4f} bits/dim'
+        if 'percentile' in columns:
+            text += f', percentile {columns["percentile"][i]:.1f}'
+        print(prefix + text)
 
 
 def lowest_rows(scores: Columns) -> np.ndarray:

@@ -320,7 +320,8 @@ Only its owners give out CelebA, for non-commercial research:
   2. download Img/img_align_celeba.zip, Anno/list_attr_celeba.txt
      and Eval/list_eval_partition.txt
   3. python -m datasets fetch celeba --data_dir={} --from img_align_celeba.zip \\
-       list_attr_celeba.txt list_eval_partition.txt"""
+       list_attr_celeba.txt list_eval_partition.txt
+Or unpack Kaggle's archive of it, and give its folder to glow.py by --data_dir."""
 
 
 # ------------------------------------------------------------------- what is in the data folder
@@ -333,7 +334,7 @@ def find_data_files(name: str, data_dir: Path, raw: bool = False) -> list[Path |
     authors does not count.
     """
     if name not in TABLES:
-        return find_images(name, data_dir)
+        return list(find_images(name, data_dir).values())
 
     _, _, candidates = TABLES[name]
     path = first_existing(data_dir, name, candidates[1:] if raw else candidates)

@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import math
+import os
 import re
 import warnings
 import zlib
@@ -543,6 +544,8 @@ def require_new_table(path: Path, overwrite: bool = False) -> None:
         )
     if not path.parent.is_dir():
         raise UserError(f'{path}: there is no folder {path.parent}')
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f'{path}: the folder cannot be written to')
 
 
 def save_table(path: str | Path, table: pd.DataFrame) -> None:

@@ -1,6 +1,6 @@
 """Figures of data sets, of densities and of rows of numbers.
 
-Grids of images without anything beside them are drawn by ``images.py``.
+Grids of images without anything beside them are drawn by ``grids.py``.
 """
 
 import textwrap
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from common.errors import truncate
 from common.files import write_atomically
 
-from .images import draw_grid
+from .grids import draw_grid
 from .tabular import TableData
 
 rcParams['text.parse_math'] = False  # a dollar in the name of a column is just a dollar

@@ -47,7 +47,6 @@ from .columns import (
     require_readable,
     select_columns,
 )
-from .images import DAMAGED_IMAGE_ERRORS
 from .own_tables import (
     DAMAGED_TABLE_ERRORS,
     MAX_COLUMNS,
@@ -61,6 +60,7 @@ from .own_tables import (
     read_frame,
     require_column_names,
 )
+from .photos import DAMAGED_IMAGE_ERRORS
 from .pickles import read_pickled_table
 from .toy import ENERGIES, SAMPLERS, Energy, Sampler, log_normaliser
 

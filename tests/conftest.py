@@ -10,6 +10,7 @@ from helpers import only, people_table
 
 import bnaf
 import glow
+from datasets import grids, latents
 
 
 def pytest_make_parametrize_id(config, val, argname):
@@ -38,6 +39,21 @@ def convolutions_of_a_gpu(monkeypatch):
 def round_to_tf32(x):
     """Return float32 values rounded to 10 bits of mantissa."""
     return ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
+
+
+@pytest.fixture
+def saved_grids(monkeypatch):
+    """A list that gets the name, the rows and the labels of each grid of images that is saved."""
+    saved = []
+
+    def watched(path, rows, *labels):
+        saved.append((path.name, rows, *labels))
+        grids.save_grid(path, rows, *labels)
+        assert path.exists()
+
+    for module in (glow, latents):
+        monkeypatch.setattr(module, 'save_grid', watched)
+    return saved
 
 
 @pytest.fixture(scope='session')

@@ -311,12 +311,13 @@ def test_added_fields_and_options_leave_older_checkpoints_readable(monkeypatch):
         added_option: int = option('model', 3, 'added later')
 
     added = {**glow.CHECKPOINT.fields, 'added_field': float}
-    changes = dict(config_class=Config, fields=added, defaults={'added_field': 0.5})
+    known = glow.CHECKPOINT.defaults
+    changes = dict(config_class=Config, fields=added, defaults={**known, 'added_field': 0.5})
     monkeypatch.setattr(glow, 'CHECKPOINT', replace(glow.CHECKPOINT, **changes))
     saved = glow.load_checkpoint(STORED / 'glow_1.pt')
     assert saved['config'].added_option == 3 and saved['added_field'] == 0.5
 
-    without = replace(glow.CHECKPOINT, defaults={})
+    without = replace(glow.CHECKPOINT, defaults=known)
     with pytest.raises(UserError, match='added_field'):
         without.read(STORED / 'glow_1.pt')
 

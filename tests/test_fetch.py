@@ -635,7 +635,7 @@ def test_no_member_says_where_it_goes(name, tmp_path):
         (['prepare', 'mnist'], 'python -m datasets fetch mnist'),
         (['prepare', 'cifar10'], 'python -m datasets fetch cifar10'),
         (['prepare', 'gas'], 'datasets fetch gas'),
-        (['prepare', 'folder'], 'no directory'),
+        (['prepare', 'folder'], 'no folder'),
         (['prepare', 'faces', '--image_size=0'], 'outside 1..1024'),
         (['prepare', 'power', '--image_size=8'], '--image_size is for images'),
         (['show', 'u1', '--image_size=8'], '--image_size is for images'),

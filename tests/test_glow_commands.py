@@ -51,7 +51,7 @@ from datasets import (
     load_run_images,
     shift_randomly,
 )
-from datasets.images import random_split
+from datasets.image_data import random_split
 
 SCRIPT = Path(glow.__file__)
 
@@ -402,7 +402,8 @@ def test_divergence_stops_with_one_line_and_is_never_saved(tmp_path, monkeypatch
 
 
 def test_a_validation_that_is_not_finite_stops_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(glow, 'bits_per_dim', lambda *args: (math.nan, math.nan))
+    score = torch.full((180,), math.nan)
+    monkeypatch.setattr(glow, 'score_split', lambda *args: {'bits_per_dim': score})
     line = refusal_line(glow, capsys, *training_words(tmp_path))
     assert 'diverged: at step 12' in line
     assert 'not finite (0 steps skipped' in line and 'lower --lr' in line
@@ -578,7 +579,7 @@ def test_visualize_every_attribute_and_a_photo(trained_glow, tmp_path):
 def test_attribute_directions_are_differences_of_means(trained_glow):
     saved = glow.load_checkpoint(trained_glow)
     model, data = glow.restore_model(saved, CPU), load_images('digits')
-    dz = glow.attribute_directions(model, data, trained_glow, saved['config'], CPU)
+    dz = glow.attribute_directions(model, data, trained_glow.parent, saved['config'], CPU)
 
     z = glow.encode(model, data.train.images, CPU).double()
     has = torch.from_numpy(data.train.attributes[:, 5])
@@ -597,13 +598,14 @@ def test_attributes_that_never_differ_cannot_be_visualized():
     assert data.differing(None, 100, 'digits') == list(range(10))
 
 
-def test_folder_without_attributes_cannot_be_visualized(tmp_path, capsys):
+def test_edits_need_attributes_that_differ(tmp_path, capsys):
     photos = tmp_path / 'photos'
     write_folder(photos)
     data, output = f'--data_dir={photos}', f'--output_dir={tmp_path}/out'
     small = ['--image_size=16', '--n_levels=1', *TINY]
     glow.main(['--train', '--dataset=folder', *small, data, output])
-    assert 'no attributes' in refusal_line(glow, capsys, '--visualize', output)
+    for word in ('--vis_attrs=0', '--vis_alphas=1'):
+        assert 'no attributes' in refusal_line(glow, capsys, '--visualize', word, output)
 
     write_table(photos, attribute_rows())
     glow.main(['--visualize', data, output])
@@ -850,7 +852,10 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
     header, *rows = attribute_rows()
     differing = [(image, split, odd, -odd) for image, split, odd, _ in rows]
     write_table(tmp_path / 'DATA', [header, *differing])
-    noise_image(300, 200).save('me.jpg')
+    for name in ('me.jpg', 'you.jpg'):
+        noise_image(300, 200).save(name)
+    write_folder(tmp_path / 'PHOTOS', size=70)
+    shutil.copy('me.jpg', tmp_path / 'PHOTOS' / 'IMG_0001.JPG')
 
     glow.main(['--train', '--image_size=16', *TINY])
     faces = only(tmp_path.glob('results/*/best.pt'))
@@ -898,9 +903,10 @@ def python_of_the_readme():
 def test_the_readmes_python_of_conditions():
     """It goes on from the block before, with a model of the digits given their classes."""
     saved = glow.load_checkpoint(SCRIPT.parent / 'tests' / 'checkpoints' / 'glow_3.pt')
-    model, data = glow.restore_model(saved, CPU), load_run_images(saved['config'], saved)
-    images = data.test.images[:2]
-    names = dict(torch=torch, glow=glow, model=model, data=data, images=images, device=CPU)
+    model, config = glow.restore_model(saved, CPU), saved['config']
+    images = load_images('digits').test.images[:2]
+    names = dict(torch=torch, glow=glow, model=model, saved=saved, config=config)
+    names |= dict(images=images, device=CPU)
     exec(python_of_the_readme()[-1], names)
     assert names['log_p'].shape == (2,) and names['samples'].shape == (2, 1, 8, 8)
     back = glow.decode(model, names['z'], names['y'])

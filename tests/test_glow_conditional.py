@@ -302,20 +302,6 @@ def trained_on_photos(tmp_path_factory):
     return train_on_photos(folder, *words)
 
 
-@pytest.fixture
-def grids(monkeypatch):
-    """A list that gets the name, the rows and the labels of each picture that is saved."""
-    saved, save_grid = [], glow.save_grid
-
-    def watched(path, rows, *labels):
-        saved.append((path.name, rows, *labels))
-        save_grid(path, rows, *labels)
-        assert path.exists()
-
-    monkeypatch.setattr(glow, 'save_grid', watched)
-    return saved
-
-
 def run(mode, checkpoint, *words):
     """Run a mode of the script with a checkpoint."""
     glow.main([f'--{mode}', f'--restore_file={checkpoint}', *words])
@@ -379,23 +365,21 @@ def test_shares_of_two_processes_have_the_scores_of_one(trained, monkeypatch):
     model, data = model_and_data(trained)
     monkeypatch.setattr(glow.dist, 'all_reduce', lambda sums: None)
 
-    def score(x, u, y):
-        log_p, last = model.log_prob_and_last(x, u, y)
-        return glow.score_conditions(model, data.condition, 64, log_p, last, y)
+    def score(process, batch_size):
+        return glow.score_split(model, data.test, data.condition, 64, batch_size, process)
 
-    names = tuple(glow.GUESSERS)
-    shares = [
-        glow.average_over_images(data.test, 50, glow.Process(rank, 2, CPU), score, names)[0]
-        for rank in (0, 1)
-    ]
-    whole, _ = glow.average_over_images(data.test, 33, single_process(glow), score, names)
-    assert {name: shares[0][name] + shares[1][name] for name in names} == pytest.approx(whole)
+    first, second = (score(glow.Process(rank, 2, CPU), 50) for rank in (0, 1))
+    whole = score(single_process(glow), 33)
+    assert set(whole) >= {'bits_per_dim', glow.WITHOUT_CONDITIONS, *glow.GUESSERS}
+    for name, values in whole.items():
+        assert not first[name][1::2].any() and not second[name][::2].any()
+        torch.testing.assert_close(first[name] + second[name], values, rtol=1e-5, atol=0)
 
 
-def test_samples_of_every_class(trained, grids):
+def test_samples_of_every_class(trained, saved_grids):
     run('generate', trained)
     run('generate', trained, '--z_std=0.5', '--n_samples=9')
-    (name, rows, labels), (other_name, other_rows, other_labels) = grids
+    (name, rows, labels), (other_name, other_rows, other_labels) = saved_grids
     assert name == 'generated_samples_at_z_std_0.7.png'
     assert labels == [str(k) for k in range(10)] and {len(row) for row in rows} == {8}
     picture = Image.open(trained.with_name(name))
@@ -414,14 +398,14 @@ def test_samples_of_every_class(trained, grids):
     assert other_labels[::2] == labels and set(other_labels[1::2]) == {''}
 
 
-def test_samples_of_one_class(trained, grids):
+def test_samples_of_one_class(trained, saved_grids):
     run('generate', trained, '--given=7')
     run('generate', trained, '--given=7', '--z_std=0.6', '--n_samples=10')
     run('generate', trained, '--given=1', '--z_std=0.6', '--n_samples=10')
-    names = [name for name, *_ in grids]
+    names = [name for name, *_ in saved_grids]
     assert names[0] == 'generated_samples_at_z_std_range_given_7.png'
     assert names[1:] == [f'generated_samples_at_z_std_0.6_given_{k}.png' for k in (7, 1)]
-    (_, _, labels), (_, rows, _), (_, other_rows, _) = grids
+    (_, _, labels), (_, rows, _), (_, other_rows, _) = saved_grids
     assert labels[0] == 'T = 0' and [len(row) for row in rows] == [8, 2]
     assert not np.array_equal(rows[0], other_rows[0])
 
@@ -449,9 +433,9 @@ def test_a_row_for_each_of_many_combinations_is_a_note(monkeypatch, trained, cap
     assert 'note: the first 9 of 10; add --given for another one' in capsys.readouterr().out
 
 
-def test_the_temperature_of_images_under_another_class(trained, grids):
+def test_the_temperature_of_images_under_another_class(trained, saved_grids):
     run('visualize', trained, '--given=3', '--z_std=0.5')
-    ((name, (scaled, given), *_),) = grids
+    ((name, (scaled, given), *_),) = saved_grids
     assert name == 'manipulated_sample_given_3_z_std_0.5.png'
     model, data = model_and_data(trained)
     y = torch.from_numpy(data.test.conditions[:8])
@@ -462,9 +446,9 @@ def test_the_temperature_of_images_under_another_class(trained, grids):
     assert np.array_equal(given, glow.decode(model, z, three))
 
 
-def test_images_under_another_class(trained, grids):
+def test_images_under_another_class(trained, saved_grids):
     run('visualize', trained, '--given=3')
-    ((name, (unchanged, given), labels, columns),) = grids
+    ((name, (unchanged, given), labels, columns),) = saved_grids
     assert name == 'manipulated_sample_given_3.png' and labels == ['unchanged', 'given 3']
     assert columns == [str(k) for k in load_images('digits').test.attributes[:8].argmax(1)]
     _, data = model_and_data(trained)
@@ -475,7 +459,7 @@ def test_images_under_another_class(trained, grids):
 
 
 @pytest.mark.parametrize('words', [['--given=3'], ['--vis_attrs=3,5', '--vis_alphas=0,1']])
-def test_a_photo_is_given_what_it_looks_like(words, trained, grids, tmp_path, capsys):
+def test_a_photo_is_given_what_it_looks_like(words, trained, saved_grids, tmp_path, capsys):
     model, data = model_and_data(trained)
     guesses = guess_of_bayes(model, data.condition, data.test.images)
     i = int((guesses != torch.from_numpy(data.test.attributes.argmax(1))).nonzero()[0])
@@ -484,23 +468,19 @@ def test_a_photo_is_given_what_it_looks_like(words, trained, grids, tmp_path, ca
 
     run('visualize', trained, f'--vis_img={photo}', *words)
     assert f'takes {photo} for {guesses[i]}' in capsys.readouterr().out
-    ((name, rows, *_),) = grids
+    ((name, rows, *_),) = saved_grids
     assert name.startswith('manipulated_img_photo_')
     assert np.array_equal(rows[0][0], data.test.images[i])
     assert len(rows) == 2 and len(rows[0]) == (1 if 'given' in words[0] else 2)
 
 
-def test_a_photo_is_more_likely_of_a_frequent_class(trained, tmp_path):
+def test_a_photo_is_more_likely_of_a_frequent_class(trained):
     model, data = model_and_data(trained)
-    photo = tmp_path / 'photo.png'
-    Image.fromarray(data.test.images[0, 0]).save(photo)
-    config = glow.load_checkpoint(trained)['config']
-    request = glow.Request(vis_img=str(photo))
     for k in (2, 6):
         counts = tuple(10**15 if i == k else 1 for i in range(10))
-        skewed = replace(data, condition=replace(data.condition, counts=counts))
-        _, y = glow.images_to_change(model, skewed, config, CPU, request, 1)
-        assert y.argmax() == k
+        skewed = replace(data.condition, counts=counts)
+        y = glow.guess_conditions(model, data.test.images[:3], skewed, CPU)
+        assert y.argmax(1).tolist() == [k, k, k]
 
 
 def test_autocast_rounds_neither_the_prior_nor_the_head():
@@ -514,12 +494,12 @@ def test_autocast_rounds_neither_the_prior_nor_the_head():
     assert all(map(torch.equal, *results))
 
 
-def test_edits_keep_the_class(trained, grids):
+def test_edits_keep_the_class(trained, saved_grids):
     run('visualize', trained, '--vis_attrs=3', '--vis_alphas=0,1')
-    ((_, (row,), *_),) = grids
+    ((_, (row,), *_),) = saved_grids
     model, data = model_and_data(trained)
     config = glow.load_checkpoint(trained)['config']
-    dz = glow.attribute_directions(model, data, trained, config, CPU)
+    dz = glow.attribute_directions(model, data, trained.parent, config, CPU)
 
     y = torch.from_numpy(data.train.conditions)
     z = glow.encode(model, data.train.images, CPU, y).double()
@@ -608,10 +588,10 @@ def test_scores_of_attributes(trained_on_photos, capsys):
     assert results['accuracy_of_head'] == (guesses == y).double().mean().item()
 
 
-def test_samples_given_attributes(trained_on_photos, grids):
+def test_samples_given_attributes(trained_on_photos, saved_grids):
     run('generate', trained_on_photos)
     run('generate', trained_on_photos, '--given=-Odd,Late', '--z_std=0.7')
-    (_, rows, labels), (name, given_rows, _) = grids
+    (_, rows, labels), (name, given_rows, _) = saved_grids
     _, data = model_and_data(trained_on_photos)
     assert set(labels) == {'Late\nOdd', 'Late\n-Odd', '-Late\nOdd', '-Late\n-Odd'}
     names = [label.replace('\n', ',') for label in labels]
@@ -620,10 +600,10 @@ def test_samples_given_attributes(trained_on_photos, grids):
     assert len(rows) == 4 and sum(map(len, given_rows)) == 32
 
 
-def test_images_keep_the_attributes_that_are_left_out(trained_on_photos, grids):
+def test_images_keep_the_attributes_that_are_left_out(trained_on_photos, saved_grids):
     run('visualize', trained_on_photos, '--given=-Odd')
     run('visualize', trained_on_photos, '--given=-Late,-Odd')
-    (name, (unchanged, given), *_), (_, (_, both), *_) = grids
+    (name, (unchanged, given), *_), (_, (_, both), *_) = saved_grids
     assert name == 'manipulated_sample_given_-Odd.png'
     model, data = model_and_data(trained_on_photos)
     assert data.test.conditions.tolist() == [[1, 0], [1, 1]]
@@ -635,14 +615,14 @@ def test_images_keep_the_attributes_that_are_left_out(trained_on_photos, grids):
         assert np.array_equal(images, glow.decode(model, z, conditions))
 
 
-def test_a_condition_by_its_index(tmp_path, grids):
+def test_a_condition_by_its_index(tmp_path, saved_grids):
     write_photos(tmp_path / 'photos')
     best = train_on_photos(tmp_path, '--condition=0')
     assert condition_of_checkpoint(glow.load_checkpoint(best)).names == ('Odd',)
-    grids.clear()
+    saved_grids.clear()
     run('generate', best, '--given=-Odd')
     run('generate', best, '--given=Odd')
-    assert [name.partition('given')[2] for name, *_ in grids] == ['_-Odd.png', '_Odd.png']
+    assert [name.partition('given')[2] for name, *_ in saved_grids] == ['_-Odd.png', '_Odd.png']
 
 
 def test_what_no_training_image_shows_is_noted(trained_on_photos, monkeypatch, capsys):
@@ -653,7 +633,7 @@ def test_what_no_training_image_shows_is_noted(trained_on_photos, monkeypatch, c
     missing = condition.label(condition.values[0])
     for known, expected in ((condition, ''), (without, f'note: no training image is {missing}')):
         request = glow.Request(given=missing, z_std=0.7)
-        glow.generate(model, known, trained_on_photos, saved['config'], CPU, request)
+        glow.generate(model, known, trained_on_photos.parent, saved['config'], CPU, request)
         assert capsys.readouterr().out.partition('wrote')[0].strip() == expected
 
 
@@ -780,7 +760,7 @@ def test_images_that_have_no_attributes(tmp_path, capsys):
     load_images('folder', tmp_path / 'photos', 8)
     for words in (['--condition=classes'], ['--condition=Odd']):
         line = refusal_line(glow, capsys, '--train', *PHOTOS, *places, *words)
-        assert 'have no attributes that differ' in line and 'attributes.csv' in line
+        assert 'have no attributes' in line and 'attributes.csv' in line
 
 
 def test_more_attributes_than_can_be_summed_over():

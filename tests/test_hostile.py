@@ -37,7 +37,7 @@ from tiny_data import (
 import bnaf
 import glow
 from common.errors import UserError
-from datasets import images, load_images, tabular
+from datasets import images, load_images, photo_sets, photos, tabular
 from datasets.pickles import StandIn
 from datasets.plots import draw_pairs
 
@@ -930,7 +930,7 @@ def test_bad_images_are_named(name, tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)
     image.write_bytes(BAD_IMAGES[name])
-    assert '\\x1b[31m.jpg' in refusal(images.load_photo, image, 'faces', 16)
+    assert '\\x1b[31m.jpg' in refusal(photos.load_photo, image, 'faces', 16)
     assert not (tmp_path / 'canary').exists()
 
 
@@ -968,7 +968,7 @@ def test_odd_images_are_decoded(tmp_path, recwarn):
     pixels = np.kron([[0, 85], [170, 255]], square).astype(np.uint8)
     for name, content in odd_images(Image.fromarray(pixels)).items():
         (tmp_path / name).write_bytes(content)
-        decoded = images.load_photo(tmp_path / name, 'faces', 24)
+        decoded = photos.load_photo(tmp_path / name, 'faces', 24)
         assert np.abs(decoded.astype(int) - pixels).max() <= 2, name
     assert not [str(warning.message) for warning in recwarn.list]
 
@@ -1035,7 +1035,7 @@ def test_bad_attribute_tables(header, cells, part, tmp_path):
     files = [f'{i:02}.png' for i in range(20)]
     lines = [header, *[name + cells for name in files]]
     (tmp_path / 'attributes.csv').write_text('\n'.join(lines))
-    assert part in refusal(images.read_attribute_table, tmp_path / 'attributes.csv', files)
+    assert part in refusal(photo_sets.read_attribute_table, tmp_path / 'attributes.csv', files)
 
 
 def test_mnist_that_unfolds_without_end(tmp_path):

@@ -85,6 +85,21 @@ def write_celeba(folder):
     (folder / 'list_eval_partition.txt').write_text(''.join(partition))
 
 
+def write_celeba_of_kaggle(folder, n):
+    """Write n images as Kaggle hands out CelebA: the last two tenths validate and test."""
+    photos = folder / 'img_align_celeba' / 'img_align_celeba'
+    photos.mkdir(parents=True)
+    rows, partition = [('image_id', *ATTRIBUTES)], [('image_id', 'partition')]
+    for i in range(n):
+        name = f'{i + 1:06}.jpg'
+        noise_image(178, 218, i).save(photos / name)
+        rows.append((name, *(1 if (i + k) % 3 else -1 for k in range(40))))
+        partition.append((name, max(0, 10 * i // n - 7)))
+    for table, content in (('list_attr_celeba', rows), ('list_eval_partition', partition)):
+        with open(folder / f'{table}.csv', 'w', newline='') as file:
+            csv.writer(file).writerows(content)
+
+
 def write_folder(folder, size=20):
     """Write 20 images into two sub-folders. The smallest is ``size`` wide and ``size - 2`` high."""
     for i in range(20):

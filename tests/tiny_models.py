@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 import glow
+from datasets import ImageSplit
 from datasets.image_conditions import make_condition
-from datasets.images import ImageSplit
 
 TINY = ['--depth=1', '--width=8', '--n_epochs=1', '--batch_size=128']
 # pixels of an image in a grid: 8 x 8 enlarged 16 times, or 16 x 16 8 times, and 8 between
