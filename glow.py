@@ -77,6 +77,7 @@ from common.runs import (
 from common.tensors import tensor_bytes, tensor_cache
 from datasets import (
     IMAGE_DATASETS,
+    PHOTO_DATASETS,
     ImageCondition,
     ImageData,
     ImageSplit,
@@ -2298,7 +2299,7 @@ def choose_config(
         raise UserError(
             f'{data_dir} has photos: add --dataset=folder to learn them, or --dataset={dataset}'
         )
-    if saved is None and dataset in ('celeba', 'folder'):
+    if saved is None and dataset in PHOTO_DATASETS:
         n_photos = count_photos(dataset, data_dir)
         defaults[dataset] = photo_defaults(n_photos)
         own = {name: value for name, value in defaults[dataset].items() if name not in options}

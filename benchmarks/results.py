@@ -32,6 +32,7 @@ import bnaf
 import glow
 from common.errors import UserError, one_line
 from common.options import as_typed
+from datasets import PHOTO_DATASETS
 from datasets.own_tables import is_own_table
 
 HERE = Path(__file__).resolve().parent
@@ -190,7 +191,7 @@ def training_command(script: ModuleType, config: glow.Config | bnaf.Config, worl
     always: Collection[str] = ()
     if is_own_table(config.dataset):
         always = bnaf.TABLE_OPTIONS
-    elif config.dataset in ('celeba', 'folder'):
+    elif config.dataset in PHOTO_DATASETS:
         always = glow.PHOTO_OPTIONS
     for field in fields(config):
         value = getattr(config, field.name)

@@ -5,6 +5,7 @@ from .image_conditions import ImageCondition, condition_of_checkpoint, name_for_
 from .image_data import ImageData, ImageSplit
 from .images import (
     IMAGE_DATASETS,
+    PHOTO_DATASETS,
     count_conditions,
     count_photos,
     flip_randomly,
@@ -17,6 +18,7 @@ from .photos import has_photos, load_input_photos, load_photo, split_paths
 
 __all__ = [
     'IMAGE_DATASETS',
+    'PHOTO_DATASETS',
     'ImageCondition',
     'ImageData',
     'ImageSplit',

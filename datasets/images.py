@@ -53,7 +53,8 @@ from .photo_sets import (
 from .photos import find_image_files, pad_digits
 from .pickles import array_of, read_pickle
 
-IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', 'celeba', 'folder')
+PHOTO_DATASETS = ('celeba', 'folder')  # each photo is a file, and some of them will do
+IMAGE_DATASETS = ('faces', 'digits', 'mnist', 'cifar10', *PHOTO_DATASETS)
 CACHE_VERSION = 1  # must be increased whenever the same source would give other pixels
 
 DIGIT_NAMES = tuple('0123456789')
@@ -332,7 +333,7 @@ def find_attribute_names(name: str, data_dir: str | Path) -> Sequence[str]:
 
 def require_attributes(config: ImageOptions, texts: Sequence[str]) -> None:
     """Raise ``UserError`` unless the images have all these attributes, given by index or name."""
-    if config.dataset in ('celeba', 'folder'):
+    if config.dataset in PHOTO_DATASETS:
         count_photos(config.dataset, config.data_dir)  # an error where there are none
     names = find_attribute_names(config.dataset, config.data_dir)
     if not names:

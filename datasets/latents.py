@@ -202,18 +202,15 @@ def save_walks(
     column_labels: Sequence[str] = (),
 ) -> None:
     """Save a grid with a row of images for each walk and, if asked for, an animation."""
+    n_frames = FRAMES_PER_STEP if with_gif else 1  # for each step
+    n_steps = len(steps) - 1
+    places = np.linspace(0, n_steps, n_frames * n_steps + 1)
+    finer = np.interp(places, np.arange(len(steps)), steps).tolist()
+    rows = [decode(*walk(finer)) for walk in walks]
 
-    def images_at(steps: Sequence[float]) -> list[np.ndarray]:
-        """Return the images of each walk after so many steps."""
-        return [decode(*walk(steps)) for walk in walks]
-
-    save_grid(path, images_at(steps), row_labels, column_labels)
+    save_grid(path, [row[::n_frames] for row in rows], row_labels, column_labels)
     if with_gif:
-        n_frames = FRAMES_PER_STEP * (len(steps) - 1) + 1
-        places = np.linspace(0, len(steps) - 1, n_frames)
-        finer = np.interp(places, np.arange(len(steps)), steps)
-        frames = np.stack(images_at(finer.tolist()), axis=1)
-        save_gif(path.with_suffix('.gif'), list(frames), row_labels)
+        save_gif(path.with_suffix('.gif'), list(np.stack(rows, axis=1)), row_labels)
 
 
 # --------------------------------------------------------------------------------------- other rows

@@ -53,8 +53,9 @@ def usual_size(n_photos: int) -> int:
     return SMALL_SIZE if n_photos < MANY_PHOTOS else LARGE_SIZE
 
 
-# Splits indices of photos into those that train, validate and test, and returns the bounds too
-Split = Callable[[np.ndarray], tuple[list[np.ndarray], list[int]]]
+# Splits photos, given by their indices, into those that train, validate and test. Returns their
+# places among these indices, and the bounds of the split.
+Split = Callable[[np.ndarray], tuple[list[np.ndarray], Sequence[int]]]
 
 
 def decode_and_split(
@@ -70,15 +71,17 @@ def decode_and_split(
     Returns the images (N, 3, size, size), which of them could be decoded (N,), the indices of the
     three splits, their bounds, and a digest of what the images were made from.
     """
-    parts, bounds = split(np.arange(len(files)))  # errors come before the long decoding
+    chosen = np.arange(len(files))
+    parts, bounds = split(chosen)  # errors come before the long decoding
     size = image_size or usual_size(len(files))
     signatures = [file_signature(path) for path in files]
     images, is_whole, images_digest = load_decoded(
         data_dir, name, files, signatures, size, skip_broken
     )
     if not is_whole.all():
-        parts, bounds = split(np.flatnonzero(is_whole))
-    return images, is_whole, parts, bounds, images_digest
+        chosen = np.flatnonzero(is_whole)
+        parts, bounds = split(chosen)
+    return images, is_whole, [chosen[part] for part in parts], list(bounds), images_digest
 
 
 def find_celeba(data_dir: Path) -> dict[str, Path | None]:
@@ -144,13 +147,11 @@ def load_celeba(
     require_split_words(partition_path, words, CELEBA_SPLITS)
     hashes = np.array([path_hash(PurePath(name)) for name in file_names])
 
-    def split(chosen: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+    def split(chosen: np.ndarray) -> tuple[list[np.ndarray], Sequence[int]]:
         has_own_split = set(CELEBA_SPLITS) <= set(words[chosen])
         if split_bounds or (split_bounds is None and not has_own_split):
-            parts, bounds = split_folder(hashes[chosen], split_bounds, folder)
-        else:
-            parts, bounds = split_by_word(partition_path, words[chosen], CELEBA_SPLITS), []
-        return [chosen[part] for part in parts], list(bounds)
+            return split_folder(hashes[chosen], split_bounds, folder)
+        return split_by_word(partition_path, words[chosen], CELEBA_SPLITS), []
 
     paths = [folder / name for name in file_names]
     images, is_whole, parts, bounds, images_digest = decode_and_split(
@@ -259,35 +260,24 @@ def load_folder(
     relative_paths = [path.relative_to(data_dir) for path in files]
     file_rows = describe_files(relative_paths, files)
 
-    names: list[str] = []
-    attributes = np.zeros((len(files), 0), bool)
-    words, notes = None, []
     table = data_dir / 'attributes.csv'
     table_lines: list[str] = []
+    names: list[str] = []
+    attributes, words, n_missing = np.zeros((len(files), 0), bool), None, 0
     if table.exists():
         table_lines = read_lines(table)
         names, attributes, words, n_missing = read_attribute_table(
             table, list(map(str, relative_paths))
         )
-        if n_missing:
-            notes.append(f'{n_missing:,} of the images in {table} are not there')
 
-    def split(chosen: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+    def split(chosen: np.ndarray) -> tuple[list[np.ndarray], Sequence[int]]:
         if words is not None:
-            parts = split_by_word(table, words[chosen], SPLIT_NAMES)
-            bounds = split_bounds or []
-        else:
-            parts, bounds = split_folder(file_rows[chosen, 0], split_bounds, data_dir)
-        return [chosen[part] for part in parts], list(bounds)
+            return split_by_word(table, words[chosen], SPLIT_NAMES), split_bounds or []
+        return split_folder(file_rows[chosen, 0], split_bounds, data_dir)
 
     images, is_whole, parts, bounds, images_digest = decode_and_split(
         data_dir, 'folder', files, image_size, skip_broken, split
     )
-    if not is_whole.all():
-        notes.append(describe_left_out(data_dir, files, is_whole))
-    if unread := describe_unread(data_dir):
-        notes.append(unread)
-
     used_rows, used = file_rows[is_whole], np.flatnonzero(is_whole)
     order = np.lexsort(used_rows.T)  # the files' own order depends on the platform
     content = sampled_content([files[i] for i in used[order]])
@@ -300,6 +290,13 @@ def load_folder(
         fingerprint=digest(['folder', table_lines, content], [used_rows[order]]),
         file_names=[path.as_posix() for path in relative_paths],
     )
+    notes = []
+    if n_missing:
+        notes.append(f'{n_missing:,} of the images in {table} are not there')
+    if not is_whole.all():
+        notes.append(describe_left_out(data_dir, files, is_whole))
+    if unread := describe_unread(data_dir):
+        notes.append(unread)
     file_table = torch.from_numpy(used_rows)
     return replace(data, split_bounds=bounds, files=file_table, notes=tuple(notes))
 

@@ -8,7 +8,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -76,6 +76,13 @@ def has_photos(folder: str | Path) -> bool:
     return path.is_dir() and any(is_image_name(entry.name) for entry in os.scandir(path))
 
 
+def visible_paths(folder: Path) -> Iterator[Path]:
+    """Yield all that is in a folder and its sub-folders, without what is hidden."""
+    for path in folder.rglob('*'):
+        if not any(part.startswith('.') for part in path.relative_to(folder).parts):
+            yield path
+
+
 def find_image_files(folder: Path, option: str = '--data_dir') -> list[Path]:
     """Return the images in a folder and its sub-folders, sorted, without hidden ones.
 
@@ -83,11 +90,7 @@ def find_image_files(folder: Path, option: str = '--data_dir') -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f'{folder} is no folder: give one of images by {option}')
-    files = []
-    for path in folder.rglob('*'):
-        hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
-            files.append(path)
+    files = [path for path in visible_paths(folder) if is_image_name(path.name) and path.is_file()]
     if not files:
         unread = describe_unread(folder)
         raise UserError(
@@ -118,11 +121,8 @@ def describe_left_out(folder: Path, files: Sequence[Path], is_whole: np.ndarray)
 
 def describe_unread(folder: Path) -> str:
     """Return a line that counts the photos whose format is not read, or nothing if all are."""
-    counts: dict[str, int] = {}
-    for path in folder.rglob('*'):
-        suffix = path.suffix.lower()
-        if suffix in UNREAD_SUFFIXES:
-            counts[suffix] = counts.get(suffix, 0) + 1
+    suffixes = [path.suffix.lower() for path in visible_paths(folder)]
+    counts = Counter(suffix for suffix in suffixes if suffix in UNREAD_SUFFIXES)
     if not counts:
         return ''
     named = ', '.join(f'{n:,} {suffix}' for suffix, n in sorted(counts.items()))

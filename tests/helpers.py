@@ -98,6 +98,11 @@ def refusal_line(script: ModuleType, capsys: pytest.CaptureFixture, *words: str 
     return lines[-1]
 
 
+def run_mode(script: ModuleType, mode: str, checkpoint: Path, *words: str | Path) -> None:
+    """Run a mode of a script with a checkpoint."""
+    script.main([f'--{mode}', f'--restore_file={checkpoint}', *map(str, words)])
+
+
 def single_process(script: ModuleType) -> Any:
     """Return a script's ``Process`` for a training on one process, on the CPU."""
     return script.Process(rank=0, world_size=1, device=CPU)

@@ -3,13 +3,23 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, assert_close, only, perturbed, refusal_line, single_process, train_until
+from helpers import (
+    CPU,
+    assert_close,
+    only,
+    perturbed,
+    refusal_line,
+    run_mode,
+    single_process,
+    train_until,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -31,6 +41,7 @@ from datasets.image_conditions import make_condition
 from datasets.images import choose_condition, with_conditions
 
 CLASSES = ['--condition=classes', '--lr=0.01', '--n_epochs_warmup=0']
+run = partial(run_mode, glow)
 PHOTOS = ['--dataset=folder', '--image_size=8', '--n_levels=1', '--batch_size=8', *TINY[:3]]
 
 
@@ -300,11 +311,6 @@ def trained_on_photos(tmp_path_factory):
     write_photos(folder / 'photos')
     words = ['--condition=Late,Odd', '--n_epochs=10', '--lr=0.02', '--n_epochs_warmup=0']
     return train_on_photos(folder, *words)
-
-
-def run(mode, checkpoint, *words):
-    """Run a mode of the script with a checkpoint."""
-    glow.main([f'--{mode}', f'--restore_file={checkpoint}', *words])
 
 
 def model_and_data(path):

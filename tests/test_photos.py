@@ -10,13 +10,14 @@ import warnings
 import zlib
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import only, refusal_line, single_process
+from helpers import CPU, only, refusal_line, run_mode, single_process
 from PIL import Image
 from tiny_data import (
     attribute_rows,
@@ -43,7 +44,7 @@ from datasets import (
 from datasets import __main__ as command
 from datasets.anomalies import print_least_likely
 
-CPU = torch.device('cpu')
+run = partial(run_mode, glow)
 SMALL = ['--image_size=16', '--n_levels=1', '--depth=1', '--width=4', '--n_epochs=1']
 
 
@@ -69,11 +70,6 @@ def train(place, *words):
     """Train on ``photos`` of a folder, with the results in ``out``."""
     places = [f'--data_dir={place}/photos', f'--output_dir={place}/out']
     glow.main(['--train', '--dataset=folder', *places, *words])
-
-
-def run(mode, path, *words):
-    """Run a mode of a checkpoint."""
-    glow.main([f'--{mode}', f'--restore_file={path}', *map(str, words)])
 
 
 def model_of(path):
@@ -311,7 +307,7 @@ def test_attributes_as_pandas_writes_them(folder):
 
 
 def test_formats_that_are_not_read_are_counted(folder, tmp_path):
-    for name in ('x.HEIC', 'a/y.heic', 'b/z.cr2', 'notes.txt'):
+    for name in ('x.HEIC', 'a/y.heic', 'b/z.cr2', 'notes.txt', '._x.HEIC'):
         (folder / name).touch()
     line = 'photos of these formats are not read, convert them to .jpg: 1 .cr2, 2 .heic'
     assert load_images('folder', folder, 16).notes == (line,)
