@@ -97,6 +97,7 @@ from datasets.anomalies import (
     score_quantiles,
 )
 from datasets.baseline import gaussian_log_prob
+from datasets.cache import cache_beside_data
 from datasets.columns import parse_given, repeat_conditions
 from datasets.inputs import condition_frame, input_frame
 from datasets.learned import draw_learned
@@ -104,6 +105,7 @@ from datasets.own_tables import (
     frame_of_columns,
     is_own_table,
     is_unnamed,
+    require_h5_names,
     require_new_table,
     require_numbers,
     save_table,
@@ -1989,8 +1991,10 @@ def generate(model: BNAF, data: TableData, path: Path, config: Config, request: 
             f'{output}: a .npy has no names for the columns, and these are not all of the table: '
             'give a name that ends in .csv'
         )
-    if Path(output).suffix == '.h5' and given is not None:
-        require_numbers(given, Path(output))
+    if Path(output).suffix == '.h5':
+        require_h5_names([*data.used_features, 'log_likelihood'], Path(output))
+        if given is not None:
+            require_numbers(given, Path(output))
 
     x, log_p = sample_rows(model, data, n, request.z_std, config.seed, context)
     if any(map(len, data.levels)):
@@ -2185,7 +2189,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     with exit_on_user_error(NAME):
         mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
-        with setup(request.device) as process:
+        # a folder that only a checkpoint of anyone names is left as it is
+        is_named = 'data_dir' in options or not request.restore_file
+        with setup(request.device) as process, cache_beside_data(is_named):
             settings = {**options, **vars(request)}
             for path in PATHS:
                 settings.pop(path, None)

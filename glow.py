@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from common.averages import MovingAverage
 from common.batches import Stream, batch_indices, seeded_generator
+from common.bounds import memory_for, memory_limit
 from common.checkpoints import CheckpointFormat, batch_of_all_processes, require_entries
 from common.devices import collect_gradients, keep_on_device, scales_gradients, to_device
 from common.errors import UserError, exit_on_user_error, printable, report_error, warn_on_error
@@ -97,6 +98,7 @@ from datasets import (
     values_per_image,
 )
 from datasets.anomalies import percentiles, print_least_likely, score_quantiles
+from datasets.cache import cache_beside_data
 from datasets.latents import (
     EDITS,
     NEIGHBOURS,
@@ -979,7 +981,7 @@ class Glow(nn.Module):
     ) -> None:
         super().__init__()
         self.input_dims = c, h, w = tuple(input_dims)
-        self.n_conditions = n_conditions
+        self.width, self.n_conditions = width, n_conditions
         self.dequantize = Dequantize(n_bits)
         self.levels = nn.ModuleList()
         self.z_shapes = []
@@ -1000,6 +1002,32 @@ class Glow(nn.Module):
     def n_parameters(self) -> int:
         """The number of parameters that are learned."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    @property
+    def memory_per_image(self) -> int:
+        """About how many bytes it takes to encode or to decode an image, without gradients.
+
+        There are eight tensors of its size, and two hidden layers on a quarter of its pixels.
+        """
+        c, h, w = self.input_dims
+        return 8 * 4 * c * h * w + 2 * 4 * self.width * h * w // 4
+
+    @property
+    def n_at_once(self) -> int:
+        """How many images may be sampled or encoded at once.
+
+        They take a quarter of the memory that a checkpoint of the model may take.
+        """
+        memory = memory_for(2 * 4 * self.n_parameters) // 4  # of the weights and their average
+        return max(1, memory // self.memory_per_image)
+
+    def in_parts(
+        self, x: Tensor, y: Tensor | np.ndarray | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield a batch, and its conditions (N, Y), in parts of 64 or ``n_at_once`` images."""
+        n = min(64, self.n_at_once)
+        for start in range(0, max(1, len(x)), n):
+            yield x[start : start + n], None if y is None else torch.as_tensor(y[start : start + n])
 
     def run_levels(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return the latents of the splits, each of shape (B, D), the last one, and log|det|.
@@ -1418,6 +1446,7 @@ CHECKPOINT = CheckpointFormat(
     },
     build_model=build_model,
     build_optimizer=build_optimizer,
+    memory_per_input=lambda model: model.memory_per_image,
     upgrades={1: upgrade_from_1, 2: upgrade_from_2},
     defaults={'validation_quantiles': []},  # not known
 )
@@ -1610,20 +1639,22 @@ def sample_grid(
     for row, z_std in enumerate(temperatures):
         generator = seeded_generator('cpu', Stream.SAMPLES, seed, row)
         z = z_std * torch.randn(n_columns, math.prod(model.input_dims), generator=generator)
-        z = z.to(device)
-        pieces = [z.split(64)]
+        y = None
         if conditions is not None:
             y = torch.from_numpy(conditions if conditions.ndim == 1 else conditions[row])
-            pieces.append(y.to(device).expand(n_columns, -1).split(64))
-        parts = [model.inverse(*piece) for piece in zip(*pieces)]
-        x, logdet = (torch.cat(tensors) for tensors in zip(*parts))
-        if not x.isfinite().all():
-            raise UserError(
-                f'samples at temperature {z_std:g} are not finite: the model has diverged'
-            )
-        images, _ = model.dequantize.inverse(x)
-        order = (log_normal(z) - logdet).argsort(descending=True)
-        rows.append(images[order].cpu().numpy())
+            y = y.to(device).expand(n_columns, -1)
+
+        images, log_p = [], []
+        for z_part, y_part in model.in_parts(z.to(device), y):
+            x, logdet = model.inverse(z_part, y_part)
+            if not x.isfinite().all():
+                raise UserError(
+                    f'samples at temperature {z_std:g} are not finite: the model has diverged'
+                )
+            images.append(model.dequantize.inverse(x)[0])
+            log_p.append(log_normal(z_part) - logdet)
+        order = torch.cat(log_p).argsort(descending=True)
+        rows.append(torch.cat(images)[order].cpu().numpy())
     return rows
 
 
@@ -1683,6 +1714,7 @@ class Training:
         self.config, self.data, self.process = config, data, process
         self.input_dims = [*data.train.images.shape[1:], len(data.condition.names)]
         self.model = build_model(config, self.input_dims).to(process.device)
+        CHECKPOINT.require_readable(self.model)
         self.step, self.n_seen = 0, 0
         self.n_skipped, self.skips_in_a_row = torch.zeros(
             2, dtype=torch.int64, device=process.device
@@ -1900,7 +1932,7 @@ def evaluate(
 
     They are bits/dim and, for a model with conditions, those of ``score_conditions``.
     """
-    batch_size = 4 * config.batch_size
+    batch_size = min(4 * config.batch_size, model.n_at_once)
     scores = score_split(model, data.test, data.condition, data.n_values, batch_size, process)
     if process.rank > 0:
         return
@@ -1950,7 +1982,7 @@ def evaluate_input(
     n_values = values_per_image(config.dataset, saved['input_dims'][:-1])
     # a photo has the same score, whichever others are beside it
     seeds = [zlib.crc32(image.tobytes()) for image in images]
-    batch_size = 4 * config.batch_size
+    batch_size = min(4 * config.batch_size, model.n_at_once)
     scores = score_split(model, split, condition, n_values, batch_size, process, seeds)
     if process.rank > 0:
         return
@@ -2040,6 +2072,17 @@ def score_conditions(
     return scores
 
 
+def samples_within(memory: int, model: Glow, n: int, n_rows: int = 1) -> int:
+    """Return n or, if ``n_rows`` times n samples take more bytes of memory, fewer, but not none."""
+    # the latents of a sample, its image, and that of the picture
+    memory_per_sample = 16 * math.prod(model.input_dims)
+    memory -= min(64, model.n_at_once) * model.memory_per_image
+    n_fitting = max(1, memory // memory_per_sample // n_rows)
+    if n_fitting < n:
+        print('note: fewer samples than usual, as such large images take much memory')
+    return min(n, n_fitting)
+
+
 def generate(
     model: Glow,
     condition: ImageCondition,
@@ -2047,11 +2090,13 @@ def generate(
     config: Config,
     device: torch.device,
     request: Request,
+    memory: int,
 ) -> None:
     """Save samples as a picture: at one temperature, or a row for each of several.
 
     Without ``--given``, a model with conditions draws a row for each class, or for each
-    combination of attributes.
+    combination of attributes. Unless their number is given, there are fewer samples where they
+    take more than so many bytes of ``memory``.
     """
     y = None if request.given is None else condition.parse(request.given)
     if y is not None and not (condition.values == y).all(1).any():
@@ -2059,15 +2104,18 @@ def generate(
     z_std, labels = request.z_std, []
     if condition.names and y is None:
         z_std = Z_STD_OF_EACH if z_std is None else z_std
-        n, n_values = request.n_samples or 8, len(condition.values)
+        n_values = len(condition.values)
+        n = request.n_samples or samples_within(memory, model, 8, min(n_values, MAX_SHOWN))
         if n_values > MAX_SHOWN:
             print(f'note: the first {MAX_SHOWN} of {n_values}; add --given for another one')
         rows, labels = sample_each_condition(model, condition, z_std, n, config.seed, device)
     elif z_std is None:
-        rows = sample_grid(model, TEMPERATURES, 4, config.seed, device, y)
+        n = samples_within(memory, model, 4, len(TEMPERATURES))
+        rows = sample_grid(model, TEMPERATURES, n, config.seed, device, y)
         labels = [f'T = {temperature:g}' for temperature in TEMPERATURES]
     else:
-        samples = sample_grid(model, [z_std], request.n_samples or 32, config.seed, device, y)[0]
+        n = request.n_samples or samples_within(memory, model, 32)
+        samples = sample_grid(model, [z_std], n, config.seed, device, y)[0]
         rows = arrange_in_rows(samples)
 
     name = 'generated_samples_at_z_std_' + ('range' if z_std is None else f'{z_std:g}')
@@ -2087,7 +2135,8 @@ def encode(
 
     Each value is placed in the middle of its bin, so that decoding returns the same bins.
     """
-    return model(middles_of_bins(model, images, device), y)[0]
+    x = middles_of_bins(model, images, device)
+    return torch.cat([model(*part)[0] for part in model.in_parts(x, y)])
 
 
 def middles_of_bins(model: Glow, images: np.ndarray | Tensor, device: torch.device) -> Tensor:
@@ -2101,9 +2150,11 @@ def middles_of_bins(model: Glow, images: np.ndarray | Tensor, device: torch.devi
 @torch.no_grad()
 def decode(model: Glow, z: Tensor, y: Tensor | np.ndarray | None = None) -> np.ndarray:
     """Return the uint8 images (N, C, H, W) of latents (N, D), given conditions (N, Y)."""
-    x, _ = model.inverse(z, y)
-    images, _ = model.dequantize.inverse(x)
-    return images.cpu().numpy()
+    images = []
+    for z_part, y_part in model.in_parts(z, y):
+        x, _ = model.inverse(z_part, y_part)
+        images.append(model.dequantize.inverse(x)[0])
+    return torch.cat(images).cpu().numpy()
 
 
 def attribute_directions(
@@ -2118,7 +2169,7 @@ def attribute_directions(
     """
     images = data.train.images[:DZ_IMAGES]
     attributes = torch.from_numpy(data.train.attributes[:DZ_IMAGES]).double()
-    batch_size = 4 * config.batch_size
+    batch_size = min(4 * config.batch_size, model.n_at_once)
 
     def compute() -> Tensor:
         share_with = attributes / attributes.sum(0)
@@ -2207,9 +2258,11 @@ def guess_conditions(
     model: Glow, images: np.ndarray, condition: ImageCondition, device: torch.device
 ) -> Tensor:
     """Return the conditions of images, (N, Y), that Bayes' rule guesses."""
-    _, last, _ = model.run_levels(middles_of_bins(model, images, device))
-    best = log_joint(model, last, condition).argmax(1).cpu()
-    return torch.from_numpy(condition.values)[best].to(device)
+    best = []
+    for x, _ in model.in_parts(middles_of_bins(model, images, device)):
+        _, last, _ = model.run_levels(x)
+        best.append(log_joint(model, last, condition).argmax(1).cpu())
+    return torch.from_numpy(condition.values)[torch.cat(best)].to(device)
 
 
 @torch.no_grad()
@@ -2229,7 +2282,7 @@ def check(model: Glow, data: ImageData, config: Config, device: torch.device) ->
         errors[names[layer]] = max(error, errors.get(names[layer], 0.0))
         return z
 
-    batch_size = 4 * config.batch_size
+    batch_size = min(4 * config.batch_size, model.n_at_once)
     for i in progress_bar(range(0, len(data.test.images), batch_size), 'decoding test images'):
         now = slice(i, i + batch_size)
         x = middles_of_bins(model, data.test.images[now], device)
@@ -2366,8 +2419,8 @@ def run_mode(mode: str, options: dict[str, Any], request: Request, process: Proc
             data = data or load_data(config, saved, process)
             evaluate(model, data, saved, config, process, request)
         elif process.rank == 0 and mode == 'generate':
-            condition = condition_of_checkpoint(saved)
-            generate(model, condition, output_folder(request, path), config, device, request)
+            condition, folder = condition_of_checkpoint(saved), output_folder(request, path)
+            generate(model, condition, folder, config, device, request, memory_limit(path))
         elif process.rank == 0 and mode == 'visualize':
             visualize(model, saved, output_folder(request, path), config, process, request)
         elif process.rank == 0:
@@ -2380,7 +2433,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     with exit_on_user_error(NAME):
         mode, options, request = parse_args(sys.argv[1:] if argv is None else argv)
-        with setup(request.device) as process:
+        # a folder that only a checkpoint of anyone names is left as it is
+        is_named = 'data_dir' in options or not request.restore_file
+        with setup(request.device) as process, cache_beside_data(is_named):
             settings = {**options, **vars(request)}
             for path in PATHS:
                 settings.pop(path, None)

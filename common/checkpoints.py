@@ -1,7 +1,7 @@
 """Checkpoints: one file with everything needed to resume a run or to use its model.
 
-They are written atomically and validated when read. A file from a stranger cannot run code or take
-more memory than its size.
+They are written atomically and validated when read. A file from a stranger cannot run code, and
+takes no more memory than ``bounds`` allows.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from .bounds import memory_for, memory_limit
 from .errors import UserError, one_line
 from .interfaces import Training
 from .options import Options
@@ -44,6 +45,8 @@ class CheckpointFormat:
         defaults: values of fields that older checkpoints of the same number do not have.
         upgrades: for each older number that can be read, a function that returns the content of
             such a checkpoint as that of the next number.
+        memory_per_input: returns about how many bytes it takes to use a model for one input. A
+            checkpoint may take no more than other files of its size (``common.bounds``).
     """
 
     script: str
@@ -56,6 +59,7 @@ class CheckpointFormat:
     build_optimizer: Callable[[Any, Iterable[nn.Parameter]], Optimizer]
     defaults: dict[str, Any] = field(default_factory=dict)
     upgrades: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
+    memory_per_input: Callable[[Any], int] = lambda model: 0
 
     def save(self, run: Training, path: Path) -> None:
         """Save everything needed to resume a training or to use its model."""
@@ -106,13 +110,26 @@ class CheckpointFormat:
             saved = {**self.defaults, **self.upgrade(saved)}
             self.require_schema(saved)
             saved['config'] = self.parse_config(saved['config'])
-            self.require_state(saved)
+            self.require_finite(saved)
+            model = self.require_state(saved)
+            if self.memory_per_input(model) > memory_limit(path):
+                raise ValueError('its inputs take more memory than a file of its size may')
         except (ValueError, UserError) as error:
             raise UserError(
                 f'{path} is a checkpoint of another version of {self.script}, or damaged: '
                 f'{one_line(error)}'
             ) from error
         return {**saved, 'path': Path(path)}
+
+    def require_readable(self, model: nn.Module) -> None:
+        """Raise ``UserError`` where ``read`` would refuse the checkpoints of a model."""
+        # at least the weights and their average are in the file
+        n_bytes = 2 * sum(parameter.nbytes for parameter in model.parameters())
+        if self.memory_per_input(model) > memory_for(n_bytes):
+            raise UserError(
+                'so small a model of such large inputs is not read again, as it takes more memory '
+                'than a file of its size may: make the model larger, or the inputs smaller'
+            )
 
     def require_format(self, path: Path, number: Any) -> None:
         """Raise ``UserError`` where a checkpoint has another format than the script reads."""
@@ -170,6 +187,15 @@ class CheckpointFormat:
         if not are_within or n_values >= LARGEST_INPUT:
             raise ValueError(f'its input_dims are {dims}')
 
+    def require_finite(self, saved: dict[str, Any]) -> None:
+        """Raise ``ValueError`` where a number is not finite, but for scores that are not known."""
+        is_validated = math.isfinite(saved['best'])
+        unknown = set() if is_validated else {('best', 'inf'), ('validation_loss', 'nan')}
+        for entry in (*self.fields, 'scheduler'):
+            for name, number in find_not_finite(entry, saved.get(entry)):
+                if (name, str(number)) not in unknown:
+                    raise ValueError(f'its {name} is {number}')
+
     def parse_config(self, config: dict[str, Any]) -> Options:
         """Return the config of a checkpoint. Options that it does not have get their defaults.
 
@@ -185,9 +211,10 @@ class CheckpointFormat:
                 raise ValueError(f'its option {name} is neither text nor a number')
         return self.config_class(**config)
 
-    def require_state(self, saved: dict[str, Any]) -> None:
-        """Raise ``ValueError`` where weights or optimizer do not fit the options or are not finite.
+    def require_state(self, saved: dict[str, Any]) -> nn.Module:
+        """Return the model of a checkpoint.
 
+        Raises ``ValueError`` where weights or optimizer do not fit the options or are not finite.
         The shapes are found without taking memory for the model, and without taking time for one
         that is larger than the weights in the file.
         """
@@ -213,6 +240,7 @@ class CheckpointFormat:
             for name, value in values.items():
                 if isinstance(value, torch.Tensor) and not is_finite(value):
                     raise ValueError(f'its weights are not finite: {name}')
+        return average.module
 
 
 def require_entries(values: dict[Any, Any], schema: dict[str, Any]) -> None:
@@ -251,6 +279,18 @@ def has_schema(value: Any, schema: Any) -> bool:
     if schema is int:
         return type(value) is int and 0 <= value < LARGEST_INT
     return type(value) is schema
+
+
+def find_not_finite(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield the numbers in plain values that are not finite, each with its name."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from find_not_finite(key, item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from find_not_finite(name, item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, value
 
 
 def count_values(value: Any) -> int:

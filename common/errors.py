@@ -15,21 +15,45 @@ from tqdm import tqdm
 
 from .terminal import lossy_output, raise_interrupts
 
+# Characters of a name, of a path, and of the text of an error. No name of a file is longer.
+MAX_NAME, MAX_PATH, MAX_TEXT = 255, 600, 10_000
+MAX_COMPARED = 2**24  # pairs of characters, of a text and of the names among which it is looked for
+LONG_NAME = rf'[^\s,;=/\\\'"]{{{MAX_NAME + 1},}}'
+LONG_PATH = rf'[^\s,;=\'"]{{{MAX_PATH + 1},}}'
+
 
 class UserError(Exception):
     """An error that the user can fix. Its text is one line: what was wrong and what to do."""
 
     def __str__(self) -> str:
-        """Return the text with unprintable characters escaped.
+        """Return the text with unprintable characters escaped, and with long names shortened.
 
-        They may come from a file or from its name, and must not control a terminal.
+        They may come from a file or from its name, and must not control or fill a terminal.
         """
-        return printable(super().__str__())
+        return shorten_names(printable(super().__str__()))
 
 
 def printable(text: str) -> str:
     """Return a text with unprintable characters escaped, as from the name of a stranger's file."""
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shorten_names(text: str) -> str:
+    """Return a text in which long names and paths, and then the text, have lost their middle.
+
+    Lists of short names stay whole, such as those of columns to drop.
+    """
+    text = re.sub(LONG_NAME, lambda found: without_middle(found[0], MAX_NAME), text)
+    text = re.sub(LONG_PATH, lambda found: without_middle(found[0], MAX_PATH), text)
+    return without_middle(text, MAX_TEXT)
+
+
+def without_middle(text: str, n: int) -> str:
+    """Return a text of at most ``n`` characters, the middle of a longer one replaced by ``…``."""
+    if len(text) <= n:
+        return text
+    n_end = n // 3
+    return f'{text[: n - n_end - 1]}…{text[-n_end:]}'
 
 
 class UserErrorParser(argparse.ArgumentParser):
@@ -101,7 +125,7 @@ def error_line(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return 'interrupted'
     if isinstance(error, (UserError, OSError, torch.linalg.LinAlgError)):
-        return str(error)
+        return shorten_names(printable(str(error)))
     advice = 'lower --batch_size or the model, or add --checkpoint_grads'
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f'out of GPU memory: {advice}'
@@ -167,6 +191,16 @@ def index_of_name(text: str, names: Sequence[str], what: str) -> int:
             raise UserError(f'{what} {text} is out of range: there are 0 to {len(names) - 1}')
 
     if place is None:
-        nearest = difflib.get_close_matches(text, names, cutoff=0) or names
+        nearest = nearest_names(text, names, n=3, cutoff=0) or names[:3]
         raise UserError(f'unknown {what} {text!r}: the nearest are {", ".join(nearest)}')
     return place
+
+
+def nearest_names(text: str, names: Sequence[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Return the n names that are most similar to a text, without those below ``cutoff``.
+
+    There are none where the names are so many, or so long, that looking for them takes seconds.
+    """
+    if len(text) * sum(map(len, names)) > MAX_COMPARED:
+        return []
+    return difflib.get_close_matches(text, names, n, cutoff)

@@ -52,6 +52,18 @@ def path_hash(path: PurePath) -> int:
     return int.from_bytes(first_bytes, 'big') >> 2
 
 
+def name_part(text: str, n_bytes: int = 150) -> str:
+    """Return a text as a part of a file's name, which has at most 255 bytes.
+
+    A text of more than ``n_bytes`` is cut and ends in its digest, so that others differ from it.
+    """
+    content = os.fsencode(text)
+    if len(content) <= n_bytes:
+        return text
+    end = f'_{digest([text])}'
+    return content[: n_bytes - len(end)].decode(errors='ignore') + end
+
+
 def digest(values: Any, arrays: Iterable[Any] = ()) -> str:
     """Return 16 hexadecimal digits that identify plain values (as JSON) and arrays."""
     content = hashlib.sha256(json.dumps(values).encode())
@@ -119,7 +131,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
     A process that is killed leaves the file as it was before, or whole.
     """
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary = path.with_name(f'.{name_part(path.name, 200)}.{os.getpid()}')
     try:
         with report_full_disk(path, ' and is as it was before'):
             write(temporary)

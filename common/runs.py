@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import UserError, is_lost_connection
-from .files import file_lock, make_new_folder
+from .files import file_lock, make_new_folder, name_part
 from .interfaces import LoadCheckpoint, Process, Training
 from .options import Options, RunRequest, as_typed
 
@@ -193,10 +193,15 @@ def newest_run(script: str, output_dir: Path, dataset: str | None) -> Path | Non
     """
     found = list(output_dir.glob(f'{script}_*/{LAST}'))
     if dataset:
-        name = re.escape(f'{script}_{Path(dataset).stem}_')
-        found = [path for path in found if re.fullmatch(name + TIME_AND_NUMBER, path.parent.name)]
+        name = re.escape(run_name(script, dataset)) + TIME_AND_NUMBER
+        found = [path for path in found if re.fullmatch(name, path.parent.name)]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     return newest.parent if newest else None
+
+
+def run_name(script: str, dataset: str) -> str:
+    """Return the name of a run's folder without its time."""
+    return f'{script}_{name_part(Path(dataset).stem)}_'
 
 
 def require_newest(saved: dict[str, Any] | None, load: LoadCheckpoint) -> None:
@@ -224,8 +229,8 @@ def open_run_folder(
     load: LoadCheckpoint,
 ) -> Iterator[Path]:
     """Yield the folder of a run, the same for all processes: a new one, or its checkpoint's."""
-    dataset = Path(config.dataset).stem  # type: ignore[attr-defined]
-    name = f'{script}_{dataset}_{time.strftime(TIME)}'
+    dataset: str = config.dataset  # type: ignore[attr-defined]
+    name = run_name(script, dataset) + time.strftime(TIME)
     folder = saved['path'].parent if saved else Path(request.output_dir) / name
 
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """Files of tensors: written atomically, and read without trusting them.
 
-A file from a stranger cannot run code or take more memory than its size.
+A file from a stranger cannot run code, and what is loaded of it is no larger than the file.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .bounds import bounded_memory
 from .errors import UserError, is_out_of_memory
 from .files import make_writable, write_atomically
 
@@ -57,20 +58,21 @@ def save_tensors(path: Path, content: Any) -> None:
 def load_tensors(path: Path) -> Any:
     """Load what ``save_tensors`` wrote: tensors, plain values, and dicts and lists of them.
 
-    No pickled object is made, and no more memory is taken than the file has bytes. Raises
-    ``UserError`` where the file does not exist or is damaged.
+    No pickled object is made, and the result has no more bytes than the file. Raises ``UserError``
+    where the file does not exist, is damaged, or takes more memory than ``bounded_memory`` allows.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f'{path} is a folder, not a checkpoint: give its best.pt')
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f'{path}: no such checkpoint')
 
     try:
-        storage_sizes = inspect_archive(path)
-        mapped = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        copy = BoundedCopy(path.stat().st_size)
-        content = copy(mapped)
+        with bounded_memory(path):
+            storage_sizes = inspect_archive(path)
+            mapped = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            copy = BoundedCopy(path.stat().st_size)
+            content = copy(mapped)
         if copy.tensor_sizes() != storage_sizes:
             # a tensor larger than its storage would expose the bytes behind it
             raise ValueError('its tensors do not have the sizes of their storages')

@@ -19,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from common.errors import UserError, UserErrorParser
+from common.files import name_part
 
 from .columns import list_names, number_columns
 from .fetch import SOURCES, data_set_status, fetch_data_set
@@ -228,7 +229,7 @@ def show(
     """Draw a data set into a file, and print a line of counts per split."""
     if output and output.exists():
         raise UserError(f'{output} exists: give another name by --output, or move it away')
-    path = output or Path('results') / f'{Path(name).name}.png'
+    path = output or Path('results') / f'{name_part(Path(name).name)}.png'
 
     if is_own_table(name):
         arrays, figure = draw_user_table(name)

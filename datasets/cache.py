@@ -1,17 +1,20 @@
 """Arrays that are prepared once, kept on disk, and memory-mapped from then on."""
 
+import contextlib
 import errno
 import math
 import os
 import shutil
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from common.bounds import open_regular
 from common.errors import UserError, one_line
 from common.files import digest, file_lock, make_writable, write_atomically
 
@@ -20,6 +23,8 @@ NO_RESERVATION = errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS
 Shape = tuple[int, ...]
 CreateArray = Callable[[Shape, npt.DTypeLike], np.memmap]
 IsValid = Callable[[np.ndarray], bool]
+
+may_write_beside_data = ContextVar('may_write_beside_data', default=True)
 
 # NumPy parses the header of a .npy file as Python source. A damaged header can therefore fail in
 # the tokenizer, in the parser, or where its values are turned into a data type and a shape.
@@ -36,6 +41,19 @@ DAMAGED_ARRAY_ERRORS = (
 )
 
 
+@contextlib.contextmanager
+def cache_beside_data(is_named_by_user: bool) -> Iterator[None]:
+    """Inside, caches are written to the folder of the data only if the user has named it.
+
+    Otherwise, a checkpoint of anyone has. Caches that are there are read.
+    """
+    token = may_write_beside_data.set(is_named_by_user)
+    try:
+        yield
+    finally:
+        may_write_beside_data.reset(token)
+
+
 def memmap_cache(
     data_dir: Path,
     name: str,
@@ -45,7 +63,8 @@ def memmap_cache(
 ) -> np.ndarray:
     """Return an array that is memory-mapped from a cache file; prepare the file if necessary.
 
-    The file is in ``.cache`` of ``data_dir`` or, where that cannot be written to, of ``data``.
+    The file is in ``.cache`` of ``data_dir`` or, where that cannot or must not be written to, of
+    ``data``.
 
     Arguments:
         data_dir: The folder of the data set.
@@ -65,9 +84,11 @@ def memmap_cache(
         if array is not None:
             return array
 
+    if not may_write_beside_data.get():
+        folders = folders[1:]
     folder = next((folder for folder in folders if make_writable(folder)), None)
     if folder is None:
-        raise UserError(f'neither {folders[0]} nor {folders[1]} can be written to')
+        raise UserError(f'{" or ".join(map(str, folders))} cannot be written to')
     path = folder / file_name
 
     def write(temporary: Path) -> None:
@@ -132,12 +153,29 @@ def remove_other_versions(folder: Path, name: str) -> None:
 
 
 def map_npy(path: Path) -> np.memmap:
-    """Memory-map the array in a .npy file for reading.
+    """Memory-map the array of numbers in a .npy file for reading.
 
     Raises ``ValueError`` if it cannot be read. Unlike with ``np.load``, this includes archives and
-    arrays of pickled objects.
+    arrays of anything but numbers.
     """
     try:
+        dtype = read_npy_dtype(path)
+        if dtype.kind not in 'biufc':
+            raise ValueError(f'it holds {dtype}, not numbers')
         return np.lib.format.open_memmap(path, mode='r')
-    except DAMAGED_ARRAY_ERRORS as error:
+    except (UserError, *DAMAGED_ARRAY_ERRORS) as error:
         raise ValueError(one_line(error)) from error
+
+
+def read_npy_dtype(path: Path) -> np.dtype:
+    """Return the data type that the header of a .npy file states.
+
+    A type that takes no bytes, such as ``V0``, would end the process in ``np.memmap``.
+    """
+    with open_regular(path) as file:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            _, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:  # the later version 3 has other names of fields, which arrays of numbers lack
+            _, _, dtype = np.lib.format.read_array_header_2_0(file)
+    return dtype

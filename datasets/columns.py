@@ -4,7 +4,6 @@ The density p(columns | conditions) is one of numbers. A condition may also be a
 a text, which is given to the model as one number per category.
 """
 
-import difflib
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from common.errors import UserError, index_of_name, truncate
+from common.errors import UserError, index_of_name, nearest_names, truncate
 
 from .own_tables import PICKLED, UNNAMED_FIRST, is_own_table, is_unnamed, read_frame
 
@@ -27,6 +26,7 @@ ROWS_PER_CATEGORY = 5  # and so is one of fewer rows per number
 MAX_SUGGESTED_CATEGORIES = 20  # a column of more different texts is not suggested as a condition
 MIN_INDEX_ROWS = 20  # of a table in which a column of different whole numbers looks like an index
 MAX_NAMED = 8  # columns that a message describes, one by one
+MAX_DESCRIBED = 1_000  # columns that are looked at for a message
 MAX_OPTION = 240  # characters of an option that a message suggests
 BOOLEANS = {'true': 1.0, 'false': 0.0}
 
@@ -202,22 +202,20 @@ def number_columns(frame: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarra
 
     The latter are NaN in the result.
     """
-    converted: dict[str, np.ndarray | float] = {}
+    if all(isinstance(t, np.dtype) and t.kind in 'fiu' for t in frame.dtypes[list(names)]):
+        # all columns are taken as they are, so that they need no copy
+        table = frame if list(frame.columns) == list(names) else frame[list(names)]
+        return table.to_numpy(np.float64), []
+
+    numbers = np.full((len(frame), len(names)), np.nan)
     not_numeric = []
-    for name in names:
-        column = frame[name]
-        if isinstance(column.dtype, np.dtype) and column.dtype.kind in 'fiu':
-            continue
-        values = as_numbers(column)
-        converted[name] = np.nan if values is None else values
+    for k, name in enumerate(names):
+        values = as_numbers(frame[name])
+        if values is not None:
+            numbers[:, k] = values
         if values is None or name in frame.attrs.get(PICKLED, ()):
             not_numeric.append(name)
-
-    # All columns are taken as they are, so that they need no copy.
-    table = frame if list(frame.columns) == list(names) else frame[list(names)]
-    if converted:
-        table = table.assign(**converted)
-    return table.to_numpy(np.float64), not_numeric
+    return numbers, not_numeric
 
 
 def looks_like_an_index(values: np.ndarray) -> bool:
@@ -254,12 +252,13 @@ def option_words(
             is given by its index.
     """
     words = list(given or [])
+    places = {name: k for k, name in enumerate(names)}
     for name in added:
         is_plain = name == name.strip() and ',' not in name and len(name) <= 40
         if is_plain and not re.fullmatch(r'-?\d+|column \d+|', name) and name != UNNAMED_FIRST:
             words.append(name)
         else:
-            words.append(str(list(names).index(name)))
+            words.append(str(places[name]))
     value = ','.join(words)
     if len(value) > MAX_OPTION:
         return f'--{option}={shlex.quote(value[:MAX_OPTION])}... ({len(words)} columns)'
@@ -325,7 +324,7 @@ def require_numeric(
     texts: list[str] = []
     to_drop: list[str] = []
     to_condition: list[str] = []
-    for name in not_numeric:
+    for name in not_numeric[:MAX_DESCRIBED]:
         example, row, n_distinct, n_texts = describe_text(frame[name])
         if n_texts or options is None:
             more = f' and {n_texts - 1:,} more' if n_texts > 1 else ''
@@ -336,7 +335,8 @@ def require_numeric(
         is_category = 1 < n_distinct <= MAX_SUGGESTED_CATEGORIES
         (to_condition if is_category else to_drop).append(name)
 
-    more = f' and {len(texts) - MAX_NAMED} more' if len(texts) > MAX_NAMED else ''
+    to_drop += not_numeric[MAX_DESCRIBED:]
+    more = f' and {len(not_numeric) - MAX_NAMED} more' if len(not_numeric) > MAX_NAMED else ''
     advice = 'give numbers, as in the table that the model was trained on'
     if options is not None:
         words = [options.to_drop(to_drop)] if to_drop else []
@@ -463,7 +463,7 @@ class Condition:
             text = category_text(cell)
             if text not in index_of:
                 row = int(np.argmax(codes == i))
-                near = difflib.get_close_matches(text, self.categories, n=3, cutoff=0)
+                near = nearest_names(text, self.categories, n=3, cutoff=0)
                 # longer than other names in messages, as one of them is to be copied from here
                 nearest = ', '.join(truncate(category, 80) for category in near)
                 raise UserError(
@@ -619,9 +619,11 @@ def describe_missing(names: Sequence[str], columns: Sequence[str]) -> str:
     for name in names:
         if name in columns:
             continue
-        near = difflib.get_close_matches(name, columns, n=1)
+        near = nearest_names(name, columns)
         texts.append(f'{shorten(name)} (perhaps {shorten(near[0])})' if near else shorten(name))
-    return ', '.join(texts[:MAX_NAMED])
+        if len(texts) == MAX_NAMED:
+            break
+    return ', '.join(texts)
 
 
 # -------------------------------------------------------------------------------- values of --given

@@ -1,6 +1,5 @@
 """The conditions of a model of images: the class of each image, or some of its attributes."""
 
-import difflib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import UserError
-from common.files import digest
+from common.errors import UserError, nearest_names
+from common.files import name_part
 
 CLASSES = 'classes'  # of --condition: the classes of a data set, not attributes by name
 MAX_CONDITIONS = 10  # attributes: all combinations of them are summed over
@@ -88,7 +87,7 @@ class ImageCondition:
         if name not in self.names:
             near: Sequence[str] = self.names
             if len(near) > MAX_CONDITIONS:
-                near = difflib.get_close_matches(name, near, n=MAX_CONDITIONS, cutoff=0)
+                near = nearest_names(name, near, MAX_CONDITIONS, 0) or near[:MAX_CONDITIONS]
             raise UserError(f'--given={name}: the model knows {", ".join(near)}')
         return self.names.index(name)
 
@@ -140,9 +139,7 @@ def condition_of_checkpoint(saved: dict[str, Any]) -> ImageCondition:
 def name_for_file(given: str) -> str:
     """Return conditions, as ``--given`` takes them, as part of the name of a file."""
     name = re.sub(r'[^\w,-]', '_', given)
-    if len(name) > 100:  # names that are cut differ by a digest
-        name = f'{name[:90]}_{digest([given])[:9]}'
-    return f'given_{name}'
+    return f'given_{name_part(name, 100)}'
 
 
 def are_printable(names: Collection[str]) -> bool:

@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 
+from common.bounds import bounded_memory, open_regular, read_after_trial
 from common.errors import UserError, index_of_name, one_line
 from common.files import digest, file_signature, first_existing
 
@@ -129,6 +130,7 @@ def load_run_images(
 
     require_valid_split(saved)
     data = load(saved['split_bounds'])
+    require_same_shape(data, saved, source)
     data = with_conditions(data, condition_of_checkpoint(saved), source)
     if saved['fingerprint'] in ('', data.fingerprint):
         return data
@@ -140,6 +142,16 @@ def load_run_images(
             'former ones by --data_dir'
         )
     return replace(data, notes=(*data.notes, change))
+
+
+def require_same_shape(data: ImageData, saved: dict[str, Any], source: str) -> None:
+    """Raise ``UserError`` where images have another shape than those of a checkpoint's model."""
+    shape, known = data.train.images.shape[1:], saved['input_dims'][:3]
+    if list(shape) != list(known):
+        found, expected = ('x'.join(map(str, dims)) for dims in (shape, known))
+        raise UserError(
+            f'the images of {source} are {found}, and the model of {saved["path"]} is of {expected}'
+        )
 
 
 def require_valid_split(saved: dict[str, Any]) -> None:
@@ -495,9 +507,9 @@ def read_idx(path: Path, n_dims: int) -> np.ndarray:
     Reads no more than the header announces, which is limited to ``MAX_IDX_BYTES``. Raises
     ``UserError`` if the file is damaged or of another kind.
     """
-    open_file: Callable[..., Any] = gzip.open if path.suffix == '.gz' else open
     try:
-        with open_file(path, 'rb') as file:
+        with open_regular(path) as packed, bounded_memory(path):
+            file: Any = gzip.open(packed) if path.suffix == '.gz' else packed
             shape = read_idx_shape(file, path, n_dims)
             size = int(np.prod(shape, dtype=object))  # as a Python integer it cannot overflow
             if size > MAX_IDX_BYTES:
@@ -585,9 +597,7 @@ def read_cifar_batches(paths: Sequence[Path]) -> np.ndarray:
 def read_cifar_batch(path: Path) -> np.ndarray:
     """Read one batch as rows (N, 3073) of uint8; raise ``UserError`` if it is damaged."""
     try:
-        batch = read_pickle(path)
-        pixels = array_of(batch['data'])
-        labels = np.array(batch['labels'])
+        pixels, labels = read_after_trial(unpickle_batch, path)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, MemoryError) as error:
         # Where the pickle holds no dict, or labels that are no list, the lookup or the array fails.
         raise UserError(
@@ -600,6 +610,19 @@ def read_cifar_batch(path: Path) -> np.ndarray:
             'fetch it again'
         )
     return np.column_stack([labels.astype(np.uint8), pixels])
+
+
+def unpickle_batch(path: Path) -> tuple[Any, np.ndarray]:
+    """Return what a batch has as its pixels, and its labels."""
+    batch = read_pickle(path)
+    return array_of(batch['data']), array_of_labels(batch['labels'])
+
+
+def array_of_labels(labels: Any) -> np.ndarray:
+    """Return a list of numbers as an array. Raises ``TypeError`` for a list of anything else."""
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+        raise TypeError('its labels are no list of numbers')
+    return np.array(labels)
 
 
 def is_cifar_batch(pixels: Any, labels: np.ndarray) -> bool:

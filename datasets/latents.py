@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import name_part
 
 from .grids import save_gif, save_grid
 from .image_conditions import ImageCondition, name_for_file
@@ -109,7 +110,7 @@ def choose_picture(request: PictureOptions, config: ImageOptions, condition: Ima
 def picture_name(name: str, request: PictureOptions) -> str:
     """Return the file name of a picture, which says ``--z_std`` if there is one."""
     z_std = '' if request.z_std is None else f'_z_std_{request.z_std:g}'
-    return f'{name}{z_std}.png'
+    return f'{name_part(name)}{z_std}.png'
 
 
 # --------------------------------------------------------------------------- walks between latents

@@ -8,13 +8,14 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import math
 import os
 import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from common.bounds import memory_limit, open_regular, read_after_trial, read_bounded
 from common.errors import UserError, one_line, truncate
 from common.files import write_atomically
 
@@ -31,11 +33,15 @@ from .cache import map_npy
 SUFFIXES = ('.csv', '.tsv', '.csv.gz', '.tsv.gz', '.npy', '.h5', '.hdf5', '.parquet')
 NEW_SUFFIXES = ('.csv', '.npy', '.h5')
 
-# These limits keep a damaged or hostile file from taking all memory.
+# Formats whose libraries a damaged file can crash, or keep busy for ever
+READ_AFTER_TRIAL = ('.h5', '.hdf5', '.parquet')
+
 MAX_COLUMNS = 2**16 - 1  # pandas takes minutes for a million
-MAX_COMPRESSION = 1_000  # how many times larger a table can be than its file
-MAX_TEXT_COMPRESSION = 100  # the same of a text, whose cells take more memory than its bytes
-MAX_TEXT_LINE_BYTES = 2**22  # of a text that is compressed
+MAX_MEMBERS = 5_000  # of a group of a .h5
+MAX_BLANK_LINES = 1_000  # before the first row of a text
+MAX_H5_COLUMNS = 4_000  # HDF5 keeps their names in an attribute of 64 KiB
+MAX_LINE_BYTES = 2**22  # of a text; a parser keeps whole lines
+WIDE = 1_000  # columns; pandas parses fewer in blocks of rows, which takes less memory
 
 MIN_PYARROW = 15  # earlier ones may run code that a file brings along
 
@@ -80,7 +86,7 @@ def read_frame(path: str | Path) -> pd.DataFrame:
     Raises ``UserError`` if the file cannot be read as a table.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f'{path}: no such table')
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         **dict.fromkeys(['.csv', '.tsv', '.csv.gz', '.tsv.gz'], read_text),
@@ -96,7 +102,8 @@ def read_frame(path: str | Path) -> pd.DataFrame:
         with warnings.catch_warnings():
             # pandas warns of columns of several types, which are refused if they are used.
             warnings.simplefilter('ignore')
-            frame = readers[suffix](path)
+            read = read_after_trial if suffix in READ_AFTER_TRIAL else read_bounded
+            frame = read(readers[suffix], path)
     except DAMAGED_TABLE_ERRORS as error:
         raise UserError(f'{path} cannot be read as a table: {one_line(error)}') from error
     require_column_names(frame, path)
@@ -153,7 +160,12 @@ class BoundedLineFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer with the next bytes, and return how many there were."""
-        content = self.file.read(len(buffer))
+        try:
+            content = self.file.read(len(buffer))
+        except MemoryError as error:
+            raise ValueError('out of memory') from error  # pandas would hide a MemoryError
+        if b'\0' in content:
+            raise ValueError('it has zero bytes, which no text has')
         self.n_read += len(content)
         if self.n_read > self.max_bytes:
             raise ValueError(f'it holds more than {self.max_bytes:,} bytes, too many for its size')
@@ -168,14 +180,11 @@ class BoundedLineFile(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open a text, gzipped or not, for reading its bytes."""
-    with open(path, 'rb') as file:
-        if path.suffix != '.gz':
-            yield file
-            return
-        max_bytes = MAX_TEXT_COMPRESSION * path.stat().st_size + MAX_TEXT_LINE_BYTES
-        content = BoundedLineFile(gzip.open(file), MAX_TEXT_LINE_BYTES, max_bytes)
-        yield io.BufferedReader(content, 2**18)
+    """Open a text, gzipped or not, for reading its bytes; see ``BoundedLineFile``."""
+    with open_regular(path) as file:
+        content = gzip.open(file) if path.suffix == '.gz' else file
+        lines = BoundedLineFile(content, MAX_LINE_BYTES, memory_limit(path))
+        yield io.BufferedReader(lines, 2**18)
 
 
 def read_text(path: Path) -> pd.DataFrame:
@@ -194,6 +203,7 @@ def read_text(path: Path) -> pd.DataFrame:
             skipinitialspace=True,
             encoding='utf-8-sig',
             float_precision='round_trip',  # exact in all versions of pandas
+            low_memory=len(first_row) < WIDE,  # so many columns in many blocks take minutes
         )
 
     # pandas takes superfluous first cells for names of the rows.
@@ -215,7 +225,10 @@ def read_first_row(path: Path, separator: str) -> list[str]:
     with open_text(path) as file:
         lines = io.TextIOWrapper(file, newline='', encoding='utf-8-sig')
         rows = csv.reader(lines, delimiter=separator)
-        cells = next((row for row in rows if row), [''])
+        cells = next((row for row in itertools.islice(rows, MAX_BLANK_LINES) if row), None)
+        if cells is None and next(rows, None) is not None:
+            raise UserError(f'{path} begins with more than {MAX_BLANK_LINES:,} empty lines')
+        cells = cells or ['']
 
     others = ';\t' if separator == ',' else ';,'
     other = next((character for character in others if character in cells[0]), '')
@@ -307,7 +320,12 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
 
 
 def hard_links(group: h5py.Group) -> dict[str, Any]:
-    """Return the members of a group by name, without links that can lead to another file."""
+    """Return the members of a group by name, without links that can lead to another file.
+
+    Raises ``ValueError`` where they are so many that it would take long to look at them.
+    """
+    if len(group) > MAX_MEMBERS:
+        raise ValueError(f'it has more than {MAX_MEMBERS:,} members in a group')
     names = [name for name in group if isinstance(group.get(name, getlink=True), h5py.HardLink)]
     return {name: group[name] for name in names}
 
@@ -327,13 +345,13 @@ def find_h5_table(file: h5py.File, path: Path) -> h5py.Dataset:
 class H5Reader:
     """Reads data sets of an HDF5 file, as far as their size can be in the file.
 
-    HDF5 need not store what it declares. All that is read together may be ``MAX_COMPRESSION`` times
-    as large as the file.
+    HDF5 need not store what it declares. All that is read together may be as large as
+    ``memory_limit`` of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.n_left = MAX_COMPRESSION * path.stat().st_size
+        self.n_left = memory_limit(path)
 
     def read(self, data: h5py.Dataset) -> np.ndarray:
         """Return the values of a data set.
@@ -489,6 +507,8 @@ def read_parquet(path: Path) -> pd.DataFrame:
             # pandas stores an index without a name as a column; metadata of pandas is not trusted
             names = [name for name in table.column_names if not is_index_name(name)]
             columns = {name: arrow_column(table[name]) for name in names}
+    except pyarrow.ArrowMemoryError:
+        raise
     except (pyarrow.ArrowException, KeyError, TypeError) as error:
         raise ValueError(one_line(error)) from error
     if not columns or not table.num_rows:
@@ -506,7 +526,7 @@ def require_parquet_size(metadata: Any, path: Path) -> None:
     groups = [metadata.row_group(k) for k in range(metadata.num_row_groups)]
     n_bytes = sum(group.total_byte_size for group in groups)
     n_bytes = max(n_bytes, 8 * metadata.num_rows * metadata.num_columns)
-    if n_bytes > MAX_COMPRESSION * path.stat().st_size:
+    if n_bytes > memory_limit(path):
         raise UserError(
             f'{path} claims to hold a table of shape {(metadata.num_rows, metadata.num_columns)}, '
             'but has not the size for it'
@@ -556,6 +576,8 @@ def save_table(path: str | Path, table: pd.DataFrame) -> None:
     path = Path(path)
     if path.suffix != '.csv':
         require_numbers(table, path)
+    if path.suffix == '.h5':
+        require_h5_names(table.columns, path)
     write_atomically(path, lambda temporary: write_table(temporary, path.suffix, table))
     print(f'wrote {path}')
 
@@ -570,6 +592,15 @@ def require_numbers(table: pd.DataFrame, path: Path) -> None:
         raise UserError(
             f'{path} can only hold numbers, and {", ".join(others[:8])} is text: '
             'give a name that ends in .csv'
+        )
+
+
+def require_h5_names(names: Collection[str], path: Path) -> None:
+    """Raise ``UserError`` where a .h5 cannot keep the names of so many columns."""
+    if len(names) > MAX_H5_COLUMNS:
+        raise UserError(
+            f'{path} would have {len(names):,} columns, and an .h5 keeps the names of '
+            f'{MAX_H5_COLUMNS:,} at most: give a name that ends in .csv'
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.bounds import bounded_memory, open_regular
 from common.errors import UserError, truncate
 from common.files import digest, file_signature, first_existing, path_hash
 
@@ -38,6 +39,7 @@ CELEBA_SPLITS = {'0': 0, '1': 1, '2': 2}
 
 SPLIT_NAMES = {'train': 0, 'validation': 1, 'val': 1, 'valid': 1, 'test': 2}
 MAX_ATTRIBUTES = 1000
+MAX_TABLE_BYTES = 2**28  # CelebA's own table has 27 million
 # What a cell of an attribute may be; pandas writes the others where it has made numbers or truth
 # values of the column
 ATTRIBUTE_CELLS = {'1': 1, '0': 0, '-1': -1, '1.0': 1, '0.0': 0, '-1.0': -1, 'True': 1, 'False': 0}
@@ -113,7 +115,8 @@ def require_celeba(data_dir: Path) -> list[Path]:
 
 def find_celeba_photos(folder: Path) -> list[str]:
     """Return the sorted names of the photos in CelebA's folder."""
-    return sorted(entry.name for entry in os.scandir(folder) if is_image_name(entry.name))
+    entries = os.scandir(folder)
+    return sorted(e.name for e in entries if is_image_name(e.name) and e.is_file())
 
 
 def load_celeba(
@@ -210,28 +213,30 @@ def read_celeba_attributes(path: Path) -> tuple[list[str], dict[str, Row]]:
     The first line of the .txt is the number of images, the second one the names. The .csv begins
     with the names.
     """
-    if path.suffix == '.csv':
-        header, *rows = read_csv_rows(path)
-        return header[1:], {row[0]: row[1:] for row in rows}
+    with bounded_memory(path):
+        if path.suffix == '.csv':
+            header, *rows = read_csv_rows(path)
+            return header[1:], {row[0]: row[1:] for row in rows}
 
-    lines = read_lines(path)
-    names = lines[1].split() if len(lines) > 1 else []
-    rows = [line.split() for line in lines[2:] if line.strip()]
-    cells = {row[0]: row[1:] for row in rows}
+        lines = read_lines(path)
+        names = lines[1].split() if len(lines) > 1 else []
+        rows = [line.split() for line in lines[2:] if line.strip()]
+        cells = {row[0]: row[1:] for row in rows}
 
-    announced = lines[0].strip() if lines else 'nothing'
-    if announced != str(len(cells)):
-        raise UserError(f'{path} announces {announced} images and has {len(cells)} rows')
-    return names, cells
+        announced = lines[0].strip() if lines else 'nothing'
+        if announced != str(len(cells)):
+            raise UserError(f'{path} announces {announced} images and has {len(cells)} rows')
+        return names, cells
 
 
 def read_celeba_partition(path: Path) -> dict[str, str]:
     """Read the split of each image, by its file name: '0', '1' or '2'."""
-    if path.suffix == '.csv':
-        rows = read_csv_rows(path)[1:]  # below the names of the columns
-    else:
-        rows = [line.split() for line in read_lines(path)]
-    return {row[0]: row[1] for row in rows if len(row) >= 2}
+    with bounded_memory(path):
+        if path.suffix == '.csv':
+            rows = read_csv_rows(path)[1:]  # below the names of the columns
+        else:
+            rows = [line.split() for line in read_lines(path)]
+        return {row[0]: row[1] for row in rows if len(row) >= 2}
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -305,7 +310,7 @@ def sampled_content(paths: Sequence[Path]) -> list[str]:
     """Return digests of the beginnings of some of the files, at equal distances."""
     digests = []
     for path in paths[:: max(1, len(paths) // N_SAMPLED_FILES)]:
-        with open(path, 'rb') as file:
+        with open_regular(path) as file:
             beginning = file.read(N_SAMPLED_BYTES)
         digests.append(hashlib.sha256(beginning).hexdigest())
     return digests
@@ -382,12 +387,12 @@ def attribute_header(path: Path, header: Row) -> list[str]:
 
 def read_csv_rows(path: Path) -> list[Row]:
     """Return the cells of a table without the spaces around them; at least one row, maybe empty."""
-    try:
-        rows = [row for row in csv.reader(read_lines(path)) if row]
-    except csv.Error as error:
-        raise UserError(f'{path} cannot be read as a table: {error}') from error
-    stripped = [[cell.strip() for cell in row] for row in rows]
-    return stripped or [[]]
+    with bounded_memory(path):
+        try:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path)) if row]
+        except csv.Error as error:
+            raise UserError(f'{path} cannot be read as a table: {error}') from error
+        return rows or [[]]
 
 
 def match_files(rows: Sequence[Row], files: Sequence[str]) -> list[str]:
@@ -411,7 +416,8 @@ def match_files(rows: Sequence[Row], files: Sequence[str]) -> list[str]:
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file in UTF-8; raise ``UserError`` if it cannot be read."""
     try:
-        return path.read_text(encoding='utf-8-sig').splitlines()
+        with open_regular(path, MAX_TABLE_BYTES) as file:
+            return file.read().decode('utf-8-sig').splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read as text: {error}') from error
 

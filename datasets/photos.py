@@ -1,11 +1,9 @@
 """Photos: found in folders, decoded, turned upright, cropped to squares and resized."""
 
 import itertools
-import multiprocessing
+import math
 import os
-import signal
 import struct
-import threading
 import warnings
 import zlib
 from collections import Counter, deque
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from common.bounds import bounded_memory, exit_with_parent, memory_limit, open_regular
 from common.errors import UserError, one_line, printable, truncate
 from common.files import digest
 
@@ -29,12 +28,20 @@ UNREAD_SUFFIXES = {'.heic', '.heif', '.avif', '.jxl', '.dng', '.cr2', '.cr3', '.
 # The formats that are decoded, whatever a file's name says. Pillow hands some others, such as
 # PostScript, to external programs.
 FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM')
-CACHE_VERSION = 2  # must be increased whenever the same files would give another cache
+CACHE_VERSION = 3  # must be increased whenever the same files would give another cache
 
 # CelebA's aligned photos are 178 pixels wide and 218 high, with background above and below the
 # face. As in Real NVP (Dinh et al., 2017, section 4.1), the central 148x148 pixels are kept and
 # resized. The crop is written as a share of the shorter side, to apply to photos of other sizes.
 CELEBA_CROP = 148 / 178
+
+# A JPEG is decoded at a half, a quarter or an eighth of its size where both of its sides keep so
+# many pixels, and so many for each pixel of the result. This is faster and takes less memory. Other
+# images are reduced likewise before they are converted.
+ENOUGH_PIXELS, ENOUGH_PER_PIXEL = 1024, 4
+
+MAX_SCANS = 64  # of a JPEG; most have one, or ten
+SLOW_CODECS, MAX_SLOW = {'ppm_plain', 'bmp_rle'}, 2**17  # pixels, and bytes
 
 DECODE_CHUNK = 64  # images that a worker process decodes at a time
 N_NAMED = 10  # files that are left out, of which so many are named
@@ -52,7 +59,6 @@ DAMAGED_IMAGE_ERRORS = (
     AssertionError,
     ArithmeticError,
     RuntimeError,
-    MemoryError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -179,6 +185,14 @@ def load_photo(path: str | Path, name: str, image_size: int) -> np.ndarray:
 
     Raises ``UserError`` where the file is missing or damaged, or its image is too small.
     """
+    if not os.path.exists(path):
+        raise UserError(f'there is no photo {path}')
+    with bounded_memory(path):
+        return decode_as(path, name, image_size)
+
+
+def decode_as(path: str | Path, name: str, image_size: int) -> np.ndarray:
+    """Decode a photo as those of a data set are; see ``load_photo``."""
     if name == 'mnist':
         return pad_digits(decode_photo(path, 28, mode='L'))
     if name == 'digits':
@@ -276,23 +290,6 @@ def count_usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def exit_with_parent() -> None:
-    """Make a worker process exit when its parent does, and leave Ctrl-C to the parent.
-
-    Otherwise, the worker of a killed parent would wait for work forever, and hold the lock of the
-    cache, which it has inherited.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, 'only worker processes call this'
-
-    def wait_and_exit() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait_and_exit, daemon=True).start()
-
-
 def decode_chunk(
     files: Sequence[Path], name: str, size: int, skip_broken: bool
 ) -> list[np.ndarray | None]:
@@ -325,34 +322,67 @@ def decode_photo(path: str | Path, size: int, crop: float = 1.0, mode: str = 'RG
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about odd metadata, which does not matter here
         warnings.simplefilter('error', Image.DecompressionBombWarning)
-        image = convert_mode(read_upright(path), path, mode)
+        n_enough = max(ENOUGH_PIXELS, math.ceil(ENOUGH_PER_PIXEL * size / crop))
+        image = shrink(read_upright(path, n_enough), n_enough)
 
-    side = round(crop * min(image.size))
-    if side < size:
-        raise UserError(
-            f'{path} is too small: {image.width}x{image.height} pixels leave a square of {side}, '
-            f'and images are {size}x{size}: use a larger photo, or train with a lower --image_size'
-        )
-    left = (image.width - side) // 2
-    top = (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
+        side = round(crop * min(image.size))
+        if side < size:
+            raise UserError(
+                f'{path} is too small: {image.width}x{image.height} pixels leave a square of '
+                f'{side}, and images are {size}x{size}: use a larger photo, or train with a lower '
+                '--image_size'
+            )
+        left = (image.width - side) // 2
+        top = (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        square = convert_mode(image.crop(box), path, mode)
     resized = square.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(resized).reshape(size, size, -1)
     return pixels.transpose(2, 0, 1)
 
 
-def read_upright(path: str | Path) -> Image.Image:
-    """Read an image and turn it upright; raise ``UserError`` if it is missing or damaged."""
+def read_upright(path: str | Path, n_enough: int) -> Image.Image:
+    """Read an image and turn it upright; raise ``UserError`` if it is damaged.
+
+    A JPEG may be decoded at a part of its size, but with at least ``n_enough`` pixels on each side.
+    """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise UserError(f'there is no photo {path}') from error
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            require_quick(image, path)
+            image.draft(None, (n_enough, n_enough))
+            n_bytes = math.prod(image.size) * len(image.getbands())
+            if n_bytes > memory_limit(path):  # decoders would call the file damaged
+                raise MemoryError
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         most = f'{Image.MAX_IMAGE_PIXELS:,} pixels'
         raise UserError(f'{path} has more than {most}: make it smaller') from error
     except DAMAGED_IMAGE_ERRORS as error:
         raise UserError(f'{path} cannot be decoded as an image: {one_line(error)}') from error
+
+
+def require_quick(image: Image.Image, path: str | Path) -> None:
+    """Raise ``ValueError`` where an image takes much longer to decode than others of its size.
+
+    Each scan of a JPEG goes over all of its pixels, and some few formats are decoded in Python.
+    """
+    with open_regular(path) as file:
+        if image.format in ('JPEG', 'MPO') and file.read().count(b'\xff\xda') > MAX_SCANS:
+            raise ValueError(f'it has more than {MAX_SCANS} scans')
+    codecs = {tile[0] for tile in getattr(image, 'tile', ())}
+    is_small = math.prod(image.size) <= MAX_SLOW and os.path.getsize(path) <= MAX_SLOW
+    if codecs & SLOW_CODECS and not is_small:
+        raise ValueError('it is in a form that is slow to read: save it as .png')
+
+
+def shrink(image: Image.Image, n_enough: int) -> Image.Image:
+    """Reduce an image by a whole factor where both its sides keep ``n_enough`` pixels."""
+    factor = min(image.size) // n_enough
+    if factor < 2 or image.mode not in ('L', 'RGB', 'RGBA', 'CMYK'):
+        return image
+    return image.reduce(factor)
 
 
 def convert_mode(image: Image.Image, path: str | Path, mode: str) -> Image.Image:

@@ -15,6 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from common.bounds import open_regular
+
+MAX_PICKLE_BYTES = 2**30  # no published pickle is larger
+
 # What arrays and tables need of each package, in whichever of its modules a version keeps them.
 ALLOWED_NAMES = {
     'numpy': {'ndarray', 'dtype', '_reconstruct', '_frombuffer'},
@@ -41,7 +45,6 @@ DAMAGED_PICKLE_ERRORS = (
     AttributeError,
     EOFError,
     LookupError,
-    MemoryError,
     OverflowError,
     RecursionError,
     TypeError,
@@ -51,7 +54,6 @@ DAMAGED_PICKLE_ERRORS = (
 MALFORMED_OBJECT_ERRORS = (
     AttributeError,
     LookupError,
-    MemoryError,
     OverflowError,
     RecursionError,
     TypeError,
@@ -95,7 +97,8 @@ def read_pickle(path: Path) -> Any:
 
     Raises ``ValueError`` if the pickle is damaged or names anything that arrays do not need.
     """
-    content = path.read_bytes()
+    with open_regular(path, MAX_PICKLE_BYTES) as file:
+        content = file.read()
     try:
         check_memo_numbers(content)
         return HarmlessUnpickler(io.BytesIO(content), encoding='latin1').load()
@@ -199,5 +202,9 @@ def table_parts(frame: Any) -> tuple[list[str], list[tuple[np.ndarray, Any]]]:
         axes = state['axes']
         blocks = [(block['values'], block['mgr_locs']) for block in state['blocks']]
 
-    names = [str(name) for name in array_of(axes[0])]
-    return names, [(array_of(values), array_of(places)) for values, places in blocks]
+    names = array_of(axes[0])
+    if not all(isinstance(name, (str, int)) for name in names):
+        raise ValueError('it has columns whose names are no text')
+    return list(map(str, names)), [
+        (array_of(values), array_of(places)) for values, places in blocks
+    ]

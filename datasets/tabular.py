@@ -5,7 +5,7 @@ by its authors. They are read from the authors' files (Zenodo, record 1161203) o
 downloads: of the UCI repository or, for BSDS300, the Berkeley images.
 """
 
-import difflib
+import contextlib
 import gzip
 import io
 import lzma
@@ -25,9 +25,11 @@ from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import UserError, index_of_name, one_line
+from common.bounds import bounded_memory, open_regular, read_after_trial, read_bounded
+from common.errors import UserError, index_of_name, nearest_names, one_line
 from common.files import digest, file_signature, first_existing
 
+from .archives import iterate_members
 from .cache import CreateArray, map_npy, memmap_cache
 from .columns import (
     MAX_CATEGORIES,
@@ -71,7 +73,7 @@ CHUNK_ROWS = 50_000  # rows of a text that are parsed at once; a multiple of 4, 
 
 # No published table reaches these limits. They keep a damaged or hostile file from taking all
 # memory.
-MAX_LINE_BYTES = 4_096
+MAX_RAW_LINE_BYTES = 4_096
 MAX_ROWS = 20_000_000
 MAX_PIXELS = 2**20  # the Berkeley images have 481 x 321
 
@@ -320,7 +322,7 @@ def load_table(
     if name in TABLES:
         return load_published_table(name, Path(data_dir))
 
-    near = difflib.get_close_matches(name, known, n=1)
+    near = nearest_names(name, known)
     guess = f', perhaps {near[0]}' if near else ''
     raise UserError(
         f'unknown data set {name!r}{guess}: there are {", ".join(known)}, '
@@ -1185,9 +1187,9 @@ def read_chunks(path: Path, **options: Any) -> Iterator[pd.DataFrame]:
         unit_scale=True,
         dynamic_ncols=True,
     )
-    with open(path, 'rb') as file, progress:
+    with open_regular(path) as file, progress:
         content = gzip.open(file) if path.suffix == '.gz' else file
-        text = io.BufferedReader(BoundedLineFile(content, MAX_LINE_BYTES), 2**18)
+        text = io.BufferedReader(BoundedLineFile(content, MAX_RAW_LINE_BYTES), 2**18)
         n_rows = 0
         for chunk in pd.read_csv(text, chunksize=CHUNK_ROWS, **options):
             n_rows += len(chunk)
@@ -1211,7 +1213,10 @@ def prepare_power(path: Path) -> list[np.ndarray]:
     here: that column is another draw than the authors'.
     """
     rng = np.random.RandomState(42)
-    data = map_published_npy(path, 8) if path.suffix == '.npy' else read_raw_power(path)
+    if path.suffix == '.npy':
+        data = map_published_npy(path, 8)
+    else:
+        data = read_bounded(read_raw_power, path)
 
     # The authors shuffle the rows themselves, which draws the same random numbers.
     order = np.arange(len(data))
@@ -1259,11 +1264,11 @@ def prepare_gas(path: Path) -> list[np.ndarray]:
     The authors' file holds every fourth row of the raw one.
     """
     if path.suffix == '.pickle':
-        data, names = read_pickled_table(path)
+        data, names = read_after_trial(read_pickled_table, path)
         sensors = [k for k, name in enumerate(names) if name not in ('Meth', 'Eth', 'Time')]
         data = data[:, sensors]
     else:
-        data = read_raw_gas(path)
+        data = read_bounded(read_raw_gas, path)
 
     while True:
         n_correlated = (np.corrcoef(data.T) > 0.98).sum(axis=1)  # counting the sensor itself
@@ -1291,8 +1296,9 @@ def prepare_hepmass(path: Path) -> list[np.ndarray]:
 
     Discrete features are dropped. The last tenth of the training file validates.
     """
-    train = read_hepmass_signal(path)
-    test = read_hepmass_signal(path.with_name(path.name.replace('train', 'test')))
+    test_path = path.with_name(path.name.replace('train', 'test'))
+    train = read_bounded(read_hepmass_signal, path)
+    test = read_bounded(read_hepmass_signal, test_path)
     test = test[:, : train.shape[1]]  # the test file has one column too many
 
     kept = find_continuous_columns(train)
@@ -1324,14 +1330,14 @@ def prepare_miniboone(path: Path) -> list[np.ndarray]:
     if path.suffix == '.npy':
         data = map_published_npy(path, 43)
     else:
-        data = read_raw_miniboone(path)
+        data = read_bounded(read_raw_miniboone, path)
     return standardise_splits(split_in_order(data))
 
 
 def read_raw_miniboone(path: Path) -> np.ndarray:
     """Return the signal (N, 43) of the raw file, whose first line says how many rows it has."""
-    with open(path) as file:
-        counts = file.readline(MAX_LINE_BYTES).split()
+    with open_regular(path) as file:
+        counts = file.readline(MAX_RAW_LINE_BYTES).split()
     if not counts:
         raise ValueError('its first line has no counts of rows')
 
@@ -1363,11 +1369,14 @@ def prepare_bsds300(path: Path) -> list[np.ndarray]:
     """
     n_train, n_validation, n_test = TABLES['bsds300'][0]
     if path.suffix == '.hdf5':
-        return read_bsds300_patches(path)
+        return read_after_trial(read_bsds300_patches, path)
 
     rng = np.random.default_rng(0)
-    known = draw_patches(read_grey_images(path, 'train'), n_train + n_validation, rng)
-    test = draw_patches(read_grey_images(path, 'test'), n_test, rng)
+    with bounded_memory(path):
+        known_images = read_grey_images(path, 'train')
+        test_images = read_grey_images(path, 'test')
+    known = draw_patches(known_images, n_train + n_validation, rng)
+    test = draw_patches(test_images, n_test, rng)
     return [known[:n_train], known[n_train:], test]
 
 
@@ -1389,21 +1398,15 @@ def read_grey_images(path: Path, part: str) -> list[np.ndarray]:
         return f'images/{part}/' in name and name.endswith('.jpg')
 
     images = []
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as zip_archive:
-            for name in sorted(filter(is_wanted, zip_archive.namelist())):
-                images.append(read_grey_image(zip_archive.open(name)))
-    else:
-        with tarfile.open(path) as tar_archive:
-            members = [m for m in tar_archive if m.isfile() and is_wanted(m.name)]
-            for member in sorted(members, key=lambda m: m.name):
-                file = tar_archive.extractfile(member)
-                if file is not None:
-                    images.append(read_grey_image(file))
+    with contextlib.closing(iterate_members(path)) as members:
+        for member in members:
+            file = member.open() if member.is_regular and is_wanted(member.name) else None
+            if file is not None:
+                images.append((member.name, read_grey_image(file)))
 
     if not images:
         raise ValueError(f'it has no images/{part}/*.jpg')
-    return images
+    return [image for _, image in sorted(images, key=lambda item: item[0])]
 
 
 def read_grey_image(file: IO[bytes]) -> np.ndarray:

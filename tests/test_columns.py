@@ -15,13 +15,14 @@ import tiny_tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import UserError
+from common.errors import UserError, nearest_names
 from datasets import __main__ as command
 from datasets import own_tables
 from datasets.columns import (
     Condition,
     as_numbers,
     category_text,
+    describe_missing,
     encode_conditions,
     make_condition,
     number_columns,
@@ -306,6 +307,24 @@ def test_text_between_other_separators(tmp_path):
     assert list(read_frame(tmp_path / 't.tsv').columns) == ['a b']
 
 
+def test_empty_lines_before_the_header(tmp_path):
+    for n, is_read in ((500, True), (1500, False)):
+        (tmp_path / 't.csv').write_text('\n' * n + 'a,b\n' + '1,2\n' * 20)
+        if is_read:
+            assert list(read_frame(tmp_path / 't.csv').columns) == ['a', 'b']
+        else:
+            line = refusal(read_frame, tmp_path / 't.csv')
+            assert 'begins with more than 1,000 empty lines' in line
+
+
+def test_near_names_are_not_looked_for_among_too_many():
+    many = [f'{k:06}' * 20 for k in range(20_000)]
+    assert nearest_names('colour', ['color', 'odour', *'abc']) == ['color']
+    assert not nearest_names(many[0], many)
+    text = describe_missing(['x' * 100] * 20 + ['y'], many)
+    assert text.count('xxx…') == 8
+
+
 def test_own_tables_are_told_by_their_names():
     for name in ('x.csv', 'x.tsv', 'dir/x.csv.gz', 'x.tsv.gz', 'x.npy', 'x.h5', 'x.parquet'):
         assert own_tables.is_own_table(name), name
@@ -316,7 +335,7 @@ def test_own_tables_are_told_by_their_names():
 @pytest.mark.parametrize(
     'content, part',
     [
-        (gzip.compress(b'a,b\n' + b'0,1\n' * 10**7), 'too many for its size'),
+        (gzip.compress((b',' * 99 + b'\n') * 800_000, 1), 'too much for its size'),
         (gzip.compress(b'0' * 10**7), 'a line of more than'),
         (gzip.compress(b'a,b\n1,2\n')[:-9], 'cannot be read as a table'),
         (b'a,b\n1,2\n', 'cannot be read as a table'),

@@ -203,7 +203,7 @@ def test_damaged_quantiles_of_validation_scores(trained, tmp_path, capsys):
     for quantiles in ([math.nan] * 30, [1.0, 0.0] * 20, [0.0] * 2000):
         torch.save({**saved, 'validation_quantiles': quantiles}, tmp_path / 'bad.pt')
         line = refusal_line(bnaf, capsys, '--evaluate', f'--restore_file={tmp_path}/bad.pt')
-        assert 'is damaged: its validation_quantiles' in line
+        assert 'damaged: its validation_quantiles' in line
 
 
 def test_overwrite(trained, tmp_path, capsys):

@@ -33,6 +33,7 @@ from helpers import (
 import bnaf
 import glow
 from common import checkpoints, errors, files, tensors
+from common.bounds import limit_address_space
 from common.errors import UserError, exit_on_user_error
 from common.files import file_lock, make_new_folder
 from common.logs import ScalarWriter, TrainingLog, progress_bar
@@ -813,11 +814,46 @@ def test_too_little_memory_is_reported_in_one_line(run, capsys):
     assert line.startswith('glow.py: error: out of memory: lower --batch_size')
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux limits the memory of a process')
 def test_too_little_memory_is_no_damaged_file(tmp_path, monkeypatch):
+    """The file is not to blame where this process may take less than the file."""
     tensors.save_tensors(tmp_path / 'x.pt', {'x': torch.zeros(2)})
     monkeypatch.setattr(torch, 'load', lambda *args, **options: allocate_with_torch())
-    with pytest.raises(RuntimeError, match='allocate'):
+    with pytest.raises(RuntimeError, match='allocate'), limit_address_space(2**27):
         tensors.load_tensors(tmp_path / 'x.pt')
+    with pytest.raises(UserError, match='more than 256 MiB'):
+        tensors.load_tensors(tmp_path / 'x.pt')
+
+
+def test_long_names_lose_their_middle():
+    """Lists stay whole, as they are advice that can be typed."""
+    columns = ','.join(f'column_{k}' for k in range(99))
+    for text in ('no data', 'n' * 255, f'add --drop={columns}', '/a/folder' * 40):
+        assert str(UserError(text)) == text
+
+    name = str(UserError('n' * 10**6 + '.csv: no such table'))
+    assert len(name) < 280 and name.startswith('nnn') and name.endswith(': no such table')
+    path = str(UserError('a/' * 10**6 + ' is no folder'))
+    assert len(path) == 600 + len(' is no folder') and path.endswith('/ is no folder')
+    assert len(str(UserError('a ' * 10**6))) == 10_000
+    line = errors.error_line(OSError(errno.ENAMETOOLONG, 'File name too long', 'n' * 10**6))
+    assert len(line) < 320 and 'File name too long' in line
+
+
+def test_long_names_are_cut_where_they_name_files():
+    for text in ('x', 'n' * 150, 'é' * 75):
+        assert files.name_part(text) == text
+    names = ['n' * 150 + end for end in ('', 'a', 'b')]
+    names += ['é' * 150, '語' * 100, 'n' * 10**6, '\udcff' * 200]
+    parts = {files.name_part(name) for name in names}
+    assert len(parts) == len(names)
+    assert all(len(os.fsencode(part)) <= 150 for part in parts)
+
+
+def test_a_file_of_a_long_name_is_written(tmp_path):
+    path = tmp_path / ('n' * 250)
+    files.write_atomically(path, lambda temporary: temporary.write_text('x'))
+    assert only(tmp_path.iterdir()) == path
 
 
 @needs_posix

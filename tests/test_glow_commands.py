@@ -537,6 +537,42 @@ def test_samples_are_sorted_by_log_probability(trained_glow):
     assert log_p[:4].mean() > log_p[-4:].mean()
 
 
+@pytest.mark.parametrize(
+    'words, n, n_rows',
+    [(['--z_std=0.7'], 5, 1), ([], 8, 8), (['--z_std=0.7', '--n_samples=9'], 9, 2)],
+)
+def test_few_samples_are_drawn_where_they_take_much_memory(
+    words, n, n_rows, trained_glow, monkeypatch, tmp_path
+):
+    """As many as ``--n_samples`` says, or else at least one at each temperature."""
+    grids = []
+    monkeypatch.setattr(glow, 'save_grid', lambda path, rows, *labels: grids.append(rows))
+    model = glow.restore_model(glow.load_checkpoint(trained_glow), CPU)
+    memory = 64 * model.memory_per_image + 5 * 16 * 64
+    monkeypatch.setattr(glow, 'memory_limit', lambda path: memory)
+    glow.main(['--generate', f'--restore_file={trained_glow}', f'--output={tmp_path}', *words])
+    assert len(grids[0]) == n_rows
+    assert sum(map(len, grids[0])) == n
+
+
+def test_a_batch_that_is_too_large_is_scored_in_parts(trained_glow, monkeypatch, tmp_path):
+    """A checkpoint says how many images are scored at once, but not how much memory they take."""
+    saved = torch.load(trained_glow)
+    saved['config']['batch_size'] = 2**20
+    torch.save(saved, tmp_path / 'best.pt')
+    n_images = set()
+    log_prob_and_last = glow.Glow.log_prob_and_last
+
+    def record(model, x, u, y):
+        n_images.add(len(x))
+        return log_prob_and_last(model, x, u, y)
+
+    monkeypatch.setattr(glow.Glow, 'log_prob_and_last', record)
+    monkeypatch.setattr(glow.Glow, 'n_at_once', 50)
+    glow.main(['--evaluate', f'--restore_file={tmp_path}/best.pt'])
+    assert max(n_images) == 50
+
+
 def test_bits_per_dim_of_mnist_counts_784_values(trained_glow):
     model = glow.restore_model(glow.load_checkpoint(trained_glow), CPU)
     test, process = load_images('digits').test, single_process(glow)

@@ -639,7 +639,8 @@ def test_what_no_training_image_shows_is_noted(trained_on_photos, monkeypatch, c
     missing = condition.label(condition.values[0])
     for known, expected in ((condition, ''), (without, f'note: no training image is {missing}')):
         request = glow.Request(given=missing, z_std=0.7)
-        glow.generate(model, known, trained_on_photos.parent, saved['config'], CPU, request)
+        folder = trained_on_photos.parent
+        glow.generate(model, known, folder, saved['config'], CPU, request, memory=2**28)
         assert capsys.readouterr().out.partition('wrote')[0].strip() == expected
 
 

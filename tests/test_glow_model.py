@@ -6,14 +6,16 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.utils
-from helpers import assert_close, jacobian, log_det, perturbed, run_command
-from tiny_models import random_images, tiny_glow
+from helpers import assert_close, jacobian, log_det, perturbed, refusal_line, run_command
+from tiny_models import random_images, tiny_glow, training_words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import glow
+from common.errors import UserError
 from common.precision import without_tf32
 
 
@@ -535,6 +537,43 @@ def test_no_images_at_all():
     x, logdet = model.inverse(z)
     assert z.shape == (0, 192) and x.shape == images.shape and logdet.shape == (0,)
     assert glow.decode(model, z).shape == images.shape
+
+
+@pytest.mark.parametrize('n_conditions', [0, 3])
+def test_latents_are_decoded_in_parts_that_fit(n_conditions, monkeypatch):
+    model = tiny_glow(input_dims=(3, 8, 8), n_conditions=n_conditions).eval()
+    z = torch.randn(9, 192)
+    y = torch.eye(3)[torch.arange(9) % 3] if n_conditions else None
+    whole = glow.decode(model, z, y)
+    latents = glow.encode(model, whole, 'cpu', y)
+    (samples,) = glow.sample_grid(model, [0.7], 9, 0, 'cpu', None if y is None else y[0].numpy())
+
+    monkeypatch.setattr(glow, 'memory_for', lambda n_bytes: 4 * 4 * model.memory_per_image)
+    assert [len(part) for part, _ in model.in_parts(z, y)] == [4, 4, 1]
+    torch.testing.assert_close(glow.encode(model, whole, 'cpu', y), latents)
+    parts = glow.decode(model, z, y)
+    (again,) = glow.sample_grid(model, [0.7], 9, 0, 'cpu', None if y is None else y[0].numpy())
+    for a, b in ((whole, parts), (samples, again)):
+        assert np.abs(a.astype(int) - b).max() <= 255 // 31 + 1  # rounding may move a bin
+        assert (a == b).mean() > 0.99
+
+    monkeypatch.setattr(glow, 'memory_for', lambda n_bytes: 1)
+    assert [len(part) for part, _ in model.in_parts(z, y)] == [1] * 9
+
+
+def test_large_images_need_a_model_that_is_not_tiny():
+    """Otherwise the checkpoint would be taken for a hostile one, and the training lost."""
+    glow.CHECKPOINT.require_readable(tiny_glow(input_dims=(3, 1024, 1024)))
+    with pytest.raises(UserError, match='make the model larger, or the inputs smaller'):
+        glow.CHECKPOINT.require_readable(tiny_glow(input_dims=(3, 2048, 2048)))
+    large = dict(depth=32, width=128)
+    glow.CHECKPOINT.require_readable(tiny_glow(input_dims=(3, 2048, 2048), n_levels=3, **large))
+
+
+def test_such_a_training_does_not_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(glow.Glow, 'memory_per_image', 2**40)
+    line = refusal_line(glow, capsys, *training_words(tmp_path))
+    assert 'make the model larger, or the inputs smaller' in line
 
 
 def test_an_additive_coupling_keeps_volumes_exactly():

@@ -945,6 +945,23 @@ def test_photos_are_cropped_in_the_middle_upright_and_on_white(tmp_path):
     assert load_photo(tmp_path / 'clear.png', 'faces', 20).min() == 255
 
 
+def test_a_large_jpeg_is_decoded_at_half_its_size(tmp_path, monkeypatch):
+    """What is done with it afterwards stays the same, and few pixels are decoded as they are."""
+    coarse = noise_image(12, 9)
+    coarse.resize((960, 720), Image.Resampling.NEAREST).save(tmp_path / 'x.jpg', quality=95)
+    whole = load_photo(tmp_path / 'x.jpg', 'folder', 90)
+    sizes = []
+    monkeypatch.setattr(photos.ImageOps, 'exif_transpose', lambda x, **_: sizes.append(x.size))
+
+    load_photo(tmp_path / 'x.jpg', 'folder', 90)
+    monkeypatch.setattr(photos, 'ENOUGH_PIXELS', 360)
+    half = load_photo(tmp_path / 'x.jpg', 'folder', 90)
+    load_photo(tmp_path / 'x.jpg', 'folder', 361)
+    load_photo(tmp_path / 'x.jpg', 'celeba', 301)  # takes 148 of 178 pixels
+    assert sizes == [(960, 720), (480, 360), (960, 720), (960, 720)]
+    assert np.abs(half.astype(int) - whole).max() <= 8
+
+
 def test_photos_for_grey_data_sets(tmp_path):
     Image.new('RGB', (60, 60), 'white').save(tmp_path / 'white.png')
     photo = load_photo(tmp_path / 'white.png', 'mnist', 32)

@@ -24,7 +24,8 @@ DATA_PACKAGES |= {'tqdm', 'pyarrow'}
 ALLOWED = {
     'glow.py': SCRIPT_IMPORTS,
     'bnaf.py': SCRIPT_IMPORTS,
-    'datasets': DATA_PACKAGES | {'common.files', 'common.errors', 'common.logs', 'datasets'},
+    'datasets': DATA_PACKAGES
+    | {'common.files', 'common.errors', 'common.bounds', 'common.logs', 'datasets'},
     'common': {'torch', 'numpy', 'tensorboardX', 'tqdm', 'filelock', 'common'},
 }
 FORBIDDEN = {

@@ -286,7 +286,7 @@ def peak_memory():
 @pytest.mark.parametrize(
     'name, path, make_content, part',
     [
-        ('hepmass', '1000_train.csv.gz', gzipped_zeros, 'line of more than'),
+        ('hepmass', '1000_train.csv.gz', gzipped_zeros, 'zero bytes'),
         ('hepmass', '1000_train.csv.gz', gzipped_rows, 'more than 100,000 rows'),
         ('gas', 'ethylene_CO.txt', long_line, 'line of more than'),
         ('power', 'power/data.npy', empty_npy, 'cannot be read'),

@@ -103,23 +103,26 @@ class DataFrame:
 class BlockManager:
     """The part of such a table that holds its values."""
 
-    def __init__(self, axes, values):
-        self.axes, self.values = axes, values
+    def __init__(self, axes, blocks):
+        self.axes, self.blocks = axes, blocks
 
     def __getstate__(self):
-        block = {'values': self.values, 'mgr_locs': slice(0, len(self.values), 1)}
-        newer_state = {'0.14.1': {'axes': self.axes, 'blocks': [block]}}
-        return self.axes, [self.values], [self.axes[0]], newer_state
+        values = [block['values'] for block in self.blocks]
+        newer_state = {'0.14.1': {'axes': self.axes, 'blocks': self.blocks}}
+        return self.axes, values, [self.axes[0]], newer_state
 
     def __setstate__(self, state):
         raise NotImplementedError
 
 
-def write_old_gas(folder, n=200):
-    """Write ethylene_CO.pickle as pandas did in 2016."""
-    table = gas_table(n)
-    axes = [np.array(table.columns, dtype=object), np.arange(n)]
-    manager = BlockManager(axes, table.to_numpy().T.copy())
+def pickle_as_in_2016(names, n_rows, blocks):
+    """Return a table as pandas pickled it in 2016.
+
+    The blocks are pairs of values (columns, N) and the places of these columns, as a slice.
+    """
+    axes = [names, np.arange(n_rows)]
+    entries = [{'values': values, 'mgr_locs': places} for values, places in blocks]
+    manager = BlockManager(axes, entries)
     frame = DataFrame({'_data': manager, '_typ': 'dataframe', '_metadata': []})
 
     content = pickle.dumps(frame, protocol=2)
@@ -128,7 +131,15 @@ def write_old_gas(folder, n=200):
         ours, theirs = f'ctiny_tables\n{name}\n', f'c{module}\n{name}\n'
         content = content.replace(ours.encode(), theirs.encode())
     assert b'tiny_tables' not in content
+    return content
 
+
+def write_old_gas(folder, n=200):
+    """Write ethylene_CO.pickle as pandas did in 2016."""
+    table = gas_table(n)
+    values = table.to_numpy().T.copy()
+    names = np.array(table.columns, dtype=object)
+    content = pickle_as_in_2016(names, n, [(values, slice(0, len(values), 1))])
     (folder / 'gas').mkdir(parents=True, exist_ok=True)
     (folder / 'gas' / 'ethylene_CO.pickle').write_bytes(content)
 
