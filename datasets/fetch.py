@@ -8,29 +8,26 @@ import contextlib
 import filecmp
 import hashlib
 import json
-import lzma
 import os
 import re
 import shutil
-import stat
-import tarfile
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any
 
 import requests
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.bounds import bounded_memory, file_size, open_regular
+from common.errors import UserError, one_line, truncate
 from common.files import file_lock, file_signature, first_existing, write_json
 
+from .archives import BLOCK_SIZE, iterate_members, read_blocks
 from .images import find_images
+from .servers import TransferError, open_session, report_bad_answer
 from .tabular import TABLES
 
 TIMEOUT = (10, 30)  # seconds to connect, and seconds without a byte
@@ -38,23 +35,12 @@ MAX_FRUITLESS_ROUNDS = 4  # rounds over all mirrors in a row in which not one by
 PAUSE = 2  # seconds between two rounds
 MAX_DOWNLOAD = 4 * 2**30  # bytes; more than any archive below has
 MAX_UNPACKED = 16 * 2**30  # bytes; more than any data set below has
-BLOCK_SIZE = 2**20  # bytes that are read from a file at a time
+MAX_SIGNATURES = 2**20  # bytes of the file that notes which files were verified
 UNAVAILABLE = (  # a mirror that answers so is not asked again
     HTTPStatus.UNAUTHORIZED,
     HTTPStatus.FORBIDDEN,
     HTTPStatus.NOT_FOUND,
     HTTPStatus.GONE,
-)
-# What the standard library raises while it reads a damaged archive: each compression method has an
-# error of its own, encrypted members are a RuntimeError, and bad offsets become an OSError.
-ARCHIVE_ERRORS = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    OSError,
-    RuntimeError,
 )
 
 
@@ -380,10 +366,18 @@ def has_published_md5(path: Path) -> bool | None:
 def read_verified_signatures(data_dir: Path) -> list[list]:
     """Return the signatures of the files that came from an archive with the right checksum."""
     try:
-        signatures = json.loads((data_dir / '.cache' / 'verified.json').read_text())
-    except (OSError, ValueError):
+        with open_regular(data_dir / '.cache' / 'verified.json', MAX_SIGNATURES) as file:
+            signatures = json.loads(file.read())
+    except (OSError, UserError, ValueError, RecursionError):
         return []
-    return signatures if isinstance(signatures, list) else []
+    if not isinstance(signatures, list):
+        return []
+    return [signature for signature in signatures if is_signature(signature)]
+
+
+def is_signature(value: Any) -> bool:
+    """Return whether a value of a file is the name, size and time of another file."""
+    return isinstance(value, list) and [type(item) for item in value] == [str, int, int]
 
 
 def save_verified_signatures(data_dir: Path, paths: Sequence[Path]) -> None:
@@ -391,13 +385,15 @@ def save_verified_signatures(data_dir: Path, paths: Sequence[Path]) -> None:
     signatures = read_verified_signatures(data_dir)
     signatures += [file_signature(path) for path in paths]
     (data_dir / '.cache').mkdir(exist_ok=True)
-    write_json(data_dir / '.cache' / 'verified.json', signatures)
+    path = data_dir / '.cache' / 'verified.json'
+    size_of_file(path)  # raises UserError for a folder or a pipe of that name
+    write_json(path, signatures)
 
 
 def md5_of_file(path: Path) -> str:
     """Return the MD5 checksum of a file as hexadecimal digits."""
     md5 = hashlib.md5(usedforsecurity=False)
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         while block := file.read(BLOCK_SIZE):
             md5.update(block)
     return md5.hexdigest()
@@ -498,7 +494,7 @@ def unpack_given_files(
 
     is_verified = True
     for path in given:
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f'{path}: no such file')
         md5 = md5_of_file(path)
         if md5 not in checksums:
@@ -541,10 +537,6 @@ def checksum_error(path: Path, name: str) -> UserError:
 # -------------------------------------------------------------------------------------- download
 
 
-class TransferError(requests.RequestException):
-    """A server answered, but not with the content that was asked for."""
-
-
 def download(file: PublishedFile, path: Path) -> None:
     """Download a file from its mirrors to ``path`` and verify its checksum.
 
@@ -557,10 +549,7 @@ def download(file: PublishedFile, path: Path) -> None:
     failures: dict[str, requests.RequestException] = {}
     fruitless_rounds = 0
 
-    with requests.Session() as session:
-        # Ranges and checksums refer to the file itself, not to a compressed form of it.
-        session.headers['Accept-Encoding'] = 'identity'
-
+    with open_session() as session:
         while mirrors and fruitless_rounds < MAX_FRUITLESS_ROUNDS:
             if failures:
                 time.sleep(PAUSE)
@@ -595,8 +584,11 @@ def download_error(
 
 
 def size_of_file(path: Path) -> int:
-    """Return the size of a file in bytes, 0 where it does not exist."""
-    return path.stat().st_size if path.exists() else 0
+    """Return the size of a regular file in bytes, 0 where it does not exist."""
+    try:
+        return file_size(path)
+    except FileNotFoundError:
+        return 0
 
 
 def download_and_verify(session: requests.Session, url: str, md5: str, part: Path) -> None:
@@ -611,20 +603,25 @@ def transfer(session: requests.Session, url: str, part: Path) -> None:
     """Append to ``part`` what the URL has beyond it, or overwrite it where the server cannot."""
     start = size_of_file(part)
     headers = {'Range': f'bytes={start}-'} if start else {}
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    with report_bad_answer():
+        response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    with response:
         content_range = response.headers.get('Content-Range', '')
 
-        if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        if start and response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             if content_range == f'bytes */{start}':  # part is complete
                 return
             part.unlink()
             raise TransferError('it is shorter than what was kept of it')
 
         response.raise_for_status()
-        if response.status_code != HTTPStatus.PARTIAL_CONTENT:
+        if response.status_code == HTTPStatus.OK:
             start = 0
+        elif response.status_code != HTTPStatus.PARTIAL_CONTENT:
+            raise TransferError(f'{response.status_code} {response.reason}')
         elif not content_range.startswith(f'bytes {start}-'):
             raise TransferError('it answers with another range than was asked for')
+        refuse_encoding(response)
         write_content(response, url, part, start)
 
 
@@ -635,13 +632,13 @@ def write_content(response: requests.Response, url: str, part: Path, start: int)
     bytes arrive than the server has announced.
     """
     size = start
-    length = response.headers.get('Content-Length', '')
-    total = start + int(length) if length.isdigit() else None
+    length = content_length(response)
+    total = None if length is None else start + length
     with (
         open(part, 'ab' if start else 'wb') as file,
         byte_progress_bar(part.stem, initial=start, total=total) as bar,
     ):
-        for block in response.iter_content(2**14):
+        for block in iterate_content(response):
             file.write(block)
             bar.update(len(block))
             size += len(block)
@@ -653,6 +650,35 @@ def write_content(response: requests.Response, url: str, part: Path, start: int)
         raise UserError(f'{url} sends more than {MAX_DOWNLOAD:,} bytes, which no data set has')
     if total is not None and size != total:
         raise TransferError('it broke off')
+
+
+def refuse_encoding(response: requests.Response) -> None:
+    """Raise ``TransferError`` where the content is compressed for the transfer, unasked.
+
+    A few bytes of it could be unpacked to any number.
+    """
+    encoding = response.headers.get('Content-Encoding') or 'identity'
+    if encoding.lower() != 'identity':
+        raise TransferError(f'it sends the file in the encoding {encoding}')
+
+
+def content_length(response: requests.Response) -> int | None:
+    """Return how many bytes a server announces, or ``None`` where it does not.
+
+    Raises ``TransferError`` where that is not the number of bytes of a file.
+    """
+    length = response.headers.get('Content-Length')
+    if length is None:
+        return None
+    if not re.fullmatch('[0-9]{1,18}', length):
+        raise TransferError('it announces a length that no file has')
+    return int(length)
+
+
+def iterate_content(response: requests.Response) -> Iterator[bytes]:
+    """Yield the content of a response in blocks."""
+    with report_bad_answer():
+        yield from response.iter_content(2**14)
 
 
 def byte_progress_bar(description: str, initial: int = 0, total: int | None = None) -> tqdm:
@@ -677,9 +703,9 @@ def is_permanent(error: requests.RequestException) -> bool:
 def describe_transfer_error(error: requests.RequestException) -> str:
     """Return in a few words why a transfer failed."""
     if isinstance(error, TransferError):
-        return str(error)
+        return one_line(error)
     if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f'{error.response.status_code} {error.response.reason}'
+        return truncate(f'{error.response.status_code} {error.response.reason}', 100)
     if 'timed out' in str(error):
         return 'it does not answer'
 
@@ -693,18 +719,10 @@ def describe_transfer_error(error: requests.RequestException) -> str:
     for error_class, description in descriptions:
         if isinstance(error, error_class):
             return description
-    return str(error)
+    return one_line(error)
 
 
 # ---------------------------------------------------------------------------------------- unpack
-
-
-class Member(NamedTuple):
-    """A member of an archive."""
-
-    name: str
-    is_regular: bool  # neither a link nor a device
-    open: Callable[[], IO[bytes] | None]
 
 
 def unpack(archive: Path, targets: dict[str, str], data_dir: Path) -> None:
@@ -717,7 +735,8 @@ def unpack(archive: Path, targets: dict[str, str], data_dir: Path) -> None:
     scratch = data_dir / '.unpack'
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
     try:
-        unpacked = extract_members(archive, targets, scratch)
+        with bounded_memory(archive):
+            unpacked = extract_members(archive, targets, scratch)
         if not unpacked:
             example = next(iter(targets.values()))
             raise UserError(f'{archive} holds nothing that is wanted of it, such as {example}')
@@ -778,39 +797,3 @@ def move_into_place(path: Path, target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, target)
-
-
-def iterate_members(archive: Path) -> Generator[Member, None, None]:
-    """Yield the members of a zip or tar file. Any other file is its own only member."""
-    with report_damaged_archive(archive):
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as zipped:
-                for info in zipped.infolist():
-                    file_type = stat.S_IFMT(info.external_attr >> 16)
-                    is_regular = file_type in (0, stat.S_IFREG)  # 0 where the mode is not recorded
-                    yield Member(info.filename, is_regular, partial(zipped.open, info))
-        elif tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as tar:
-                for entry in tar:
-                    yield Member(entry.name, entry.isreg(), partial(tar.extractfile, entry))
-        else:
-            yield Member(archive.name, True, lambda: open(archive, 'rb'))
-
-
-def read_blocks(archive: Path, member: Member) -> Iterator[bytes]:
-    """Yield the content of a regular member of an archive in blocks."""
-    with report_damaged_archive(archive):
-        source = member.open()
-        assert source is not None  # as it is for links and devices in a tar file
-        with source:
-            while block := source.read(BLOCK_SIZE):
-                yield block
-
-
-@contextlib.contextmanager
-def report_damaged_archive(archive: Path) -> Iterator[None]:
-    """Raise ``UserError`` where an archive cannot be read."""
-    try:
-        yield
-    except ARCHIVE_ERRORS as error:
-        raise UserError(f'{archive} cannot be unpacked: {error}; download it again') from error

@@ -5,6 +5,7 @@ import functools
 import gzip
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -16,7 +17,7 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from helpers import call_with_own_lock
 from tiny_data import attribute_rows, write_celeba, write_folder, write_mnist, write_table
 
 from common.errors import UserError
-from datasets import fetch, load_images
+from datasets import fetch, load_images, servers
 from datasets.__main__ import main
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -36,9 +37,73 @@ needs_fork = pytest.mark.skipif(
     'fork' not in multiprocessing.get_all_start_methods(),
     reason='starts its process by fork, which Windows does not have',
 )
+needs_pipes = pytest.mark.skipif(
+    not hasattr(os, 'mkfifo'),
+    reason='makes a named pipe, which Windows does not have',
+)
 
 
 # ----------------------------------------------------------------------- a server that misbehaves
+
+
+class RawAnswer(NamedTuple):
+    """All that a server sends: first these bytes, then others again and again."""
+
+    start: bytes
+    repeated: bytes = b''
+    n_times: int = 0
+    pause: float = 0.0
+
+
+def redirect_to(location: bytes) -> RawAnswer:
+    """Return a redirect to an address."""
+    return RawAnswer(b'HTTP/1.1 302 Found\r\nLocation: ' + location + b'\r\n\r\n')
+
+
+def of_length(length: bytes) -> RawAnswer:
+    """Return the content with a header that announces its length."""
+    return RawAnswer(OK + b'Content-Length: ' + length + b'\r\n\r\n' + CONTENT)
+
+
+OK = b'HTTP/1.1 200 OK\r\n'
+CHUNKED = OK + b'Transfer-Encoding: chunked\r\n\r\n'
+GZIPPED = OK + b'Content-Encoding: gzip\r\n\r\n' + gzip.compress(CONTENT)
+CONTINUE = b'HTTP/1.1 100 Continue\r\n\r\n'
+
+RAW_ANSWERS = {  # what the answer is: the answer, and part of the line about it
+    'address without an end': (redirect_to(b'http://['), 'answer is malformed'),
+    'address with a space': (redirect_to(b'http://a b:99999/'), 'answer is malformed'),
+    'address that is no UTF-8': (redirect_to(b'http://\xff/'), 'answer is malformed'),
+    'address without a host': (redirect_to(b'http://..../'), 'answer is malformed'),
+    'address of another protocol': (redirect_to(b'ftp://x'), "adapters were found for 'ftp://x'"),
+    'no address': (redirect_to(b''), '302 Found'),
+    'length in letters': (of_length(b'abc'), 'length that no file has'),
+    'negative length': (of_length(b'-5'), 'length that no file has'),
+    'two lengths': (of_length(b'10, 20'), '10, 20'),
+    'length in another digit': (of_length(b'\xb2'), 'length that no file has'),
+    'length of many digits': (of_length(b'1' + b'0' * 30), 'length that no file has'),
+    'length of too many digits': (of_length(b'1' * 5000), 'length that no file has'),
+    'compressed content': (RawAnswer(GZIPPED), 'in the encoding gzip'),
+    'size of a chunk in letters': (RawAnswer(CHUNKED + b'zz\r\nabc'), 'broke off'),
+    'negative size of a chunk': (RawAnswer(CHUNKED + b'-5\r\nabc'), 'negative size'),
+    'chunk of all that comes': (RawAnswer(CHUNKED + b'-1\r\nabc'), 'negative size'),
+    'no status': (RawAnswer(b'hello\r\n\r\n'), 'no HTTP: hello'),
+    'status that is no number': (RawAnswer(b'HTTP/1.1 abc OK\r\n\r\n'), 'no HTTP'),
+    'status without a file': (RawAnswer(b'HTTP/1.1 204 Empty\r\n\r\n'), '204 Empty'),
+    'range that is not asked for': (RawAnswer(b'HTTP/1.1 416 No\r\n\r\n'), '416 No'),
+    'many headers': (RawAnswer(OK, b'a: b\r\n', 1000), 'no HTTP: got more than'),
+    'long header': (RawAnswer(OK, b'a' * 1000, 100), 'no HTTP: got more than'),
+    'endless announcements': (RawAnswer(b'', CONTINUE, 5000), 'headers without end'),
+    'endless trailers': (RawAnswer(CHUNKED + b'0\r\n', b'a: b\r\n' * 1000, 50), 'without end'),
+}
+SLOW_ANSWERS = {  # a byte of it, or a few, every 0.1 s
+    'slow status': RawAnswer(b'', b'HTTP', 30, pause=0.1),
+    'slow header': RawAnswer(OK, b'a', 30, pause=0.1),
+    'slow announcements': RawAnswer(b'', CONTINUE, 30, pause=0.1),
+    'slow content': RawAnswer(OK + b'\r\n' + CONTENT[:150_000], b'a', 30, pause=0.1),
+    'slow chunks': RawAnswer(CHUNKED, b'1\r\na\r\n', 30, pause=0.1),
+    'slow size of a chunk': RawAnswer(CHUNKED, b'1', 30, pause=0.1),
+}
 
 
 class Server(ThreadingHTTPServer):
@@ -61,7 +126,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answer a request as planned: a status code, or one of the words below."""
+    """Answer a request as planned: a status code, a raw answer, or one of the words below."""
 
     server: Server
 
@@ -75,7 +140,11 @@ class Handler(BaseHTTPRequestHandler):
         plan = plans.pop(0) if plans else 'serve'
         content = self.server.files.get(self.path)
 
-        if plan.isdigit():
+        if plan in RAW_ANSWERS:
+            self.send_raw(RAW_ANSWERS[plan][0])
+        elif plan in SLOW_ANSWERS:
+            self.send_raw(SLOW_ANSWERS[plan])
+        elif plan.isdigit():
             self.send_error(int(plan))
         elif content is None:
             self.send_error(404)
@@ -85,6 +154,10 @@ class Handler(BaseHTTPRequestHandler):
         elif plan == 'loop':
             plans.append('loop')
             self.redirect(self.path)
+        elif plan == 'redirect and hang':
+            self.server.files['/elsewhere' + self.path] = content
+            self.redirect('/elsewhere' + self.path, length=1000)
+            time.sleep(3)
         elif plan == 'hang':
             time.sleep(3)
         elif wanted_range and plan != 'no ranges':
@@ -94,10 +167,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_content(content, plan)
 
-    def redirect(self, path: str) -> None:
+    def redirect(self, path: str, length: int = 0) -> None:
         self.send_response(302)
         self.send_header('Location', path)
+        self.send_header('Content-Length', str(length))
         self.end_headers()
+
+    def send_raw(self, answer: RawAnswer) -> None:
+        """Send the bytes of an answer, with its pauses."""
+        self.wfile.write(answer.start)
+        for _ in range(answer.n_times):
+            time.sleep(answer.pause)
+            self.wfile.write(answer.repeated)
 
     def send_range(self, content: bytes, start: int, plan: str) -> None:
         """Send the content from a position on."""
@@ -272,6 +353,84 @@ def test_a_proxy_of_the_environment(server, tmp_path, monkeypatch):
     assert server.requests == [(url, None)]
 
 
+def assert_refused(plan: str, words: str, server: Server, folder: Path) -> None:
+    """Fail unless an answer of the first mirror, which is asked once, is refused in one line."""
+    file = file_of_two_mirrors(server)
+    server.plans['/a/file'] = [plan]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(fetch, 'is_permanent', lambda error: True)
+        fetch.download(dataclasses.replace(file, urls=file.urls[:1]), folder / 'file')
+    message = str(error.value)
+    assert f'file cannot be downloaded: {file.urls[0]}: ' in message
+    assert words in message
+    assert '\n' not in message
+
+
+@pytest.mark.parametrize('plan', RAW_ANSWERS)
+def test_an_answer_that_cannot_be_used(plan, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, 'MAX_LINES', 100_000)
+    assert_refused(plan, RAW_ANSWERS[plan][1], server, tmp_path)
+
+    server.plans['/a/file'] = [plan]
+    fetch.download(file_of_two_mirrors(server), tmp_path / 'file')
+    assert_downloaded(tmp_path / 'file')
+    assert [path for path, _ in server.requests] == ['/a/file', '/a/file', '/b/file']
+
+
+@pytest.mark.parametrize('plan', SLOW_ANSWERS)
+def test_a_server_that_sends_too_slowly(plan, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, 'SLOW_SECONDS', 0.5)
+    assert_refused(plan, 'it sends too slowly', server, tmp_path)
+    (tmp_path / 'file.part').unlink(missing_ok=True)
+
+    server.plans['/a/file'] = [plan]
+    fetch.download(file_of_two_mirrors(server), tmp_path / 'file')
+    assert_downloaded(tmp_path / 'file')
+    if plan == 'slow content':
+        assert server.requests[-1] == ('/b/file', f'bytes={HALF}-')
+
+
+def test_a_slow_disk_is_not_a_slow_server(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, 'SLOW_SECONDS', 0.1)
+    update = fetch.tqdm.update
+
+    def slow_update(bar: fetch.tqdm, n: int) -> None:
+        time.sleep(0.05)
+        update(bar, n)
+
+    monkeypatch.setattr(fetch.tqdm, 'update', slow_update)
+    fetch.download(file_of_two_mirrors(server), tmp_path / 'file')
+    assert len(server.requests) == 1
+
+
+def test_the_content_of_a_redirect_is_not_read(server, tmp_path):
+    server.plans['/a/file'] = ['redirect and hang']
+    fetch.download(file_of_two_mirrors(server), tmp_path / 'file')
+    assert_downloaded(tmp_path / 'file')
+    assert [path for path, _ in server.requests] == ['/a/file', '/elsewhere/a/file']
+
+
+@needs_pipes
+def test_only_regular_files_are_opened(server, tmp_path, monkeypatch, capsys):
+    os.mkfifo('file.part')
+    with pytest.raises(UserError, match='file.part is a pipe'):
+        fetch.download(file_of_two_mirrors(server), tmp_path / 'file')
+    assert server.requests == []
+
+    Path('d').mkdir()
+    for name, archive in (('gas', 'maf_data.tar.gz'), ('power', 'uci_power.zip')):
+        os.mkfifo(Path('d', archive))
+        raw = ['--raw'] if name == 'power' else []
+        exit_code, _, error = run(capsys, 'fetch', name, '--data_dir=d', *raw)
+        assert exit_code == 2
+        assert f'{archive} is a pipe' in error
+
+    os.mkfifo('given')
+    exit_code, _, error = run(capsys, 'fetch', 'gas', '--data_dir=d', '--from', 'given')
+    assert exit_code == 2
+    assert 'given is a pipe' in error
+
+
 @pytest.mark.slow
 @needs_fork
 def test_killed_while_downloading(server, tmp_path):
@@ -400,6 +559,46 @@ def test_a_damaged_file_is_named_and_left_alone(mnist, tmp_path, capsys):
 
     path.unlink()
     assert run(capsys, 'fetch', 'mnist', '--data_dir=d')[0] == 0
+
+
+DAMAGED_NOTES = {
+    'no UTF-8': b'[["\xff", 1, 2]]',
+    'deep': b'[' * 100_000,
+    'no list': b'{"a": 1}',
+    'list of anything': b'[1, null, "a", {}, [], ["a", 1], ["a", 1, 2.5], ["a", 1, true]]',
+    'huge': b'[["a/b", 1, 2]' + b' ' * 2**20 + b']',
+}
+
+
+@pytest.mark.parametrize('content', DAMAGED_NOTES.values(), ids=DAMAGED_NOTES)
+def test_a_damaged_note_of_what_was_verified(content, tmp_path):
+    path = tmp_path / '.cache' / 'verified.json'
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert fetch.read_verified_signatures(tmp_path) == []
+
+    (tmp_path / 'file').write_text('hello')
+    fetch.save_verified_signatures(tmp_path, [tmp_path / 'file'])
+    assert len(json.loads(path.read_text())) == 1
+    assert fetch.read_verified_signatures(tmp_path) == [fetch.file_signature(tmp_path / 'file')]
+
+
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (os.mkdir, 'verified.json is a folder'),
+        pytest.param('mkfifo', 'verified.json is a pipe', marks=needs_pipes),
+    ],
+)
+def test_something_else_in_place_of_the_note(make, words, mnist, tmp_path, capsys):
+    (tmp_path / 'd' / '.cache').mkdir(parents=True)
+    make = getattr(os, make) if isinstance(make, str) else make
+    make(tmp_path / 'd' / '.cache' / 'verified.json')
+    assert listed_status(capsys, 'mnist') == 'absent'
+    exit_code, _, error = run(capsys, 'fetch', 'mnist', '--data_dir=d')
+    assert exit_code == 2
+    assert words in error
+    assert os.listdir(tmp_path / 'd' / '.cache') == ['verified.json']
 
 
 def test_a_failed_fetch_puts_nothing_in_place(mnist, tmp_path, capsys, monkeypatch):
@@ -554,6 +753,25 @@ def zip_of_members(*names: str, mode: int = 0, content: bytes = b'hello') -> byt
     return archive.getvalue()
 
 
+def tar_of_size(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """Return a tar file of three members, whose second declares this size."""
+    info = tarfile.TarInfo('other')
+    info.type = kind
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = size.to_bytes(12, 'big', signed=True)
+    header[124] = 0x80 if size >= 0 else 0xFF  # marks a binary number
+    header[148:156] = b' ' * 8
+    header[148:156] = b'%06o\0 ' % sum(header)
+    first = tar_of_member('first')[:1024]
+    return first + bytes(header) + bytes(512) + tar_of_member()
+
+
+def tar_of_large_header() -> bytes:
+    """Return a small compressed tar file with a header of 512 MiB, of names that are too long."""
+    header = tar_of_size(2**29, tarfile.GNUTYPE_LONGNAME)[1024:1536]
+    return gzip.compress(header) + gzip.compress(bytes(2**24)) * 32 + gzip.compress(tar_of_member())
+
+
 def damage_first_member(archive: bytes) -> bytes:
     """Return a zip file whose first member no longer fits its checksum."""
     i = archive.find(b'wanted1') + 8
@@ -574,6 +792,14 @@ HOSTILE_ARCHIVES = {  # what the archive is: its content, and part of the line t
     'cut off zip': (zip_of_members('wanted1')[:-30], 'nothing that is wanted'),
     'damaged zip': (damage_first_member(zip_of_members('wanted1')), 'cannot be unpacked'),
     'cut off tar': (gzip.compress(tar_of_member())[:-20], 'cannot be unpacked'),
+    'name that is no UTF-8': (
+        zip_of_members('\xe9/wanted1').replace(b'\xc3\xa9', b'\xff\xa9'),
+        'cannot be unpacked',
+    ),
+    'size of 2^80': (tar_of_size(2**80), 'cannot be unpacked'),
+    'header of 2^80 bytes': (tar_of_size(2**80, tarfile.XHDTYPE), 'cannot be unpacked'),
+    'header of negative size': (tar_of_size(-512, tarfile.XHDTYPE), 'cannot be unpacked'),
+    'negative size': (tar_of_size(-512), 'its members are not in order'),
     'others': (zip_of_members('other', '/etc/other', '../../other'), 'nothing that is wanted'),
     'empty': (b'', 'nothing that is wanted'),
 }
@@ -588,6 +814,15 @@ def test_hostile_archives(content, words, tmp_path, monkeypatch):
         fetch.unpack(tmp_path / 'archive', WANTED, tmp_path / 'd')
     assert os.listdir(tmp_path / 'd') == []
     assert sorted(os.listdir(tmp_path)) == ['archive', 'd']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Linux alone limits the memory of a process')
+def test_an_archive_that_takes_much_memory(tmp_path):
+    (tmp_path / 'archive').write_bytes(tar_of_large_header())
+    (tmp_path / 'd').mkdir()
+    with pytest.raises(UserError, match='archive takes more than 256 MiB of memory'):
+        fetch.unpack(tmp_path / 'archive', WANTED, tmp_path / 'd')
+    assert os.listdir(tmp_path / 'd') == []
 
 
 def test_damage_in_compressed_data(tmp_path):
