@@ -126,28 +126,27 @@ def limit_address_space(n_bytes: int) -> Iterator[bool]:
     Yields whether it has a new limit: only Linux has one, and not where the old one is lower. Other
     threads that want a limit wait until this one ends.
     """
-    if resource is None or not MEMORY_MAP.exists():
-        yield False
-        return
-    with limit_lock, lower_address_space(n_bytes) as is_lower:
-        yield is_lower
-
-
-@contextlib.contextmanager
-def lower_address_space(n_bytes: int) -> Iterator[bool]:
-    """Do the work of ``limit_address_space`` where it can be done, for one thread."""
-    n_pages = int(MEMORY_MAP.read_text().split()[0])
-    limit = n_pages * resource.getpagesize() + n_bytes
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if any(other != resource.RLIM_INFINITY and other <= limit for other in (soft, hard)):
+    if not can_limit():
         yield False
         return
 
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield True
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with limit_lock:
+        n_pages = int(MEMORY_MAP.read_text().split()[0])
+        limit = n_pages * resource.getpagesize() + n_bytes
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        is_lower = all(other == resource.RLIM_INFINITY or limit < other for other in (soft, hard))
+        if is_lower:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        try:
+            yield is_lower
+        finally:
+            if is_lower:
+                resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def can_limit() -> bool:
+    """Return whether processes can be limited here, which is so on Linux alone."""
+    return resource is not None and MEMORY_MAP.exists()
 
 
 # ------------------------------------------------------------------------- in a process of its own
@@ -167,7 +166,7 @@ def read_after_trial(function: Callable[[Path], Result], path: Path) -> Result:
     on Linux is there a trial.
     """
     seconds = seconds_for(file_size(path))
-    if resource is not None and MEMORY_MAP.exists() and not ends_well(function, path, seconds):
+    if can_limit() and not ends_well(function, path, seconds):
         raise UserError(
             f'{path} is damaged: the library that reads it has crashed, or was still busy after '
             f'{seconds} s'

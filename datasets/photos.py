@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -348,7 +349,7 @@ def read_upright(path: str | Path, n_enough: int) -> Image.Image:
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
-            require_quick(image, path)
+            require_quick(image, file)
             image.draft(None, (n_enough, n_enough))
             n_bytes = math.prod(image.size) * len(image.getbands())
             if n_bytes > memory_limit(path):  # decoders would call the file damaged
@@ -363,16 +364,19 @@ def read_upright(path: str | Path, n_enough: int) -> Image.Image:
         raise UserError(f'{path} cannot be decoded as an image: {one_line(error)}') from error
 
 
-def require_quick(image: Image.Image, path: str | Path) -> None:
+def require_quick(image: Image.Image, file: BinaryIO) -> None:
     """Raise ``ValueError`` where an image takes much longer to decode than others of its size.
 
     Each scan of a JPEG goes over all of its pixels, and some few formats are decoded in Python.
     """
-    with open_regular(path) as file:
-        if image.format in ('JPEG', 'MPO') and file.read().count(b'\xff\xda') > MAX_SCANS:
+    position, n_bytes = file.tell(), os.fstat(file.fileno()).st_size
+    if image.format in ('JPEG', 'MPO'):
+        file.seek(0)
+        if file.read().count(b'\xff\xda') > MAX_SCANS:
             raise ValueError(f'it has more than {MAX_SCANS} scans')
+        file.seek(position)
     codecs = {tile[0] for tile in getattr(image, 'tile', ())}
-    is_small = math.prod(image.size) <= MAX_SLOW and os.path.getsize(path) <= MAX_SLOW
+    is_small = math.prod(image.size) <= MAX_SLOW and n_bytes <= MAX_SLOW
     if codecs & SLOW_CODECS and not is_small:
         raise ValueError('it is in a form that is slow to read: save it as .png')
 

@@ -22,6 +22,12 @@ from tqdm import tqdm
 CPU = torch.device('cpu')
 
 
+needs_pipes = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='makes named pipes')
+needs_limits = pytest.mark.skipif(
+    sys.platform != 'linux', reason='only Linux limits the memory of a process'
+)
+
+
 def only(elements: Iterable) -> Any:
     """Return the one element there is, or fail."""
     (element,) = elements

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import needs_limits, needs_pipes
 
 from common import bounds
 from common.bounds import (
@@ -33,11 +34,6 @@ try:
     import resource
 except ImportError:
     resource = None
-
-linux_only = pytest.mark.skipif(
-    sys.platform != 'linux', reason='only Linux limits the memory of a process'
-)
-needs_pipes = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='makes named pipes')
 
 
 @pytest.fixture
@@ -132,7 +128,7 @@ def test_the_limit_of_memory(path):
 # ------------------------------------------------------------------------------------- memory
 
 
-@linux_only
+@needs_limits
 @pytest.mark.parametrize('read', [read_bounded, read_after_trial])
 @pytest.mark.parametrize('function', GREEDY)
 def test_what_takes_more_memory_than_its_size_allows(function, read, path):
@@ -142,7 +138,7 @@ def test_what_takes_more_memory_than_its_size_allows(function, read, path):
     assert read(function, path)
 
 
-@linux_only
+@needs_limits
 def test_the_limit_ends_with_the_reading(path):
     read_bounded(size_of, path)
     with pytest.raises(UserError):
@@ -151,7 +147,7 @@ def test_the_limit_ends_with_the_reading(path):
         assert function(path)
 
 
-@linux_only
+@needs_limits
 def test_a_lower_limit_stays_and_is_no_fault_of_the_file(path):
     with limit_address_space(2**27) as is_outer, limit_address_space(2**28) as is_inner:
         assert is_outer and not is_inner
@@ -191,13 +187,13 @@ def test_what_a_child_returns_and_raises(path):
         read_after_trial(size_of, path.with_name('none'))
 
 
-@linux_only
+@needs_limits
 def test_a_child_that_crashes(path):
     with pytest.raises(UserError, match='file is damaged: the library that reads it has crashed'):
         read_after_trial(crash, path)
 
 
-@linux_only
+@needs_limits
 def test_a_child_that_is_busy_for_ever(path, monkeypatch):
     monkeypatch.setattr(bounds, 'LEAST_SECONDS', 1)
     start = time.monotonic()
@@ -206,7 +202,7 @@ def test_a_child_that_is_busy_for_ever(path, monkeypatch):
     assert time.monotonic() - start < 10
 
 
-@linux_only
+@needs_limits
 def test_a_child_that_waits_for_ever(path, monkeypatch):
     monkeypatch.setattr(bounds, 'LEAST_SECONDS', 1)
     monkeypatch.setattr(bounds, 'PATIENCE', 1)
@@ -219,7 +215,7 @@ def test_a_large_file_may_take_more_time():
     assert bounds.seconds_for(100 * 2**20) == bounds.LEAST_SECONDS + 100
 
 
-@linux_only
+@needs_limits
 def test_a_trial_under_a_lower_limit_of_time(path):
     """The user's own limit of the processor's time stays, and is no fault of the file."""
     code = f"""
@@ -233,7 +229,7 @@ def test_a_trial_under_a_lower_limit_of_time(path):
     assert run_python(inspect.cleandoc(code)) == "b'x'"
 
 
-@linux_only
+@needs_limits
 def test_a_script_without_a_guard_reads_a_table(tmp_path):
     """Its own code is not run again by the process that reads the file first."""
     with h5py.File(tmp_path / 'x.h5', 'w') as file:
@@ -254,7 +250,7 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-@linux_only
+@needs_limits
 def test_two_threads_do_not_mix_up_their_limits(path):
     """The second one waits, so that the first limit does not outlive both."""
     before = resource.getrlimit(resource.RLIMIT_AS)

@@ -506,7 +506,7 @@ def test_parquet(tmp_path, visitors):
     assert 'tags ("[\'a\']", 2 different)' in refusal(table_from_frame, read, 'x')
     assert read['price'].dtype == np.float64 and read['price'][1] == 2.25
 
-    constant = pd.DataFrame({'x': np.zeros(10**7)})
+    constant = pd.DataFrame({'x': np.zeros(4 * 10**7)})
     constant.to_parquet(tmp_path / 'bomb.parquet')
     assert 'has not the size for it' in refusal(read_frame, tmp_path / 'bomb.parquet')
 

@@ -23,6 +23,7 @@ import tqdm
 from helpers import (
     CPU,
     joined_group,
+    needs_limits,
     only,
     refusal_line,
     run_command,
@@ -814,7 +815,7 @@ def test_too_little_memory_is_reported_in_one_line(run, capsys):
     assert line.startswith('glow.py: error: out of memory: lower --batch_size')
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux limits the memory of a process')
+@needs_limits
 def test_too_little_memory_is_no_damaged_file(tmp_path, monkeypatch):
     """The file is not to blame where this process may take less than the file."""
     tensors.save_tensors(tmp_path / 'x.pt', {'x': torch.zeros(2)})

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tiny_tables
-from helpers import call_with_own_lock
+from helpers import call_with_own_lock, needs_limits, needs_pipes
 from tiny_data import attribute_rows, write_celeba, write_folder, write_mnist, write_table
 
 from common.errors import UserError
@@ -36,10 +36,6 @@ HALF = 147_456  # bytes of CONTENT that arrive before a transfer breaks: whole b
 needs_fork = pytest.mark.skipif(
     'fork' not in multiprocessing.get_all_start_methods(),
     reason='starts its process by fork, which Windows does not have',
-)
-needs_pipes = pytest.mark.skipif(
-    not hasattr(os, 'mkfifo'),
-    reason='makes a named pipe, which Windows does not have',
 )
 
 
@@ -816,7 +812,7 @@ def test_hostile_archives(content, words, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ['archive', 'd']
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='Linux alone limits the memory of a process')
+@needs_limits
 def test_an_archive_that_takes_much_memory(tmp_path):
     (tmp_path / 'archive').write_bytes(tar_of_large_header())
     (tmp_path / 'd').mkdir()
